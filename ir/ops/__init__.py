@@ -1,0 +1,7 @@
+"""Every op of the IR, one file per family. Importing this package fills the op table."""
+
+from __future__ import annotations
+
+from . import attention, control, elementwise, linalg, loss, moe, norm, reduce, shape
+
+__all__ = ["attention", "control", "elementwise", "linalg", "loss", "moe", "norm", "reduce", "shape"]

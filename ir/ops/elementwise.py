@@ -1,0 +1,266 @@
+"""Elementwise ops. Operands broadcast; each is read exactly, computed in float32 and rounded once to the result's dtype."""
+
+from __future__ import annotations
+
+from ..core import Op, Trait, Value, family, op
+from ..errors import require
+from ..types import DType, Tensor, Type
+from .rules import broadcast, elementwise, promote, require_bool, require_float
+
+E, C = Trait.ELEMENTWISE, Trait.CHEAP
+
+
+@op("cast", E, C)
+class Cast(Op):
+    """x in another dtype: nearest even for floats (FP8 saturates, NaN stays), toward zero from float to int."""
+
+    x: Value
+    dtype: DType
+
+    def infer(self) -> tuple[Type, ...]:
+        return (Tensor(self.dtype, self.x.shape),)
+
+
+@family
+class Unary(Op):
+    """f(x) of a float tensor."""
+
+    x: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require_float(self.x)
+        return (self.x.tensor,)
+
+
+@family
+class Arithmetic(Op):
+    """f(a, b) of two numeric tensors."""
+
+    a: Value
+    b: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require(promote(self.a, self.b) is not DType.bool, f"expected numbers, found {self.a.type} and {self.b.type}")
+        return elementwise(self.a, self.b)
+
+
+@family
+class Comparison(Op):
+    """Whether a relation holds between a and b, as bool."""
+
+    a: Value
+    b: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        return elementwise(self.a, self.b, dtype=DType.bool)
+
+
+@family
+class Logical(Op):
+    """f(a, b) of two bool tensors."""
+
+    a: Value
+    b: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require_bool(self.a, self.b)
+        return elementwise(self.a, self.b)
+
+
+@op("neg", E, C)
+class Neg(Op):
+    """-x."""
+
+    x: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require(self.x.dtype is not DType.bool, f"expected numbers, found {self.x.type}")
+        return (self.x.tensor,)
+
+
+@op("abs", E, C)
+class Abs(Op):
+    """|x|."""
+
+    x: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require(self.x.dtype is not DType.bool, f"expected numbers, found {self.x.type}")
+        return (self.x.tensor,)
+
+
+@op("exp", E, C)
+class Exp(Unary):
+    """e^x."""
+
+
+@op("log", E, C)
+class Log(Unary):
+    """Natural logarithm of x."""
+
+
+@op("sqrt", E, C)
+class Sqrt(Unary):
+    """Square root of x."""
+
+
+@op("rsqrt", E, C)
+class Rsqrt(Unary):
+    """1 / sqrt(x)."""
+
+
+@op("sin", E, C)
+class Sin(Unary):
+    """Sine of x, in radians."""
+
+
+@op("cos", E, C)
+class Cos(Unary):
+    """Cosine of x, in radians."""
+
+
+@op("tanh", E, C)
+class Tanh(Unary):
+    """Hyperbolic tangent of x."""
+
+
+@op("erf", E, C)
+class Erf(Unary):
+    """Error function of x."""
+
+
+@op("floor", E, C)
+class Floor(Unary):
+    """The largest whole number not above x."""
+
+
+@op("sigmoid", E, C)
+class Sigmoid(Unary):
+    """1 / (1 + e^-x)."""
+
+
+@op("silu", E, C)
+class Silu(Unary):
+    """x / (1 + e^-x)."""
+
+
+@op("relu", E, C)
+class Relu(Unary):
+    """max(x, 0)."""
+
+
+@op("add", E, C)
+class Add(Arithmetic):
+    """a + b."""
+
+
+@op("sub", E, C)
+class Sub(Arithmetic):
+    """a - b."""
+
+
+@op("mul", E, C)
+class Mul(Arithmetic):
+    """a * b."""
+
+
+@op("div", E, C)
+class Div(Arithmetic):
+    """a / b; of integers the quotient rounded down."""
+
+
+@op("remainder", E, C)
+class Remainder(Arithmetic):
+    """a - b * floor(a / b): it has the sign of b."""
+
+
+@op("pow", E, C)
+class Pow(Arithmetic):
+    """a to the power b."""
+
+
+@op("maximum", E, C)
+class Maximum(Arithmetic):
+    """The larger of a and b; NaN if either is."""
+
+
+@op("minimum", E, C)
+class Minimum(Arithmetic):
+    """The smaller of a and b; NaN if either is."""
+
+
+@op("eq", E, C)
+class Eq(Comparison):
+    """a == b."""
+
+
+@op("ne", E, C)
+class Ne(Comparison):
+    """a != b."""
+
+
+@op("lt", E, C)
+class Lt(Comparison):
+    """a < b."""
+
+
+@op("le", E, C)
+class Le(Comparison):
+    """a <= b."""
+
+
+@op("gt", E, C)
+class Gt(Comparison):
+    """a > b."""
+
+
+@op("ge", E, C)
+class Ge(Comparison):
+    """a >= b."""
+
+
+@op("and", E, C)
+class And(Logical):
+    """a and b."""
+
+
+@op("or", E, C)
+class Or(Logical):
+    """a or b."""
+
+
+@op("not", E, C)
+class Not(Op):
+    """not x."""
+
+    x: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require_bool(self.x)
+        return (self.x.tensor,)
+
+
+@op("where", E, C)
+class Where(Op):
+    """a where `condition` holds, else b."""
+
+    condition: Value
+    a: Value
+    b: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require_bool(self.condition)
+        dtype = promote(self.a, self.b)
+        return (Tensor(dtype, broadcast(self.condition.shape, self.a.shape, self.b.shape)),)
+
+
+@op("swiglu", E, C)
+class SwiGLU(Op):
+    """silu(gate) * up, rounded once (DeepSeek-V3 report, section 2.1: the activation of every FFN)."""
+
+    gate: Value
+    up: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require_float(self.gate, self.up)
+        return elementwise(self.gate, self.up)

@@ -1,0 +1,99 @@
+"""Mixture of experts: choose experts, send tokens to them, bring the results back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..core import Op, Trait, Value, op
+from ..errors import require
+from ..types import Bundle, Dim, DType, Tensor, Type
+from .rules import require_float, require_int
+
+
+@op("route", Trait.ROUTING)
+class Route(Op):
+    """The gate: which `top_k` experts each token goes to, and with what weight (DeepSeek-V3 report, equations 12 to 16).
+
+    logits are f32[T, E]. s = sigmoid(logits), or softmax over E. Experts are chosen by s + bias: of `groups` equal groups
+    the `top_groups` with the best score (`top2`: sum of the group's two best, V3; `max`: its best, V2) stay, and of their
+    experts the best top_k are taken, in descending order, equals by lower index first. The weights come from s without
+    the bias, divided by (their sum + 1e-20) where `normalize`, times `scale`. Gives ids i32[T, k] and weights f32[T, k].
+    """
+
+    logits: Value
+    bias: Value | None = None
+    top_k: int = 1
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["top2", "max"] = "top2"
+    normalize: bool = True
+    scale: float = 1.0
+
+    def infer(self) -> tuple[Type, ...]:
+        logits = self.logits.tensor
+        require(logits.rank == 2 and logits.dtype is DType.f32, f"logits are {logits}, expected f32[tokens, experts]")
+        experts = logits.shape[1]
+        require(isinstance(experts, int), f"the number of experts is static, found {logits}")
+        if self.bias is not None:
+            require(self.bias.type == Tensor(DType.f32, (experts,)), f"bias is {self.bias.type}, expected f32[{experts}]")
+        divides = self.groups > 0 and experts % self.groups == 0  # type: ignore[operator]
+        require(divides, f"{experts} experts do not make {self.groups} equal groups")
+        require(0 < self.top_groups <= self.groups, f"top_groups = {self.top_groups}, but there are {self.groups} groups")
+        reachable = self.top_groups * experts // self.groups  # type: ignore[operator]
+        require(
+            0 < self.top_k <= reachable, f"top_k = {self.top_k}, but {self.top_groups} of {self.groups} groups hold {reachable} experts"
+        )
+        shape: tuple[Dim, ...] = (logits.shape[0], self.top_k)
+        return Tensor(DType.i32, shape), Tensor(DType.f32, shape)
+
+    def flops(self) -> int:
+        return 5 * self.logits.tensor.size
+
+
+@op("dispatch", Trait.ROUTING)
+class Dispatch(Op):
+    """Tokens to expert rows: each token's vector once for each expert that it chose, sorted by expert.
+
+    x [T, H] and ids i32[T, k] give rows [T*k, H], counts i32[experts] (how many rows each expert has) and the handle, a
+    bundle of the order i32[T*k]: row r is slot order[r] % k of token order[r] / k. Rows of one expert keep the tokens' order.
+    Backward of dispatch is combine with the same handle, and the reverse.
+    """
+
+    x: Value
+    ids: Value
+    experts: int
+
+    def infer(self) -> tuple[Type, ...]:
+        x, ids = self.x.tensor, self.ids.tensor
+        require_int(self.ids)
+        require(x.rank == ids.rank == 2 and x.shape[0] == ids.shape[0], f"expected x [T, H] and ids [T, k], found {x} and {ids}")
+        tokens, k = ids.shape
+        require(isinstance(tokens, int) and isinstance(k, int), f"the number of tokens is static here, found {ids}")
+        rows = tokens * k  # type: ignore[operator]
+        return Tensor(x.dtype, (rows, x.shape[1])), Tensor(DType.i32, (self.experts,)), Bundle((Tensor(DType.i32, (rows,)),))
+
+
+@op("combine")
+class Combine(Op):
+    """Expert rows back to tokens: out[t] = sum over slots s of weights[t, s] * (the row of slot s of token t).
+
+    rows [T*k, H], the dispatch's handle and weights f32[T, k] give [T, H]; summed in float32 in the order of slots,
+    rounded once.
+    """
+
+    rows: Value
+    handle: Value
+    weights: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        rows, weights = self.rows.tensor, self.weights.tensor
+        require_float(self.rows, self.weights)
+        require(rows.rank == weights.rank == 2, f"expected rows [T*k, H] and weights [T, k], found {rows} and {weights}")
+        expected = Bundle((Tensor(DType.i32, rows.shape[:1]),))
+        require(self.handle.type == expected, f"the handle is {self.handle.type}, expected {expected}")
+        require(weights.size == rows.shape[0], f"weights are {weights}, but there are {rows.shape[0]} rows")
+        return (Tensor(rows.dtype, (weights.shape[0], rows.shape[1])),)
+
+    def flops(self) -> int:
+        return 2 * self.rows.tensor.size
