@@ -1,0 +1,162 @@
+"""One .safetensors file: its header read and checked, its tensors as views of a memory map, and the writer.
+
+The format: eight bytes with the length of the header (little-endian), the header (a JSON object: name -> dtype, shape and the
+begin and end of the data, counted from the end of the header), then the data. It is read here rather than through the
+safetensors library because every error must name the tensors it costs, BF16 and FP8 must arrive without a copy, and pages must
+be given back once copied, so that loading a checkpoint needs little more memory than its result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..ir.errors import DscError, require
+from .weights import DTYPE_NAMES, NUMPY_DTYPES
+
+_FILE_CODES = {
+    "bf16": "BF16",
+    "f16": "F16",
+    "f32": "F32",
+    "f64": "F64",
+    "f8e4m3": "F8_E4M3",
+    "f8e5m2": "F8_E5M2",
+    "e8m0": "F8_E8M0",
+    "i64": "I64",
+    "i32": "I32",
+    "u8": "U8",
+    "bool": "BOOL",
+}
+_IR_NAMES = {code: name for name, code in _FILE_CODES.items()}
+_LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FileTensor:
+    """A tensor in a .safetensors file: `nbytes` bytes from byte `start` of `file`. A dtype that dsc lacks keeps the file's code."""
+
+    file: SafetensorsFile
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def where(self) -> str:
+        """The file's name, for messages."""
+        return self.file.path.name
+
+    def array(self) -> np.ndarray:
+        """The tensor as a read-only view of the memory map (a copy where the file does not align it)."""
+        view: np.ndarray = np.ndarray(self.shape, NUMPY_DTYPES[self.dtype], buffer=self.file.map(), offset=self.start)
+        return view if view.flags.aligned else view.copy()
+
+    def release(self, view: np.ndarray) -> None:
+        """Give back the memory that reading `view`, a contiguous part of `array()`, has occupied; reading it again is still right."""
+        self.file.release(view)
+
+
+@dataclass(eq=False)
+class SafetensorsFile:
+    """An open .safetensors file: only the header is read; data is mapped at the first `array()`.
+
+    Raises `DscError` (one line: file, found, expected) if the file cannot be read, the header is corrupt, or the file is not
+    exactly as long as the header says.
+    """
+
+    path: Path
+    tensors: dict[str, FileTensor] = field(init=False, default_factory=dict)
+    _map: mmap.mmap | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                require(size >= 8 and length <= _LONGEST_HEADER, f"{self.path}: not a safetensors file: no plausible header length")
+                cut = f"truncated within its header: expected {8 + length:,} bytes or more, found {size:,}"
+                require(size >= 8 + length, f"{self.path}: {cut}")
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise DscError(f"{self.path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise DscError(f"{self.path}: corrupt header: not JSON ({error})") from error
+        require(isinstance(header, dict), f"{self.path}: corrupt header: expected a JSON object, found {type(header).__name__}")
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            self.tensors[name] = self._tensor(name, entry, 8 + length)
+        self._check_layout(8 + length, size)
+
+    def _tensor(self, name: str, entry: object, data: int) -> FileTensor:
+        match entry:
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+                all(type(n) is int and n >= 0 for n in shape) and 0 <= begin <= end
+            ):
+                dtype = _IR_NAMES.get(code, code)
+            case _:
+                raise DscError(f"{self.path}: corrupt header: {name!r}: expected dtype, shape and data_offsets, found {entry}")
+        if dtype in NUMPY_DTYPES:
+            expected = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+            described = f"{name!r}: {dtype}{shape} is {expected:,} bytes"
+            require(expected == end - begin, f"{self.path}: corrupt header: {described}, data_offsets give {end - begin:,}")
+        return FileTensor(self, name, dtype, tuple(shape), data + begin, end - begin)
+
+    def _check_layout(self, data: int, size: int) -> None:
+        """The tensors' bytes follow one another without gap or overlap from `data` to the end of the file."""
+        end = data
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
+            found = f"starts at byte {tensor.start:,}, expected {end:,}, the end of the tensor before it"
+            require(tensor.start == end, f"{self.path}: corrupt header: {tensor.name!r} {found}")
+            end += tensor.nbytes
+        if size < end:
+            cut = [tensor.name for tensor in self.tensors.values() if tensor.start + tensor.nbytes > size]
+            raise DscError(f"{self.path}: truncated: expected {end:,} bytes, found {size:,}; cut short: {', '.join(cut)}")
+        require(size == end, f"{self.path}: expected {end:,} bytes by its header, found {size:,}")
+
+    def map(self) -> mmap.mmap:
+        """The file's bytes, mapped read-only."""
+        if self._map is None:
+            try:
+                with open(self.path, "rb") as file:
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise DscError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return self._map
+
+    def release(self, view: np.ndarray) -> None:
+        """Drop the pages that lie wholly within `view` from this process: the system reads them again if they are needed again."""
+        whole = np.frombuffer(self.map(), np.uint8)
+        if hasattr(mmap, "MADV_DONTNEED") and np.may_share_memory(view, whole):
+            start = _address(view) - _address(whole)
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                self.map().madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write `tensors` as one .safetensors file, wider dtypes first so that everything is aligned, without copying contiguous ones."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, array in ordered:
+        code = _FILE_CODES[DTYPE_NAMES[array.dtype]]
+        header[name] = {"dtype": code, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in ordered:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,261 @@
+"""Weights out of a set of stored tensors, wherever these lie: how what is stored is made to serve what a program wants.
+
+`StoredWeights` finds each wanted tensor under whichever spelling it is stored (see `expert_names`), dequantises FP8, converts
+between float types, and lists everything that does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..ir.errors import DscError
+from ..numerics.formats import FORMATS, round_to, widen
+from .expert_names import Part, any_expert, collapse, parts
+from .weights import FLOATS, FP8, NUMPY_DTYPES, Wanted, type_text
+
+_DECODABLE = (*FLOATS, "e8m0")
+_MTP_COPY = re.compile(r"(?P<model>.*)layers\.\d+\.(?P<copy>embed_tokens|shared_head\.head)\.weight")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_CHUNK_VALUES = 1 << 20
+
+
+class Stored(Protocol):
+    """A tensor where it lies. `array` is a view if it can be; `release` lets go of memory that reading a part of it took."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def where(self) -> str: ...
+    def array(self) -> np.ndarray: ...
+    def release(self, view: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Problem:
+    kind: str
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where an on-disk tensor lies: `tensor.array()[part.index]`."""
+
+    tensor: Stored
+    part: Part
+
+    def array(self) -> np.ndarray:
+        return self.tensor.array()[(*self.part.index, ...)]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One step in assembling a wanted tensor: `wanted[index] = source`, times the block scales of an FP8 `source`."""
+
+    index: tuple[int | slice, ...]
+    source: _Piece
+    scale: _Piece | None
+
+
+class StoredWeights:
+    """Weights out of a fixed set of stored tensors.
+
+    An FP8 tensor that a program wants in a wider type is multiplied by its block scales, `X.weight_scale_inv`, in float32 and
+    then rounded to that type, as DeepSeek's own converter does (fp8_cast_bf16.py); wanted as FP8, it is handed out byte for byte.
+    Other conversions between float types round once, to nearest even. Nothing is ever quantised here.
+
+    `config` is the model's config.json: `num_hidden_layers` (layers from there on are MTP's, which a program may leave alone),
+    `tie_word_embeddings`, `quantization_config.weight_block_size`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Stored], source: str, config: Mapping[str, Any]) -> None:
+        self.tensors = tensors
+        self.source = source
+        self._layers: int | None = config.get("num_hidden_layers")
+        self._tied = bool(config.get("tie_word_embeddings"))
+        quantization = config.get("quantization_config") or {}
+        self._block: tuple[int, int] = tuple(quantization.get("weight_block_size") or (128, 128))
+        self._pieces = {part.name: _Piece(tensor, part) for tensor in tensors.values() for part in parts(tensor.name, tensor.shape)}
+
+    def get(self, wanted: Wanted) -> np.ndarray:
+        """See `Weights.get`. Beyond the result it takes a few times `_CHUNK_VALUES` float32 values, whatever the size of the tensor."""
+        copies, problems = self._plan(wanted)
+        self._report(problems)
+        if [(copy.source.tensor.dtype, copy.source.part.shape) for copy in copies] == [(wanted.dtype, wanted.shape)]:
+            return np.asarray(copies[0].source.array(), order="C")
+        out = np.empty(wanted.shape, NUMPY_DTYPES[wanted.dtype])
+        for copy in copies:
+            target, source = np.atleast_1d(out[(*copy.index, ...)], copy.source.array())
+            scale = None if copy.scale is None else widen(copy.scale.array())
+            for rows in _row_chunks(target.shape, self._block[0]):
+                chunk = source[rows]
+                values = chunk if scale is None else self._dequantise(chunk, scale[rows.start // self._block[0] :])
+                target[rows] = _convert(values, wanted.dtype)
+                copy.source.tensor.release(chunk)
+        return out
+
+    def check(self, wanted: Sequence[Wanted], *, strict: bool = True) -> None:
+        """See `Weights.check`."""
+        problems: list[_Problem] = []
+        used: set[str] = set()
+        stacks: set[str] = set()
+        for item in wanted:
+            copies, faults = self._plan(item)
+            problems += faults
+            used.update(part.name for copy in copies for part in parts(copy.source.part.name, copy.source.part.shape))
+            names = [part.name for part in parts(item.name, item.shape, item.experts)]
+            used.update(names)
+            if item.experts is not None:
+                stacks.update(any_expert(name) for name in names)
+        if strict:
+            problems += self._extra(used, stacks)
+        self._report(problems)
+
+    def describe(self) -> str:
+        """See `Weights.describe`."""
+        total: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            total[tensor.dtype] = total.get(tensor.dtype, 0) + tensor.nbytes
+        types = ", ".join(f"{dtype} {_size_text(nbytes)}" for dtype, nbytes in sorted(total.items(), key=lambda item: -item[1]))
+        return f"{self.source}: {len(self.tensors):,} tensors ({types})"
+
+    def _plan(self, wanted: Wanted) -> tuple[list[_Copy], list[_Problem]]:
+        whole = self.tensors.get(wanted.name)
+        if whole is not None and whole.dtype == wanted.dtype and whole.shape == wanted.shape and wanted.experts is None:
+            return [_Copy((), _Piece(whole, Part(wanted.name, (), wanted.shape)), None)], []
+        found = [self._locate(part, wanted.dtype) for part in parts(wanted.name, wanted.shape, wanted.experts)]
+        return [item for item in found if isinstance(item, _Copy)], [item for item in found if isinstance(item, _Problem)]
+
+    def _locate(self, part: Part, dtype: str) -> _Copy | _Problem:
+        piece = self._find(part.name)
+        if piece is None:
+            return _Problem("missing", part.name, f"expected {type_text(dtype, part.shape)}")
+        found, shape = piece.tensor.dtype, piece.part.shape
+        here = f"expected {type_text(dtype, part.shape)}, found {type_text(found, shape)} in {piece.tensor.where}"
+        if shape != part.shape:
+            return _Problem("misshapen", part.name, here)
+        if (piece.part.fused or (part.fused and part.name.endswith("_scale_inv"))) and (fault := self._straddling(piece.part.name)):
+            return fault
+        if found == dtype or (found in _DECODABLE and dtype in FLOATS):
+            return _Copy(part.index, piece, None)
+        if found in FP8 and dtype in FLOATS:
+            scale = self._scale(piece)
+            return scale if isinstance(scale, _Problem) else _Copy(part.index, piece, scale)
+        return _Problem("dtype", part.name, here + ("; weights are not quantised on loading" if dtype in FP8 else "; cannot be converted"))
+
+    def _scale(self, weight: _Piece) -> _Piece | _Problem:
+        """The block scales of an FP8 matrix, each of which holds for one block of rows and columns."""
+        name, shape = f"{weight.part.name}_scale_inv", weight.part.shape
+        found = type_text(weight.tensor.dtype, shape)
+        if len(shape) != 2:
+            return _Problem("misshapen", weight.part.name, f"expected a matrix, which can have block scales, found {found}")
+        blocks = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=True))
+        expected = f"expected {type_text('f32', blocks)}, one per {self._block[0]}x{self._block[1]} block of {found}"
+        scale = self._find(name)
+        if scale is None:
+            return _Problem("missing", name, expected)
+        if scale.part.shape != blocks or scale.tensor.dtype not in _DECODABLE:
+            here = f"found {type_text(scale.tensor.dtype, scale.part.shape)} in {scale.tensor.where}"
+            return _Problem("misshapen", name, f"{expected}, {here}")
+        return scale
+
+    def _straddling(self, name: str) -> _Problem | None:
+        """FP8 blocks start anew at each original tensor, so gate and up can share one tensor only if no block straddles them."""
+        weight = self._find(name.removesuffix("_scale_inv"))
+        if weight is None or weight.tensor.dtype not in FP8 or weight.part.shape[0] % self._block[0] == 0:
+            return None
+        rows = f"expected rows in multiples of {self._block[0]}, found {weight.part.shape[0]}"
+        return _Problem("misshapen", name, f"FP8 blocks of a fused gate_up_proj would straddle gate and up: {rows}")
+
+    def _find(self, name: str) -> _Piece | None:
+        """The stored tensor called `name`, or the one that it is a copy of: tied output head, MTP's embedding and head."""
+        if name in self._pieces:
+            return self._pieces[name]
+        original = self._original(name)
+        return None if original is None else self._find(original)
+
+    def _original(self, name: str) -> str | None:
+        if name == "lm_head.weight" and self._tied:
+            return "model.embed_tokens.weight"
+        if (match := _MTP_COPY.fullmatch(name)) and self._is_mtp(name):
+            return f"{match['model']}embed_tokens.weight" if match["copy"] == "embed_tokens" else "lm_head.weight"
+        return None
+
+    def _is_mtp(self, name: str) -> bool:
+        layer = _layer(name)
+        return layer is not None and self._layers is not None and layer >= self._layers
+
+    def _extra(self, used: set[str], stacks: set[str]) -> Iterator[_Problem]:
+        wanted_layers = {_layer(name) for name in used}
+        for name, piece in self._pieces.items():
+            legitimate = (
+                name in used
+                or name.removesuffix("_scale_inv") in used
+                or any_expert(name) in stacks
+                or any_expert(name.removesuffix("_scale_inv")) in stacks
+                or self._original(name) is not None
+                or name.endswith("rotary_emb.inv_freq")
+                or (self._is_mtp(name) and _layer(name) not in wanted_layers)
+            )
+            if not legitimate:
+                found = type_text(piece.tensor.dtype, piece.part.shape)
+                yield _Problem("extra", name, f"found {found} in {piece.tensor.where}, which the program does not want")
+
+    def _dequantise(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """float32 [n, K]: `codes` [n, K] times `scale` [>= n / block rows, K / block columns]; the first row begins a block."""
+        values = widen(codes)
+        rows, columns = self._block
+        for block, first in enumerate(range(0, len(values), rows)):
+            values[first : first + rows] *= np.repeat(scale[block], columns)[: values.shape[1]]
+        return values
+
+    def _report(self, problems: Sequence[_Problem]) -> None:
+        groups: dict[tuple[str, str], list[str]] = {}
+        for problem in dict.fromkeys(problems):
+            groups.setdefault((problem.kind, problem.detail), []).append(problem.name)
+        lines = [f"{kind}: {name}: {detail}" for (kind, detail), names in groups.items() for name in collapse(names)]
+        if len(lines) == 1:
+            raise DscError(f"{self.source}: {lines[0]}")
+        if lines:
+            counts = Counter(problem.kind for problem in dict.fromkeys(problems))
+            totals = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+            raise DscError("\n".join([f"{self.source}: these weights do not fit the program: {totals}", *(f"  {line}" for line in lines)]))
+
+
+def _convert(values: np.ndarray, dtype: str) -> np.ndarray:
+    if values.dtype == NUMPY_DTYPES[dtype]:
+        return values
+    return widen(values, np.float64) if dtype == "f64" else round_to(values, FORMATS[dtype])
+
+
+def _row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[slice]:
+    """Slices of the first axis, each `_CHUNK_VALUES` values or the least multiple of `multiple` rows above that."""
+    row = max(1, math.prod(shape[1:]))
+    step = -(-_CHUNK_VALUES // (row * multiple)) * multiple
+    for first in range(0, shape[0], step):
+        yield slice(first, first + step)
+
+
+def _layer(name: str) -> int | None:
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def _size_text(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:,.1f} {unit}"
+    return f"{nbytes} B"
