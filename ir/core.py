@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
 from types import NoneType
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
 from .errors import DscError, require
 from .types import Bundle, DType, Shape, Tensor, Type
@@ -194,13 +194,19 @@ OpClass = TypeVar("OpClass", bound=type[Op])
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
+def family(cls: OpClass) -> OpClass:
+    """Let the ops derived from this class share its fields and its type rule."""
+    return cast(OpClass, dataclass(frozen=True, eq=False, repr=False)(cls))
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
 def op(name: str, *traits: Trait) -> Callable[[OpClass], OpClass]:
     """Declare the class below as the op `name`. Fields annotated `Value` are operands, the rest are attributes."""
 
     def declare(cls: OpClass) -> OpClass:
         if name in OPS:
             raise TypeError(f"op {name!r} is declared twice: {OPS[name].__qualname__} and {cls.__qualname__}")
-        made = dataclass(frozen=True, eq=False, repr=False)(cls)
+        made = family(cls)
         made.name = name
         made.traits = frozenset(traits)
         made.arguments = _arguments(made)
@@ -209,12 +215,6 @@ def op(name: str, *traits: Trait) -> Callable[[OpClass], OpClass]:
         return made
 
     return declare
-
-
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
-def family(cls: OpClass) -> OpClass:
-    """Let the ops derived from this class share its fields and its type rule."""
-    return dataclass(frozen=True, eq=False, repr=False)(cls)
 
 
 def _arguments(cls: type[Op]) -> tuple[Argument, ...]:

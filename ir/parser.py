@@ -26,7 +26,7 @@ from .verify import STAGES, check
 def parse(text: str, file: str = "") -> Module:
     """The module that `text` says, verified. Raises `IRError`, a `DscError`, with every fault; `file` is for its message."""
     try:
-        tree = _lark().parse(text)
+        tree: Any = _lark().parse(text)  # not a tree: the transformer has made records of it
     except UnexpectedInput as error:
         raise IRError([_syntax(error, text)], text, file) from None
     reader = _Reader()
@@ -78,7 +78,7 @@ class _Tree(Transformer[Token, Any]):
 
     def func(self, name: Token, *rest: Any) -> _Func:
         params = [r for r in rest if isinstance(r, tuple)]
-        updates = next((r.children for r in rest if hasattr(r, "data")), [])
+        updates: list[Any] = next((r.children for r in rest if hasattr(r, "data")), [])
         return _Func(name, params, updates, [r for r in rest if isinstance(r, _Stmt)], rest[-1])
 
     def param(self, name: Token, type: Type | DscError) -> tuple[Token, Type | DscError]:
@@ -311,7 +311,8 @@ def _syntax(error: UnexpectedInput, text: str) -> Diagnostic:
     if isinstance(error, UnexpectedToken) and error.token.type != "$END":
         return Diagnostic(error.line, error.column, f"found {str(error.token)!r}, expected {expected}")
     if isinstance(error, UnexpectedCharacters):
-        return Diagnostic(error.line, error.column, f"found {text[error.pos_in_stream : error.pos_in_stream + 1]!r}, expected {expected}")
+        at = error.pos_in_stream or 0
+        return Diagnostic(error.line, error.column, f"found {text[at : at + 1]!r}, expected {expected}")
     lines = text.splitlines() or [""]
     assert isinstance(error, UnexpectedEOF | UnexpectedToken)
     return Diagnostic(len(lines), len(lines[-1]) + 1, f"the text ends here, expected {expected}")

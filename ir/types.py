@@ -6,6 +6,7 @@ its scales are two ordinary tensors, and sharding is not a type: both would othe
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -42,11 +43,11 @@ class DType(Enum):
         self.bits = bits
 
     @property
-    def is_float(self) -> bool:
+    def is_float(self) -> builtins.bool:
         return self.kind == "float"
 
     @property
-    def is_int(self) -> bool:
+    def is_int(self) -> builtins.bool:
         return self.kind == "int"
 
     def __str__(self) -> str:

@@ -1,0 +1,200 @@
+"""The artifact: one relocatable folder that says what was compiled, how, and what each pass did.
+
+    manifest.json           what, with which command and versions, and the list of passes
+    ir/00-traced.dsc        the program as traced, then one file per pass, with a .diff where the pass changed something
+    constants.safetensors   arrays too large for text, if there are any
+    plan/memory.json        weights and peak live bytes by function
+
+A folder is written beside its place and renamed, so it is complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..ir.core import Module
+from ..ir.errors import DscError, require
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+CONSTANTS = "constants.safetensors"
+
+
+class Entry(BaseModel):
+    """Base of the manifest's records: unknown keys are refused, so that a newer schema is noticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PassRecord(Entry):
+    """What one pass did. The first record of a manifest is the tracer's."""
+
+    name: str
+    text: str
+    seconds: float
+    ops: int
+    changed: bool
+    file: str
+    diff: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Manifest(Entry):
+    """manifest.json."""
+
+    schema_version: int = SCHEMA
+    dsc_version: str
+    command: tuple[str, ...]
+    source: str
+    source_kind: str
+    source_sha256: str | None
+    mode: str
+    stage: str
+    weights: str
+    config: dict[str, Any] | None
+    passes: tuple[PassRecord, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled program on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @cached_property
+    def module(self) -> Module:
+        """The program after the last pass."""
+        return self._read(self.manifest.passes[-1])
+
+    def after(self, name: str) -> Module:
+        """The program after the last pass of that name; `traced` is the program before any."""
+        return self._read(self._record(name))
+
+    def text_after(self, name: str) -> str:
+        """The same as text, as it stands on disk."""
+        return self._file(self._record(name).file).read_text(encoding="utf-8")
+
+    def _record(self, name: str) -> PassRecord:
+        found = [p for p in self.manifest.passes if p.name == name]
+        require(bool(found), f"{self.path}: no pass {name}; it ran {', '.join(p.name for p in self.manifest.passes)}")
+        return found[-1]
+
+    def _read(self, record: PassRecord) -> Module:
+        from ..ir.parser import parse
+
+        file = self._file(record.file)
+        module = parse(file.read_text(encoding="utf-8"), str(file))
+        return module.replace(constants=self.constants) if self.constants else module
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """The arrays of constants.safetensors by name."""
+        file = self.path / CONSTANTS
+        if not file.exists():
+            return {}
+        from safetensors.numpy import load_file
+
+        return dict(load_file(file))
+
+    def _file(self, name: str) -> Path:
+        file = self.path / name
+        require(file.is_file(), f"{file} is missing from the artifact; compile it again")
+        return file
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether `path` is a folder with a manifest of ours."""
+    try:
+        return "dsc_version" in json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def load(path: str | Path) -> Artifact:
+    """The artifact at `path`. Raises `DscError` where there is none, or one of another schema."""
+    folder = Path(path)
+    file = folder / MANIFEST
+    if not file.is_file():
+        found = "no such folder" if not folder.exists() else "a file" if folder.is_file() else "a folder without manifest.json"
+        raise DscError(f"{folder}: expected an artifact made by dsc compile, found {found}")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        require(isinstance(raw, dict) and "dsc_version" in raw, f"{file}: not a manifest of dsc")
+        version = raw.get("schema_version")
+        require(version == SCHEMA, f"{file}: schema version {version}, expected {SCHEMA}; compile it again")
+        return Artifact(folder, Manifest.model_validate(raw))
+    except json.JSONDecodeError as error:
+        raise DscError(f"{file}: not JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DscError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def check_target(path: Path) -> None:
+    """Refuse to overwrite what dsc did not make, before any work is done."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_artifact(path)):
+        kind = "a file" if path.is_file() else "a folder that is not an artifact"
+        raise DscError(f"{path} exists and is {kind}; expected a new folder, an empty one or an artifact to replace")
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"{path} cannot be written: no permission to write in {parent}")
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not."""
+    target = path.resolve()
+    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise DscError(f"{path} cannot be written: {error.strerror}") from None
+    old = draft.with_name(draft.name + ".old")
+    try:
+        yield draft
+        draft.chmod(0o777 & ~_umask())
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+    except BaseException as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(draft, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise DscError(f"{path} cannot be written: {error.strerror or error}; nothing was left behind") from None
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that this process has used."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "numpy", "ml_dtypes", "transformers", "triton"):
+        if (module := sys.modules.get(name)) is not None:
+            found[name] = str(module.__version__)
+    return found

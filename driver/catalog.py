@@ -1,0 +1,84 @@
+"""What there is: ops with everything that implements them, passes with their options, shipped models."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ..ir.core import OPS
+from ..ir.explain import card, cards, markdown, place
+from .ui import table
+
+
+def facets() -> dict[str, Mapping[str, Any]]:
+    """Who implements ops, and with what: consumer -> op name -> function."""
+    from ..backends.numpy_ref.run import REFERENCES
+
+    return {"reference": {cls.name: function for cls, function in REFERENCES.items()}}
+
+
+def describe_ops() -> tuple[list[dict[str, Any]], str]:
+    """Every op in a line, as JSON and as text."""
+    rows = cards()
+    value = [{**vars(c), "traits": list(c.traits)} for c in rows]
+    return value, table(("op", "family", "meaning"), [(c.name, c.family, c.text.split("\n")[0]) for c in rows], left=3)
+
+
+def describe_op(name: str) -> tuple[dict[str, Any], str]:
+    """One op's card, as JSON and as text."""
+    found = card(name)
+    places = {"declared": found.place} | {consumer: place(table[name]) for consumer, table in facets().items() if name in table}
+    if found.fused:
+        places["expand"] = place(OPS[name].expand)
+    missing = [consumer for consumer, table in facets().items() if name not in table]
+    lines = [found.form, "", found.text, ""]
+    if found.traits:
+        lines.append(f"traits     {', '.join(found.traits)}")
+    lines += [f"{what:<10} {where}" for what, where in places.items()]
+    lines += [f"{what:<10} missing" for what in missing]
+    return {**vars(found), "traits": list(found.traits), "places": places, "missing": missing}, "\n".join(lines)
+
+
+def ops_page() -> str:
+    """docs/ops.md."""
+    return markdown(facets())
+
+
+def describe_passes() -> tuple[list[dict[str, Any]], str]:
+    """Every pass with its options, as JSON and as text."""
+    from ..passes.manager import PASSES
+
+    value: list[dict[str, Any]] = []
+    for name, cls in sorted(PASSES.items()):
+        options = {f.name.replace("_", "-"): None if f.default is MISSING else f.default for f in fields(cls) if f.init}
+        text = inspect.cleandoc(cls.__doc__ or "").split("\n")[0]
+        value.append({"name": name, "options": options, "requires": cls.requires, "ensures": cls.ensures, "text": text})
+    rows = [(v["name"], ", ".join(f"{k}={d}" for k, d in v["options"].items()), v["text"]) for v in value]
+    return value, table(("pass", "options", "what it does"), rows, left=3)
+
+
+def describe_models() -> tuple[list[dict[str, Any]], str]:
+    """The shipped models, as JSON and as text."""
+    from ..models.config import load_config, shipped
+
+    value = []
+    for name in shipped():
+        config = load_config(name, ())
+        extra = config.to_dict()
+        experts = extra.get("n_routed_experts") or 0
+        value.append(
+            {
+                "name": name,
+                "model_type": extra["model_type"],
+                "layers": extra["num_hidden_layers"],
+                "hidden": extra["hidden_size"],
+                "heads": extra["num_attention_heads"],
+                "experts": experts,
+                "experts_per_token": extra.get("num_experts_per_tok") if experts else None,
+                "vocabulary": extra["vocab_size"],
+            }
+        )
+    rows = [[str(v if v is not None else "-") for v in row.values()] for row in value]
+    return value, table(("model", "type", "layers", "hidden", "heads", "experts", "per token", "vocabulary"), rows, left=2)

@@ -1,0 +1,304 @@
+"""The commands of `dsc`. Each is a thin face of a function that Python users call too; imports are inside, so that help is quick."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..ir.errors import require
+from .cli import cli, inputs_option, json_option, weights_option
+from .ui import count, emit_json, note, plural, progress, table
+
+PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes).'
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Artifact folder to write.")
+@click.option("--mode", default="forward", metavar="forward|train|decode", help="What the program does. Default: forward.")
+@click.option("--batch", type=int, help="Sequences per micro-batch. Default: 1.")
+@click.option("--seq", type=int, help="Tokens per sequence. Default: 4096, 64 for a -tiny model.")
+@click.option("--context", type=int, help="Cache length of decode. Default: as --seq.")
+@click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify.")
+@click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
+@click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
+@json_option
+def compile(source: str, out: Path, as_json: bool, **options: Any) -> int:
+    """Compile SRC into an artifact folder.
+
+    SRC is a shipped model (dsc models), a config.json, a checkpoint folder, file.py:factory (a function that returns a
+    module and its inputs), or a .dsc file.
+
+    \b
+    dsc compile deepseek-v3 -o out
+    dsc compile deepseek-v3-tiny -o out --mode decode --context 128
+    dsc compile path/to/config.json -o out --set num_hidden_layers=4 --seq 512
+    """
+    from .compile import compile as build
+
+    start = time.perf_counter()
+    with progress("compiling") as step:
+        made = build(source, out, command=("dsc", *sys.argv[1:]), on_step=step, **options)
+    seconds = time.perf_counter() - start
+    from ..ir.walk import parameters
+
+    counted = parameters(made.module).values()
+    total, active = sum(c.total for c in counted), sum(c.active for c in counted)
+    ops = made.manifest.passes[-1].ops
+    if as_json:
+        emit_json({"out": str(out), "seconds": seconds, "parameters": total, "active": active, **made.manifest.model_dump(mode="json")})
+        return 0
+    made_of = f"{plural(len(made.module.funcs), 'function')}, {plural(ops, 'op')}, {count(total)} parameters"
+    print(f"{source}: {made_of} ({count(active)} active per token)")
+    rows = [(p.name, f"{p.seconds:.2f} s", f"{p.ops:,}", p.file if p.changed else "unchanged") for p in made.manifest.passes]
+    print(table(("step", "time", "ops", "result"), rows))
+    print(f"{out}: compiled in {seconds:.1f} s")
+    return 0
+
+
+@cli.command()
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@weights_option
+@inputs_option
+@click.option(
+    "--out", "file", type=click.Path(path_type=Path), metavar="FILE.npz", help="Write the results, BF16 and FP8 widened to float32."
+)
+@click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
+@json_option
+def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, backend: str, as_json: bool) -> int:
+    """Run a compiled program.
+
+    \b
+    dsc run out
+    dsc run out --weights path/to/checkpoint --inputs tokens.npz --out logits.npz
+    """
+    from .artifact import load
+    from .run import result_names, save, summarise
+    from .run import run as execute
+
+    program = load(out)
+    _say_defaults(program.manifest.weights, weights, inputs)
+    start = time.perf_counter()
+    with progress("running", _executed(program.module)) as step:
+        results = execute(program, weights, inputs, backend, lambda site, *rest: step(str(site)))
+    seconds = time.perf_counter() - start
+    names = result_names(program.module)
+    if file:
+        save(file, names, results)
+    found = {name: summarise(array) for name, array in zip(names, results, strict=True)}
+    if as_json:
+        emit_json({"backend": backend, "seconds": seconds, "results": found, "file": str(file) if file else None})
+        return 0
+    rows = [
+        [name, f"{s['dtype']}{s['shape']}", *(f"{s[k]:.5g}" if k in s else "-" for k in ("min", "max", "mean", "std"))]
+        for name, s in found.items()
+    ]
+    print(table(("result", "type", "min", "max", "mean", "std"), rows, left=2))
+    for name, stats in found.items():
+        if stats["not_finite"]:
+            note(f"dsc: {name} has {plural(stats['not_finite'], 'value')} that are infinite or not a number")
+    print(f"ran on {backend} in {seconds:.2f} s{f'; results in {file}' if file else ''}")
+    return 0
+
+
+def _say_defaults(own: str, weights: str | None, inputs: str | None) -> None:
+    taken = [] if weights else [f"weights {'random:0' if own == 'none' else own}"]
+    taken += [] if inputs else ["seeded inputs"]
+    if taken:
+        note(f"dsc: taking {' and '.join(taken)}")
+
+
+def _executed(module: Any) -> int:
+    from ..ir.walk import walk
+
+    return sum(1 for _ in walk(module))
+
+
+@cli.command()
+@click.argument("source", metavar="OUT|SRC")
+@click.option("--after", metavar="PASS", help="The program after this pass (traced: before any).")
+@click.option("--func", metavar="NAME", help="Print the IR of one function.")
+@click.option("--params", is_flag=True, help="Parameters by part, total and active per token.")
+@click.option("--memory", is_flag=True, help="Bytes of weights, and the peak of live values by function.")
+@json_option
+def inspect(source: str, after: str | None, func: str | None, params: bool, memory: bool, as_json: bool) -> int:
+    """Show what a program is made of.
+
+    OUT is an artifact; anything that compiles is traced first.
+
+    \b
+    dsc inspect out
+    dsc inspect out --after traced --func moe_layer
+    dsc inspect deepseek-v3 --params
+    """
+    from . import artifact
+    from .compile import read
+    from .inspect import describe_memory, describe_parameters, describe_program
+
+    if artifact.is_artifact(Path(source)) or (Path(source).is_dir() and not (Path(source) / "config.json").exists()):
+        program = artifact.load(source)
+        module = program.after(after) if after else program.module
+    else:
+        require(after in (None, "traced"), f"--after {after} needs an artifact; {source} is not one")
+        module = read(source)[1]
+    if func:
+        text = str(module[func.removeprefix("@")])
+        emit_json({"func": func, "text": text}) if as_json else print(text, end="")
+        return 0
+    if after and not (params or memory or as_json):
+        print(module, end="")
+        return 0
+    wanted = [("program", describe_program)] if not (params or memory) else []
+    wanted += [("parameters", describe_parameters)] if params else []
+    wanted += [("memory", describe_memory)] if memory else []
+    found = [(name, *describe(module)) for name, describe in wanted]
+    if as_json:
+        emit_json({name: value for name, value, _ in found})
+    else:
+        print("\n\n".join(text for _, _, text in found))
+    return 0
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-p", "--passes", default="", metavar="PIPELINE", help=PASSES_HELP)
+@click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
+@click.option("--print-after", metavar="PASS|all", help="Also print the program after this pass, on standard error.")
+@click.option("--time", "timing", is_flag=True, help="Say how long each pass took, on standard error.")
+@click.option("--why", is_flag=True, help="Say what each pass declined to do and why, on standard error.")
+@click.option("--bisect", is_flag=True, help="Find the first pass that changes the results, on random weights and seeded inputs.")
+@json_option
+def opt(file: Path, passes: str, until: str | None, print_after: str | None, timing: bool, why: bool, bisect: bool, as_json: bool) -> int:
+    """Run passes over a .dsc file and print the result.
+
+    With no passes the file is checked and printed as it is.
+
+    \b
+    dsc opt program.dsc -p simplify
+    dsc opt program.dsc -p "simplify,raise-moe" --print-after simplify --why
+    """
+    from ..passes.manager import bisect as first_bad
+    from ..passes.manager import parse_pipeline, run_pipeline
+    from .bisect import same_results
+    from .compile import read
+
+    require(file.suffix == ".dsc", f"{file}: expected a .dsc file")
+    pipeline = parse_pipeline(passes)
+    module = read(file)[1]
+    if not pipeline and not as_json:
+        print(file.read_text(encoding="utf-8"), end="")
+        return 0
+    if bisect:
+        culprit = first_bad(module, pipeline, same_results(module))
+        emit_json({"first": culprit}) if as_json else print(
+            f"{culprit} is the first to change the results" if culprit else "no pass changes the results"
+        )
+        return 1 if culprit else 0
+    names = {p.name for p in pipeline}
+    require(print_after in (None, "all", *names), f"--print-after {print_after}: the pipeline has {', '.join(sorted(names))}")
+
+    def snapshot(record: Any, after: Any) -> None:
+        if print_after in ("all", record.name):
+            note(f"// after {record.options}\n{after}")
+        if timing:
+            change = f"{record.ops_before:,} -> {record.ops_after:,} ops" if record.changed else "unchanged"
+            note(f"{record.name}: {record.seconds:.3f} s, {change}")
+        if why:
+            for declined in record.declined:
+                note(f"{record.name}: {declined}")
+
+    result = run_pipeline(module, pipeline, until=until, on_snapshot=snapshot)
+    if as_json:
+        records = [{**vars(r), "declined": [str(d) for d in r.declined]} for r in result.records]
+        emit_json({"passes": records, "stage": result.module.stage, "text": str(result.module)})
+    else:
+        print(result.module, end="")
+    return 0
+
+
+@cli.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path), required=False)
+@click.option("--backends", default="numpy", metavar="NAME[,NAME]", help="One backend for both, or two to compare on one artifact.")
+@weights_option
+@inputs_option
+@click.option(
+    "--tolerance", type=float, default=0.0, metavar="REL", help="Relative L2 difference that still counts as the same. Default: 0."
+)
+@click.option("--all", "everything", is_flag=True, help="Show every op, not only those that differ most.")
+@json_option
+def diff(
+    a: Path, b: Path | None, backends: str, weights: str | None, inputs: str | None, tolerance: float, everything: bool, as_json: bool
+) -> int:
+    """Compare two artifacts, or one under two backends, op by op.
+
+    Exit code 0 the same, 1 different, 2 an error. Two artifacts are the same when every op gives the same bits (or
+    differs by at most --tolerance); two backends when each op, on the same operands, stays within its rounding bound.
+
+    \b
+    dsc diff out out --backends numpy,numpy-f64
+    dsc diff bf16 f32 --tolerance 0.01
+    """
+    from .artifact import load
+    from .diff import diff as compare
+    from .report_diff import show
+
+    names = tuple(n for n in backends.split(",") if n)
+    first = load(a)
+    second = first if b is None or b.resolve() == a.resolve() else load(b)
+    _say_defaults(first.manifest.weights, weights, inputs)
+    with progress("comparing", 2 * _executed(first.module)) as step:
+        report = compare(first, second, backends=names, weights=weights, inputs=inputs, tolerance=tolerance, on_step=step)
+    if as_json:
+        emit_json(report.to_dict())
+    else:
+        print(show(report, everything))
+    return 0 if report.same else 1
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="Print docs/ops.md.")
+@json_option
+def ops(name: str | None, markdown: bool, as_json: bool) -> int:
+    """List the ops of the IR, or show one: its form, its formula, and where each part of it is.
+
+    \b
+    dsc ops
+    dsc ops matmul
+    """
+    from .catalog import describe_op, describe_ops, ops_page
+
+    if markdown:
+        print(ops_page(), end="")
+        return 0
+    value, text = describe_op(name) if name else describe_ops()
+    emit_json(value) if as_json else print(text)
+    return 0
+
+
+@cli.command()
+@json_option
+def passes(as_json: bool) -> int:
+    """List the passes and their options."""
+    from .catalog import describe_passes
+
+    value, text = describe_passes()
+    emit_json(value) if as_json else print(text)
+    return 0
+
+
+@cli.command()
+@json_option
+def models(as_json: bool) -> int:
+    """List the models that dsc ships configurations of."""
+    from .catalog import describe_models
+
+    value, text = describe_models()
+    emit_json(value) if as_json else print(text)
+    return 0

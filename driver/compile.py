@@ -1,0 +1,213 @@
+"""Compiling: a source becomes IR, passes run over it, and the artifact folder records each step."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..ir.core import Module
+from ..ir.errors import DscError, require
+from ..ir.liveness import live_bytes
+from ..ir.walk import weights as weights_of
+from . import artifact
+from .artifact import Artifact, Manifest, PassRecord
+
+DEFAULT_PASSES = "simplify"
+MODES = ("forward", "train", "decode")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was given to compile, and what kind of thing it is: `dsc`, `factory`, `config` or `checkpoint`."""
+
+    text: str
+    kind: str
+    file: Path | None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the file that describes the program."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file and self.file.is_file() else None
+
+
+def resolve(source: str | Path) -> Source:
+    """Tell a shipped name, a config.json, a checkpoint folder, `file.py:factory` and a .dsc file apart."""
+    text, path = str(source), Path(source)
+    if path.suffix == ".dsc":
+        require(path.is_file(), f"{path}: no such file")
+        return Source(text, "dsc", path)
+    file, separator, _ = text.rpartition(":")
+    if separator and file.endswith(".py"):
+        return Source(text, "factory", Path(file))
+    if path.is_dir():
+        return Source(text, "checkpoint", path / "config.json")
+    return Source(text, "config", path if path.is_file() else None)
+
+
+def read(
+    source: str | Path,
+    *,
+    mode: str = "forward",
+    batch: int | None = None,
+    seq: int | None = None,
+    context: int | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Source, Module, dict[str, Any] | None]:
+    """The source, the program it says at stage `traced` (or that of a .dsc file), and the model's config if it has one."""
+    require(mode in MODES, f"unknown mode {mode}; expected one of {', '.join(MODES)}")
+    for name, given in (("batch", batch), ("seq", seq), ("context", context)):
+        require(given is None or given > 0, f"--{name} is {given}, expected 1 or more")
+    found = resolve(source)
+    if found.kind == "dsc":
+        from ..ir.parser import parse
+
+        assert found.file is not None
+        try:
+            return found, parse(found.file.read_text(encoding="utf-8"), str(found.file)), None
+        except UnicodeDecodeError as error:
+            raise DscError(f"{found.file}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    if found.kind == "factory":
+        from ..models.trace import load_factory, trace
+
+        require(not overrides, "--set changes a model's config, but a factory has none")
+        return found, trace(*load_factory(found.text)), None
+    from ..models.config import load_config
+
+    config = load_config(source, overrides)
+    from ..models.trace import trace
+
+    return found, trace(config, mode=mode, batch=batch, seq=seq, context=context), config.to_dict()
+
+
+def compile(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mode: str = "forward",
+    batch: int | None = None,
+    seq: int | None = None,
+    context: int | None = None,
+    passes: str | None = None,
+    until: str | None = None,
+    weights: str = "none",
+    overrides: Sequence[str] = (),
+    command: Sequence[str] = (),
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Artifact:
+    """Compile `source` into the artifact folder `out`, and open it.
+
+    `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline
+    as text (None: the default one), `until` a stage to stop at, `weights` one of `none`, a checkpoint folder, `random:SEED`:
+    what `dsc run` will take if it is given no other. `on_step` is called with the name of each step that is done.
+
+    >>> dsc.compile("deepseek-v3-tiny", out="out/tiny").manifest.stage
+    'traced'
+    """
+    from ..passes.manager import parse_pipeline, run_pipeline
+
+    target = Path(out)
+    artifact.check_target(target)
+    pipeline = parse_pipeline(DEFAULT_PASSES if passes is None else passes)
+    start = time.perf_counter()
+    found, module, config = read(source, mode=mode, batch=batch, seq=seq, context=context, overrides=overrides)
+    seconds = time.perf_counter() - start
+    on_step("traced")
+    weights = _check_weights(weights, module, config)
+    with artifact.beside(target) as folder:
+        (folder / "ir").mkdir()
+        writer = _Snapshots(folder)
+        writer.write("traced", found.text, seconds, module)
+        constants = module.constants
+
+        def snapshot(record: Any, after: Module) -> None:
+            writer.write(record.name, record.options, record.seconds, after, tuple(map(str, record.declined)))
+            on_step(record.name)
+
+        module = run_pipeline(module, pipeline, until=until, on_snapshot=snapshot).module
+        if constants:
+            from safetensors.numpy import save_file
+
+            save_file({name: array for name, array in constants.items()}, folder / artifact.CONSTANTS)
+        (folder / "plan").mkdir()
+        _write_json(folder / "plan" / "memory.json", memory(module))
+        manifest = Manifest(
+            dsc_version=__version__,
+            command=tuple(command),
+            source=found.text,
+            source_kind=found.kind,
+            source_sha256=found.sha256,
+            mode=mode,
+            stage=module.stage,
+            weights=weights,
+            config=config,
+            passes=tuple(writer.records),
+            versions=artifact.versions(),
+        )
+        _write_json(folder / artifact.MANIFEST, manifest.model_dump(mode="json"))
+    return artifact.load(target)
+
+
+def memory(module: Module) -> dict[str, Any]:
+    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds."""
+    by_dtype: dict[str, int] = {}
+    for tensor in weights_of(module).values():
+        by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + tensor.bytes
+    functions = {}
+    for func in module.funcs:
+        live = live_bytes(module, func)
+        at = func.ops[live.at].id if func.ops else ""
+        functions[func.name] = {"peak_bytes": live.peak, "at": at, "ops": len(func.ops)}
+    main = module.main
+    return {
+        "weights": by_dtype,
+        "weight_bytes": sum(by_dtype.values()),
+        "input_bytes": sum(p.type.bytes for p in main.params),
+        "output_bytes": sum(r.type.bytes for r in main.results),
+        "functions": functions,
+    }
+
+
+def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) -> str:
+    if weights == "none":
+        return weights
+    from .run import open_weights
+
+    open_weights(weights, module, config, check=True)
+    return weights if weights.startswith("random:") else str(Path(weights).resolve())
+
+
+class _Snapshots:
+    """Writes the program after each step, with a diff to the step before where it changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: list[PassRecord] = []
+        self._module: Module | None = None
+        self._text = ""
+
+    def write(self, name: str, pipeline: str, seconds: float, module: Module, notes: tuple[str, ...] = ()) -> None:
+        text = self._text if module is self._module else str(module)
+        changed = text != self._text
+        file = f"ir/{len(self.records):02d}-{name}.dsc"
+        (self.folder / file).write_text(text, encoding="utf-8")
+        diff = None
+        if changed and self._text:
+            diff = file.removesuffix(".dsc") + ".diff"
+            before = self.records[-1].file
+            lines = difflib.unified_diff(self._text.splitlines(True), text.splitlines(True), before, file)
+            (self.folder / diff).write_text("".join(lines), encoding="utf-8")
+        ops = sum(len(f.ops) for f in module.funcs)
+        record = PassRecord(name=name, text=pipeline, seconds=seconds, ops=ops, changed=changed, file=file, diff=diff, notes=notes)
+        self.records.append(record)
+        self._text, self._module = text, module
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,131 @@
+"""A program's inputs: seeded ones where none are given, or those of a file, checked and cast to what the program takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..ir.core import Func, Module, Op, Trait, Value, users
+from ..ir.errors import DscError, require
+from ..ir.ops.attention import AttentionDecode
+from ..ir.ops.control import Call
+from ..ir.ops.elementwise import Cast
+from ..ir.ops.loss import CrossEntropy
+from ..ir.ops.shape import CacheAppend, Concat, Take
+from ..ir.types import DType, Tensor, bound
+from ..models.weights import NUMPY_DTYPES
+from ..numerics.formats import FORMATS, round_to
+
+Inputs = Sequence[Any] | Mapping[str, Any] | str | Path | None
+
+
+def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """The arrays that @main takes, in order: from a tuple, by name from a mapping or an .npz file, or seeded for None.
+
+    Integers are taken as they are, floats are rounded to the parameter's dtype. Raises `DscError` with every fault.
+    """
+    if inputs is None:
+        return seeded(module, seed)
+    params = module.main.params
+    if isinstance(inputs, str | Path):
+        inputs = _load(Path(inputs))
+    names = [p.name for p in params]
+    if isinstance(inputs, Mapping):
+        faults = [f"input {name} is missing" for name in names if name not in inputs]
+        faults += [f"input {name} is not one of the program's: {', '.join(names)}" for name in inputs if name not in names]
+        require(not faults, "\n".join(faults))
+        inputs = [inputs[name] for name in names]
+    require(len(inputs) == len(params), f"@main takes {len(params)} inputs ({', '.join(names)}), found {len(inputs)}")
+    return tuple(_fit(p, array) for p, array in zip(params, inputs, strict=True))
+
+
+def seeded(module: Module, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Inputs made from `seed` and each parameter's name: normal floats, integers in the range that the program can take."""
+    return tuple(_random(p, module, seed) for p in module.main.params)
+
+
+def _random(param: Value, module: Module, seed: int) -> np.ndarray:
+    tensor = param.tensor
+    shape = tuple(bound(d) for d in tensor.shape)
+    digest = hashlib.sha256(f"{seed}/{param.name}".encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    if tensor.dtype.is_float:
+        return _narrow(generator.standard_normal(shape, dtype=np.float32), tensor.dtype)
+    high = min(_limits(module, module.main, param), default=2)
+    return generator.integers(0, 2 if tensor.dtype is DType.bool else high, shape).astype(NUMPY_DTYPES[tensor.dtype.name])
+
+
+def _limits(module: Module, func: Func, value: Value) -> Iterator[int]:
+    """Extents that integers in `value` index, followed through calls and ops that only move them."""
+    for op in users(func).get(value, ()):
+        match op:
+            case Take(indices=v) if v is value:
+                yield bound(op.x.shape[op.axis])
+            case CrossEntropy(labels=v) if v is value:
+                yield bound(op.logits.shape[1])
+            case AttentionDecode(positions=v) if v is value:
+                yield bound(op.k.shape[1])
+            case CacheAppend(positions=v) if v is value:
+                yield bound(op.cache.shape[1])
+            case Call():
+                callee = module[op.callee]
+                for argument, param in zip(op.args, callee.params, strict=True):
+                    if argument is value:
+                        yield from _limits(module, callee, param)
+            case Op() if Trait.VIEW in op.traits or isinstance(op, Cast | Concat):
+                for result in op.results:
+                    yield from _limits(module, func, result)
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    require(file.is_file(), f"{file}: no such file")
+    try:
+        loaded = np.load(file, allow_pickle=False)
+        require(
+            isinstance(loaded, np.lib.npyio.NpzFile), f"{file}: expected an .npz file with an array for each input, found one bare array"
+        )
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise DscError(f"{file}: not an .npz file of plain arrays: {error}") from None
+    except Exception as error:  # zipfile and zlib raise their own kinds for a damaged archive
+        raise DscError(f"{file}: damaged: {error}") from None
+
+
+def _fit(param: Value, given: Any) -> np.ndarray:
+    array = as_array(given)
+    tensor: Tensor = param.tensor
+    fits = array.ndim == tensor.rank and all(
+        n <= d.bound if not isinstance(d, int) else n == d for n, d in zip(array.shape, tensor.shape, strict=True)
+    )
+    require(fits, f"input {param.name}: expected {tensor}, found shape {list(array.shape)}")
+    wanted = NUMPY_DTYPES.get(tensor.dtype.name, array.dtype)
+    if array.dtype == wanted:
+        return array
+    if array.dtype.kind == "V" and array.dtype.itemsize == wanted.itemsize:
+        return array.view(wanted)  # NumPy's files keep the bytes of bf16 and FP8, but not the name
+    if tensor.dtype.is_float and array.dtype.name in ("float16", "float32", "float64", "bfloat16"):
+        return _narrow(array, tensor.dtype)
+    if tensor.dtype.is_int and array.dtype.kind in "iu":
+        info = np.iinfo(wanted)
+        inside = array.size == 0 or (int(array.min()) >= info.min and int(array.max()) <= info.max)
+        require(inside, f"input {param.name}: values do not fit {tensor.dtype}")
+        return array.astype(wanted)
+    raise DscError(f"input {param.name}: expected {tensor}, found {array.dtype}")
+
+
+def as_array(given: Any) -> np.ndarray:
+    """`given` as a NumPy array; a torch tensor of any dtype shares its memory."""
+    if hasattr(given, "detach"):
+        from ..models.state_dict import to_numpy
+
+        return to_numpy(given)
+    return np.asarray(given)
+
+
+def _narrow(array: np.ndarray, dtype: DType) -> np.ndarray:
+    return array.astype(np.float64) if dtype is DType.f64 else round_to(array, FORMATS[dtype.name])

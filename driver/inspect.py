@@ -1,0 +1,139 @@
+"""What a program is made of: parameters by part, memory by function, ops by function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ..ir.core import Module, Symbol
+from ..ir.ops.control import Call, Param
+from ..ir.walk import flops, parameters
+from .compile import memory
+from .ui import count, plural, size, table
+
+PARTS: tuple[tuple[str, str], ...] = (
+    ("embed_tokens", "embedding"),
+    ("lm_head", "output head"),
+    ("shared_experts", "shared experts"),
+    ("mlp.experts", "routed experts"),
+    ("mlp.gate.", "router"),
+    ("eh_proj", "MTP projection"),
+    ("norm", "norms"),
+    ("self_attn", "attention"),
+    ("mlp.", "dense FFN"),
+)
+"""Which part of a model a weight belongs to: the first key that its name contains, in the Hugging Face naming."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one part of the model."""
+
+    name: str
+    total: int
+    active: int
+    bytes: int
+
+
+def parts(module: Module) -> list[Part]:
+    """Parameters by part, the largest first. A weight that no rule knows goes to the first word of its name."""
+    from ..ir.walk import weights
+
+    types = weights(module)
+    found: dict[str, list[int]] = {}
+    for name, counted in parameters(module).items():
+        part = next((part for key, part in PARTS if key in name), name.split(".")[0])
+        sums = found.setdefault(part, [0, 0, 0])
+        for i, number in enumerate((counted.total, counted.active, types[name].bytes)):
+            sums[i] += number
+    return sorted((Part(name, *sums) for name, sums in found.items()), key=lambda p: -p.total)
+
+
+def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
+    """The parameter table, as JSON and as text."""
+    rows = parts(module)
+    total, active, bytes = (sum(getattr(p, key) for p in rows) for key in ("total", "active", "bytes"))
+    inner = active - sum(p.active for p in rows if p.name == "embedding")
+    value = {
+        "parts": [vars(p) for p in rows],
+        "total": total,
+        "active": active,
+        "active_without_embedding": inner,
+        "bytes": bytes,
+    }
+    cells = [(p.name, f"{p.total:,}", f"{p.active:,}", size(p.bytes)) for p in rows]
+    text = table(("part", "parameters", "active per token", "bytes"), [*cells, ("total", f"{total:,}", f"{active:,}", size(bytes))])
+    return value, f"{text}\n\n{count(total)} parameters, {count(active)} active per token ({count(inner)} without the input embedding)"
+
+
+def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
+    """Weights and the peak of live values by function, as JSON and as text."""
+    value = memory(module)
+    rows = [(f"@{name}", f"{f['ops']:,}", size(f["peak_bytes"]), f["at"]) for name, f in value["functions"].items()]
+    held = ", ".join(f"{size(number)} in {dtype}" for dtype, number in value["weights"].items()) or "none"
+    lines = [
+        f"weights  {size(value['weight_bytes'])} ({held})",
+        f"inputs   {size(value['input_bytes'])}",
+        f"results  {size(value['output_bytes'])}",
+        "",
+        table(("function", "ops", "peak of live values", "reached at"), rows),
+    ]
+    return value, "\n".join(lines)
+
+
+def describe_program(module: Module) -> tuple[dict[str, Any], str]:
+    """Stage, functions and what the program computes, as JSON and as text."""
+    calls = Counter(_calls(module))
+    functions: list[dict[str, Any]] = [
+        {
+            "name": func.name,
+            "calls": calls[func.name],
+            "ops": len(func.ops),
+            "weights": sum(isinstance(op, Param) for op in func.ops),
+            "flops": flops(module, func),
+            "parameters": [f"{p.name}: {p.type}" for p in func.params],
+            "results": [str(r.type) for r in func.results],
+        }
+        for func in module.funcs
+    ]
+    attributes = {k: v if isinstance(v, int | float | bool) or v is None else str(v) for k, v in module.attributes.items()}
+    value = {"stage": module.stage, "attributes": attributes, "functions": functions}
+    rows = [(f"@{f['name']}", f"{f['calls']:,}", f"{f['ops']:,}", f"{f['weights']:,}", count(f["flops"])) for f in functions]
+    head = ", ".join(f"{k} {v}" for k, v in attributes.items())
+    main = module.main
+    lines = [
+        f"stage {module.stage}{f' ({head})' if head else ''}, {plural(sum(len(f.ops) for f in module.funcs), 'op')}",
+        "",
+        table(("function", "runs", "ops", "weights", "FLOPs"), rows),
+        "",
+        *(f"takes   %{p.name}: {p.type}" for p in main.params[:8]),
+        *([f"        and {len(main.params) - 8} more"] if len(main.params) > 8 else []),
+        *(f"returns %{r.name}: {r.type}" for r in main.results[:8]),
+        *([f"        and {len(main.results) - 8} more"] if len(main.results) > 8 else []),
+    ]
+    return value, "\n".join(lines)
+
+
+def _calls(module: Module) -> list[str]:
+    """How often each function runs: once for each call of each run of its caller."""
+    runs: Counter[str] = Counter({module.main.name: 1})
+    for func in _callers_first(module):
+        for op in module[func].ops:
+            if isinstance(op, Call):
+                runs[op.callee] += runs[func]
+    return list(runs.elements())
+
+
+def _callers_first(module: Module) -> list[str]:
+    order: list[str] = []
+
+    def visit(name: Symbol | str) -> None:
+        if name not in order:
+            for op in module[str(name)].ops:
+                if isinstance(op, Call):
+                    visit(op.callee)
+            order.append(str(name))
+
+    visit(module.main.name)
+    return order[::-1]

@@ -1,0 +1,66 @@
+"""The module as it runs: calls followed, weights by their full names, totals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .core import Func, Module, Op
+from .errors import require
+from .ops.control import Call, Param
+from .ops.linalg import GroupedMatmul
+from .ops.moe import Dispatch
+from .types import Tensor
+
+
+def join(prefix: str, name: str) -> str:
+    """A name below a prefix: `model.layers.3` and `mlp.gate.weight` with a dot between, either alone where the other is empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def walk(module: Module, func: Func | None = None, prefix: str = "") -> Iterator[tuple[str, Func, Op]]:
+    """Every op in the order in which it runs, with the prefix of its weights' names and its function. Calls are entered."""
+    func = module.main if func is None else func
+    for op in func.ops:
+        yield prefix, func, op
+        if isinstance(op, Call):
+            yield from walk(module, module[op.callee], join(prefix, op.weights))
+
+
+def weights(module: Module) -> dict[str, Tensor]:
+    """Every weight that the module reads, by full name, in the order of first use. One name has one type."""
+    found: dict[str, Tensor] = {}
+    for prefix, _, op in walk(module):
+        if isinstance(op, Param):
+            name, tensor = join(prefix, op.path), op.result.tensor
+            known = found.setdefault(name, tensor)
+            require(known == tensor, f"weight {name} is read as {known} and as {tensor}")
+    return found
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters: all of them, and those that work on one token."""
+
+    total: int
+    active: int
+
+
+def parameters(module: Module) -> dict[str, Count]:
+    """Elements of each weight by full name. Of a stack of experts top_k / experts are active."""
+    shares: dict[str, tuple[int, int]] = {}
+    for prefix, func, op in walk(module):
+        if isinstance(op, GroupedMatmul) and isinstance(owner := op.w.owner, Param):
+            chosen = next((d.ids.shape[1] for d in func.ops if isinstance(d, Dispatch) and d.results[1] is op.counts), None)
+            if isinstance(chosen, int) and isinstance(op.w.shape[0], int):
+                shares[join(prefix, owner.path)] = (chosen, op.w.shape[0])
+    counted = {}
+    for name, tensor in weights(module).items():
+        chosen, experts = shares.get(name, (1, 1))
+        counted[name] = Count(tensor.size, tensor.size * chosen // experts)
+    return counted
+
+
+def flops(module: Module, func: Func | None = None) -> int:
+    """Floating-point operations of one run."""
+    return sum(op.flops() for _, _, op in walk(module, func))
