@@ -1,0 +1,65 @@
+"""The one skeleton of a rewriting pass: walk a function in order, and let a rule replace ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..ir.core import Builder, Func, Op, OpT, Value
+from ..ir.errors import require
+
+Rule = Callable[[Op, Builder], Sequence[Value] | None]
+"""What to put in place of an op whose operands are already replaced: a value for each of its results, or None to keep it.
+
+New ops are emitted into the builder. They are given no id yet: the name that an op will bear depends on what replaces what.
+"""
+
+
+class _Body(Builder):
+    """A builder whose ops wait for their ids."""
+
+    def emit(self, op: OpT) -> OpT:
+        self.ops.append(op)
+        return op
+
+
+def rebuild(func: Func, rule: Rule) -> Func:
+    """`func` with `rule` applied to each op; `func` itself where it replaces nothing. Ops that do not change are shared.
+
+    Of the ops put in place of `mlp#3` the one that yields its first result is `mlp#3` from then on, and the others are
+    `mlp#3.1`, `mlp#3.2`, ... in order, past ids already taken; ops that bring an id of their own keep it. All inherit the
+    phase, and the replacing values the names of the replaced. A value of another type raises `DscError`.
+    """
+    body, new = _Body(func.name), dict[Value, Value]()
+    taken = {op.id for op in func.ops}
+    for old in func.ops:
+        op = old.with_operands(lambda value: new.get(value, value))
+        start = len(body.ops)
+        values = rule(op, body)
+        if values is None:
+            body.ops.append(op)
+            values = op.results
+        else:
+            _inherit(old, values, body.ops[start:], taken)
+        for was, now in zip(old.results, values, strict=True):
+            require(was.type == now.type, f"{old.name} {old.id}: %{was.name} is {was.type}, but its replacement is {now.type}")
+            if now is not was:
+                new[was] = now
+    if not new:
+        return func
+    return Func(func.name, func.params, tuple(body.ops), tuple(new.get(v, v) for v in func.results), func.updates)
+
+
+def _inherit(old: Op, values: Sequence[Value], made: Sequence[Op], taken: set[str]) -> None:
+    """Give ids, phase and names to the ops `made` in place of `old`. They have entered no function yet, so they may be written."""
+    heir, count = (values[0].owner if values else None), 0
+    for op in (op for op in made if not op.id):
+        id = old.id
+        while id and op is not heir and id in taken:
+            count += 1
+            id = f"{old.id}.{count}"
+        taken.add(id)
+        object.__setattr__(op, "id", id)
+        object.__setattr__(op, "phase", old.phase)
+    for was, now in zip(old.results, values, strict=True):
+        if now.owner and now.owner in made and not now.owner.names:
+            now.name = was.name
