@@ -296,12 +296,11 @@ def _canonical_scaling(scaling: Any, where: str) -> dict[str, Any] | None:
 
 
 def _validate(fields: dict[str, Any], where: str) -> ModelConfig:
-    kind = fields.get("model_type")
-    require(kind is not None, f"{where}: model_type is missing, expected one of {', '.join(sorted(REQUIRED))}")
-    require(
-        isinstance(kind, str) and kind in REQUIRED,
-        f'{where}: model_type = "{kind}" is unknown, expected one of {", ".join(sorted(REQUIRED))}',
-    )
+    kind, known = fields.get("model_type"), ", ".join(sorted(REQUIRED))
+    if kind is None:
+        raise DscError(f"{where}: model_type is missing, expected one of {known}")
+    if not isinstance(kind, str) or kind not in REQUIRED:
+        raise DscError(f"{where}: model_type = {json.dumps(kind)} is unknown, expected one of {known}")
     needed = REQUIRED[kind] + (("n_group", "topk_group") if fields.get("topk_method") == "group_limited_greedy" else ())
     missing = [name for name in needed if fields.get(name) is None and not (name in _NULLABLE and name in fields)]
     require(not missing, f'{where}: missing {", ".join(missing)}, which model_type "{kind}" needs')

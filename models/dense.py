@@ -8,6 +8,7 @@ of the Hugging Face checkpoint. Shapes: B sequences, S positions, H hidden width
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, attention: nn.Module, feed_forward: nn.Module) -> None:
         super().__init__()
-        self.self_attn = attention
-        self.mlp = feed_forward
+        self.self_attn: Any = attention  # Attention or LatentAttention, which differ in what they cache
+        self.mlp: Any = feed_forward  # MLP or MoE
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config)
 
@@ -217,7 +218,7 @@ class DecodingLM(CausalLM):
         hidden = self.model.embed_tokens(tokens)  # (B, H)
         cos, sin = self.model.rotary_emb(positions)
         extended: list[Tensor] = []
-        for layer in self.model.layers:
+        for layer in cast("Iterable[DecodingLayer]", self.model.layers):
             kept = range(len(layer.self_attn.caches))
             result = layer(hidden, cos, sin, positions, *(caches[len(extended) + offset] for offset in kept))
             hidden = result[0]
