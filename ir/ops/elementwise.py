@@ -12,7 +12,10 @@ E, C = Trait.ELEMENTWISE, Trait.CHEAP
 
 @op("cast", E, C)
 class Cast(Op):
-    """x in another dtype: nearest even for floats (FP8 saturates, NaN stays), toward zero from float to int."""
+    """x in another dtype: nearest even for floats (FP8 saturates, NaN stays), toward zero from float to int.
+
+    From float to int, what lies beyond the range becomes its nearer end and NaN becomes 0; from int to int the low bits stay.
+    """
 
     x: Value
     dtype: DType
@@ -176,7 +179,7 @@ class Remainder(Arithmetic):
 
 @op("pow", E, C)
 class Pow(Arithmetic):
-    """a to the power b."""
+    """a to the power b; of integers b is 0 or more."""
 
 
 @op("maximum", E, C)

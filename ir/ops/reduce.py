@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..core import Op, Trait, Value, family, op
 from ..errors import require
 from ..types import DType, Tensor, Type
-from .rules import axis_of, reduced, require_bool, require_float, require_int
+from .rules import axis_of, reduced, require_bool, require_float, require_int, require_some
 
 
 @family
@@ -33,14 +33,27 @@ class Sum(Reduction):
 class Mean(Reduction):
     """Arithmetic mean over axes."""
 
+    def infer(self) -> tuple[Type, ...]:
+        require_float(self.x)
+        return super().infer()
+
+
+@family
+class Extreme(Reduction):
+    """One of the elements over axes; there must be some."""
+
+    def infer(self) -> tuple[Type, ...]:
+        require_some(self.x, *self.axes)
+        return super().infer()
+
 
 @op("max")
-class Max(Reduction):
+class Max(Extreme):
     """Largest element over axes; NaN if there is one."""
 
 
 @op("min")
-class Min(Reduction):
+class Min(Extreme):
     """Smallest element over axes; NaN if there is one."""
 
 
@@ -79,6 +92,7 @@ class ArgMax(Op):
     keepdims: bool = False
 
     def infer(self) -> tuple[Type, ...]:
+        require_some(self.x, self.axis)
         return reduced(self.x, (self.axis,), self.keepdims, DType.i64)
 
 

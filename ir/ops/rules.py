@@ -84,5 +84,11 @@ def require_bool(*values: Value) -> None:
         require(v.dtype is DType.bool, f"expected a bool tensor, found {v.type}")
 
 
+def require_some(x: Value, *axes: int) -> None:
+    """Each of `axes` has an element."""
+    for axis in axes:
+        require(x.shape[axis_of(x, axis)] != 0, f"axis {axis} of {x.type} has no element")
+
+
 def show(shape: Shape) -> str:
     return f"[{', '.join(map(str, shape))}]"

@@ -1,0 +1,62 @@
+"""Mixture of experts: the gate, and the way to the experts and back."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...ir.errors import require
+from ...ir.ops import moe as ops
+from ..arrays import Array, widen
+from .elementwise import sigmoid
+from .reduce import descending, normalized
+from .registry import reference
+from .shape import require_inside
+
+
+@reference(ops.Route)
+def route(op: ops.Route, logits: Array, bias: Array | None = None) -> tuple[Array, Array]:
+    scores = sigmoid(op, logits) if op.score == "sigmoid" else normalized(logits)
+    choice = scores if bias is None else scores + bias
+    if op.top_groups < op.groups:
+        choice = _keep_groups(op, choice)
+    ids = descending(choice)[:, : op.top_k]
+    weights = np.take_along_axis(scores, ids, 1)
+    if op.normalize:
+        weights /= weights.sum(1, keepdims=True) + 1e-20
+    weights *= op.scale
+    return ids, weights
+
+
+def _keep_groups(op: ops.Route, choice: Array) -> Array:
+    """`choice` [T, E] with -inf for the experts outside each token's best groups."""
+    tokens, experts = choice.shape
+    grouped = choice.reshape(tokens, op.groups, experts // op.groups)
+    score = grouped.max(-1) if op.group_score == "max" else np.sort(grouped, -1)[..., -2:].sum(-1)
+    outside = np.ones((tokens, op.groups, 1), np.bool)
+    np.put_along_axis(outside, descending(score)[:, : op.top_groups, None], False, 1)
+    return np.where(outside, -np.inf, grouped).reshape(tokens, experts)
+
+
+@reference(ops.Dispatch, operands="stored")
+def dispatch(op: ops.Dispatch, x: Array, ids: Array) -> tuple[Array, Array, tuple[Array]]:
+    require_inside(ids, op.experts, "expert")
+    slots = ids.reshape(ids.size)
+    order = np.argsort(slots, kind="stable")
+    counts = np.bincount(slots, minlength=op.experts).astype(np.int32)
+    return x.take(order // max(1, ids.shape[1]), axis=0), counts, (order.astype(np.int32),)
+
+
+@reference(ops.Combine, operands="blocks")
+def combine(op: ops.Combine, wide: np.dtype[np.floating], rows: Array, handle: tuple[Array], weights: Array) -> Array:
+    (order,) = handle
+    row_of = np.empty(len(order), np.int64)
+    require_inside(order, len(order), "slot")
+    row_of[order] = np.arange(len(order))
+    require(len(order) == weights.size, f"the handle orders {len(order)} rows, but there are {weights.size} weights")
+    weights = widen(weights, wide)
+    result = np.zeros((len(weights), rows.shape[1]), wide)
+    for slot, row in enumerate(row_of.reshape(weights.shape).T):
+        term = widen(rows.take(row, axis=0), wide)
+        term *= weights[:, slot, None]
+        result += term
+    return result

@@ -1,0 +1,152 @@
+"""The interpreter: runs a module op by op, in program order, and holds every result against its type.
+
+An op reads its operands exactly, computes in float32 (`FLOAT32`) or float64 (`FLOAT64`, and wherever the program itself says f64), and
+is rounded once, to nearest even, to the dtype of its result. A value is let go at its last use, and a weight is fetched when its op
+is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...ir.core import Func, Module, Op, Value
+from ...ir.errors import DscError, require
+from ...ir.liveness import last_uses
+from ...ir.ops.control import Call, Constant, Param
+from ...ir.types import Bundle, DType, Tensor
+from .. import Observer, Site, Weights
+from ..arrays import STORAGE, Data, describe, fits, rounded, widen
+from . import attention, control, elementwise, linalg, loss, moe, norm, reduce, shape  # noqa: F401 - they fill REFERENCES
+from .registry import OPERANDS, REFERENCES
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """The reference backend. `compute` is the dtype of its arithmetic."""
+
+    compute: np.dtype[Any]
+
+    def run(self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None) -> tuple[Data, ...]:
+        """What the main function gives for `inputs`. `DscError` where an input or a weight is not what the program declares."""
+        main = module.main
+        takes = f"@{main.name} takes {len(main.params)} inputs"
+        require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
+        for param, given in zip(main.params, inputs, strict=True):
+            require(fits(given, param.type), f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
+        with np.errstate(all="ignore"):
+            return _Run(self, module, weights, observe, {}).call(main, "", inputs)
+
+    def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
+        """The results of one op. `DscError` for `param`, `constant` and `call`, which need a module."""
+        require(type(op) in REFERENCES, f"{op.name} has no meaning outside a module")
+        with np.errstate(all="ignore"):
+            return self._evaluate(op, operands)
+
+    def _evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
+        function, takes = REFERENCES[type(op)], OPERANDS[type(op)]
+        if takes == "stored":
+            found = function(op, *operands)
+        else:
+            wide = self.compute if not any(_is_f64(v) for v in (*op.operands, *op.results)) else STORAGE[DType.f64]
+            if takes == "blocks":
+                found = function(op, wide, *operands)
+            else:
+                found = function(op, *(_widened(v, x, wide) for v, x in zip(op.operands, operands, strict=True)))
+        results = (found,) if len(op.results) == 1 else tuple(found)
+        return checked(op, tuple(_stored(v, x) for v, x in zip(op.results, results, strict=True)))
+
+
+FLOAT32 = Interpreter(STORAGE[DType.f32])
+FLOAT64 = Interpreter(STORAGE[DType.f64])
+
+
+def _is_f64(value: Value) -> bool:
+    return isinstance(value.type, Tensor) and value.type.dtype is DType.f64
+
+
+def _widened(value: Value, x: Data, wide: np.dtype[Any]) -> Data:
+    return widen(x, wide) if isinstance(x, np.ndarray) and value.dtype.is_float else x
+
+
+def _stored(value: Value, x: Any) -> Data:
+    """What a reference returned, rounded to the dtype of the result; of whole numbers the low bits, as hardware keeps."""
+    if isinstance(value.type, Bundle):
+        return tuple(x)
+    array = np.asarray(x)
+    if value.dtype.is_float and array.dtype.kind == "f":
+        return rounded(array, value.dtype)
+    return array.astype(STORAGE[value.dtype], copy=False) if value.dtype.is_int and array.dtype.kind in "iu" else array
+
+
+def checked(op: Op, results: tuple[Data, ...]) -> tuple[Data, ...]:
+    """`results`, if each is of the type that the op's rule gives it."""
+    for value, result in zip(op.results, results, strict=True):
+        require(fits(result, value.type), f"%{value.name}: expected {value.type}, found {describe(result)}")
+    return results
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One execution of a module."""
+
+    interpreter: Interpreter
+    module: Module
+    weights: Weights
+    observe: Observer | None
+    dying: dict[str, tuple[tuple[Value, ...], ...]]
+    """The values to let go of after each op, by function."""
+
+    def call(self, func: Func, prefix: str, inputs: Sequence[Data]) -> tuple[Data, ...]:
+        """The results of `func`, the names of its weights under `prefix`."""
+        if func.name not in self.dying:
+            self.dying[func.name] = last_uses(func)
+        values: dict[Value, Data] = dict(zip(func.params, inputs, strict=True))
+        for op, dying in zip(func.ops, self.dying[func.name], strict=True):
+            operands = tuple(values[v] for v in op.operands)
+            try:
+                results = self.execute(func, prefix, op, operands)
+            except OpError:
+                raise
+            except DscError as error:
+                raise OpError(f"{Site(func.name, prefix, op.id)}: {op.name}: {error}") from None
+            values.update(zip(op.results, results, strict=True))
+            for value in dying:
+                del values[value]
+        return tuple(values[v] for v in func.results)
+
+    def execute(self, func: Func, prefix: str, op: Op, operands: tuple[Data, ...]) -> tuple[Data, ...]:
+        """The results of one op, as the observer leaves them."""
+        if isinstance(op, Call):
+            return self.call(self.module[op.callee], join(prefix, op.weights), operands)
+        if isinstance(op, Param):
+            name = join(prefix, op.path)
+            results = self.source(f"weight {name}", op, self.weights(name, op.result.tensor))
+        elif isinstance(op, Constant):
+            require(op.path in self.module.constants, f"the module has no constant {op.path!r}")
+            results = self.source(f"constant {op.path}", op, self.module.constants[op.path])
+        else:
+            results = self.interpreter._evaluate(op, operands)
+        if self.observe is None:
+            return results
+        replaced = self.observe(Site(func.name, prefix, op.id), op, operands, results)
+        return results if replaced is None else checked(op, tuple(replaced))
+
+    @staticmethod
+    def source(what: str, op: Op, found: Data) -> tuple[Data, ...]:
+        """What a weight or a constant brought, if it is of the declared type."""
+        expected = op.result.type
+        require(fits(found, expected), f"{what}: expected {expected}, found {describe(found)}")
+        return (found,)
+
+
+class OpError(DscError):
+    """An error that already says which op it met."""
+
+
+def join(prefix: str, name: str) -> str:
+    """The full name of what is called `name` under `prefix`; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name

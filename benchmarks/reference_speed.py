@@ -1,0 +1,137 @@
+"""One V2-Lite-wide MoE layer on 256 tokens: the NumPy reference in float32 against the layer of `transformers`.
+
+Both run in this process, on the same weights and tokens and with the same number of threads; the best of five runs counts, the two taking
+turns. Prints both times and their ratio, which is to be at most 2. OpenBLAS chooses its kernels by the processor unless the variables
+OPENBLAS_CORETYPE or OPENBLAS_L2_SIZE are set, which slow it down: unset them.
+
+    python benchmarks/reference_speed.py
+"""
+
+from __future__ import annotations
+
+import os
+
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", str(THREADS))
+
+import sys  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from transformers.models.deepseek_v2 import DeepseekV2Config  # noqa: E402
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe  # noqa: E402
+
+from dsc import backends  # noqa: E402
+from dsc.ir.core import Builder, Module  # noqa: E402
+from dsc.ir.ops.control import Param  # noqa: E402
+from dsc.ir.ops.elementwise import Add, SwiGLU  # noqa: E402
+from dsc.ir.ops.linalg import GroupedMatmul, Matmul  # noqa: E402
+from dsc.ir.ops.moe import Combine, Dispatch, Route  # noqa: E402
+from dsc.ir.types import DType, Tensor  # noqa: E402
+from dsc.ir.verify import verify  # noqa: E402
+
+TOKENS, HIDDEN, EXPERTS, WIDTH, TOP_K, SHARED = 256, 2048, 64, 1408, 6, 2
+AT_MOST = 2.0
+
+
+def layer() -> Module:
+    """DeepSeekMoE as DeepSeek-V2-Lite has it: softmax gate without groups, weights not normalised, two shared experts as one MLP."""
+    b = Builder("moe")
+    x = b.param("x", Tensor(DType.f32, (TOKENS, HIDDEN)))
+
+    def weight(path: str, *shape: int) -> Param:
+        return b.emit(Param(path, (Tensor(DType.f32, shape),)))
+
+    logits = b.emit(Matmul(x, weight("gate", EXPERTS, HIDDEN).result, transpose_b=True)).result
+    route = b.emit(Route(logits, top_k=TOP_K, score="softmax", normalize=False))
+    ids, weights = route.results
+    rows, counts, handle = b.emit(Dispatch(x, ids, experts=EXPERTS)).results
+    gate, up = (
+        b.emit(GroupedMatmul(rows, weight(f"experts.{name}", EXPERTS, WIDTH, HIDDEN).result, counts, transpose_b=True)).result
+        for name in ("gate", "up")
+    )
+    down = weight("experts.down", EXPERTS, HIDDEN, WIDTH).result
+    made = b.emit(GroupedMatmul(b.emit(SwiGLU(gate, up)).result, down, counts, transpose_b=True)).result
+    routed = b.emit(Combine(made, handle, weights)).result
+    gate, up = (
+        b.emit(Matmul(x, weight(f"shared.{name}", SHARED * WIDTH, HIDDEN).result, transpose_b=True)).result for name in ("gate", "up")
+    )
+    down = weight("shared.down", HIDDEN, SHARED * WIDTH).result
+    shared = b.emit(Matmul(b.emit(SwiGLU(gate, up)).result, down, transpose_b=True)).result
+    return verify(Module((b.finish([b.emit(Add(routed, shared)).result]),)))
+
+
+def peer() -> DeepseekV2Moe:
+    """The same layer of `transformers`, with random weights."""
+    config = DeepseekV2Config(
+        hidden_size=HIDDEN,
+        moe_intermediate_size=WIDTH,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        n_shared_experts=SHARED,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        norm_topk_prob=False,
+        routed_scaling_factor=1.0,
+    )
+    config._experts_implementation = "grouped_mm"
+    module = DeepseekV2Moe(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    return module
+
+
+def weights_of(module: DeepseekV2Moe) -> dict[str, np.ndarray]:
+    """The peer's weights under the names that `layer` uses, without a copy."""
+    experts, shared = module.experts, module.shared_experts
+    gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+    found = {
+        "gate": module.gate.weight,
+        "experts.gate": gate,
+        "experts.up": up,
+        "experts.down": experts.down_proj,
+        "shared.gate": shared.gate_proj.weight,
+        "shared.up": shared.up_proj.weight,
+        "shared.down": shared.down_proj.weight,
+    }
+    return {name: tensor.detach().numpy() for name, tensor in found.items()}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    torch.set_num_threads(THREADS)
+    module, program, runner = peer(), layer(), backends.get("numpy")
+    weights = weights_of(module)
+    tokens = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    x = tokens[0].numpy()
+
+    def ours() -> np.ndarray:
+        return runner.run(program, lambda name, type: weights[name], (x,))[0]
+
+    def theirs() -> np.ndarray:
+        with torch.no_grad():
+            return module(tokens)[0].numpy()
+
+    found, expected = ours(), theirs()
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    times = [(seconds(ours), seconds(theirs)) for _ in range(5)]
+    mine, peers = (min(column) for column in zip(*times, strict=True))
+    print(f"one V2-Lite-wide MoE layer, {TOKENS} tokens, float32, {THREADS} threads, best of 5; largest relative difference {error:.1e}")
+    print(f"dsc numpy {mine * 1e3:8.1f} ms")
+    print(f"transformers {torch.__version__} grouped_mm {peers * 1e3:8.1f} ms")
+    print(f"ratio {mine / peers:.2f} (at most {AT_MOST:g})")
+    return int(mine > AT_MOST * peers or error > 1e-5)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
