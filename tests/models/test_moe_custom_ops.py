@@ -147,6 +147,17 @@ def test_route_against_loops(problem: tuple[list[list[float]], list[float], int,
         torch.testing.assert_close(weights[token].double(), expected, rtol=(top_k + 2) * EPS, atol=0)
 
 
+@pytest.mark.parametrize("experts", [16, 256, 384])
+def test_ties_go_to_the_lower_index_at_full_size(experts: int) -> None:
+    """Sorting short rows is stable in any case, sorting long ones is not."""
+    logits = torch.zeros(64, experts)
+    logits[:, experts // 2 :] = 1.0
+    ids, _ = ops.route(logits, None, 8, "sigmoid", 8, 4, "top2", True, 2.5)
+    assert (ids == torch.arange(experts // 2, experts // 2 + 8)).all()
+    order = ops.dispatch(torch.zeros(64, 1), ids, experts)[2]
+    assert torch.equal(order.view(8, 64), torch.arange(64) * 8 + torch.arange(8).unsqueeze(1))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_dispatch_and_combine_against_loops(tokens: int, experts: int, top_k: int, random: object) -> None:
