@@ -1,0 +1,57 @@
+"""torch.export of a module, and the exported program as ops of the IR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+
+from ..ir.core import Value
+from ..ir.errors import DscError
+from . import aten as _rules  # noqa: F401 - fills the table of rules
+from .aten.graph import Leaf, outputs_of, parameter, source_line, unknown_ops
+from .aten.rules import Emitter, type_of
+
+
+def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    """The module as a graph of aten ops over static shapes, all of which have a rule.
+
+    Ops without one are decomposed where torch knows how. Raises DscError that lists those that remain, each with its source line.
+    """
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, inputs, strict=False)
+            if unknown := unknown_ops(program.graph_module):
+                known = torch.export.default_decompositions()
+                program = program.run_decompositions({node.target: known[node.target] for node in unknown if node.target in known})
+    except Exception as error:  # whatever the module's own code, or torch on its behalf, raises
+        (reason, *_) = str(error).strip().splitlines() or [""]
+        raise DscError(f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}") from error
+    if unknown := unknown_ops(program.graph_module):
+        lines = dict.fromkeys(f"{node.target} has no counterpart in the IR, at {source_line(node)}" for node in unknown)
+        raise DscError("\n".join(lines))
+    return program
+
+
+def import_program(program: ExportedProgram, b: Emitter) -> list[Value]:
+    """Emit the program into `b` and return its outputs, flattened. Its tensor inputs become parameters, in order."""
+    nodes = {node.name: node for node in program.graph_module.graph.nodes if node.op == "placeholder"}
+    leaves: dict[str, Leaf] = {}
+    for spec in program.graph_signature.input_specs:
+        value = nodes[spec.arg.name].meta.get("val")
+        if isinstance(value, torch.Tensor):
+            leaves[spec.arg.name] = _leaf(program, spec, value, b)
+    return outputs_of(program.graph_module, leaves, b)
+
+
+def _leaf(program: ExportedProgram, spec: InputSpec, value: torch.Tensor, b: Emitter) -> Leaf:
+    name = str(spec.target)
+    if spec.kind is InputKind.USER_INPUT:
+        param = b.param(spec.arg.name, type_of(value))
+        return Leaf(lambda _: param)
+    if spec.kind is InputKind.PARAMETER or (spec.kind is InputKind.BUFFER and spec.persistent):
+        return parameter(name, value)
+    return Leaf(lambda b: b.data(program.constants[name], name), name.rpartition(".")[0])
