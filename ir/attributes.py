@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -49,8 +49,11 @@ def free(given: Any) -> Any:
     """`given` where nothing says its type: an attribute of the module."""
     if isinstance(given, list):
         return tuple(map(free, given))
+    if isinstance(given, dict):
+        return {key: free(item) for key, item in given.items()}
     if isinstance(given, Word):
         return {"true": True, "false": False, "none": None}.get(given, given)
+    require(type(given) in (int, float, str, Symbol), f"expected a literal, found {given}")
     return given
 
 
@@ -75,6 +78,8 @@ def _record(hint: Any, given: dict[str, Any]) -> Any:
     known = {f.name for f in fields(hint)}
     unknown = ", ".join(sorted(set(given) - known))
     require(not unknown, f"unknown key {unknown}; {_name(hint)} has {', '.join(sorted(known))}")
+    missing = ", ".join(f.name for f in fields(hint) if f.default is MISSING and f.name not in given)
+    require(not missing, f"{_name(hint)} needs {missing}")
     return hint(**{key: convert(hints_of(hint)[key], value) for key, value in given.items()})
 
 

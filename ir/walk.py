@@ -51,7 +51,7 @@ def parameters(module: Module) -> dict[str, Count]:
     shares: dict[str, tuple[int, int]] = {}
     for prefix, func, op in walk(module):
         if isinstance(op, GroupedMatmul) and isinstance(owner := op.w.owner, Param):
-            chosen = next((d.ids.shape[1] for d in func.ops if isinstance(d, Dispatch) and d.results[1] is op.counts), None)
+            chosen = next((d.ids.shape[1] for d in func.ops if isinstance(d, Dispatch) and d.counts is op.counts), None)
             if isinstance(chosen, int) and isinstance(op.w.shape[0], int):
                 shares[join(prefix, owner.path)] = (chosen, op.w.shape[0])
     counted = {}

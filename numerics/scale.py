@@ -24,76 +24,20 @@ what the cast makes of it (saturated, or with clamp=False the format's own), and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..ir.errors import require
+from ..ir.quantization import RULES, ScaleRule
 from .formats import BF16, BLOCK, F8E4M3, F16, F32, Array, Format, round_block, round_to, to_float32, widen
 
 Tile = tuple[int, int]
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class ScaleRule:
-    """How amax, the largest magnitude of a tile, becomes a scale, and how the scale is applied. All arithmetic is float32, nearest even.
-
-    With M the format's largest value (or `max`) and a = max(amax, floor):
-
-    scale       what is stored: s = "amax/max" a/M | "amax*(1/max)" a*(1/M) | "1/(max/amax)" 1/m, where m = M/a.
-    apply       what is cast: "divide" x/s | "reciprocal" x*(1/s) | "multiply" x*m; with power-of-two s, m = 1/s.
-    pow2        "no" | "ceil-bits": s up to a power of two by its bits (exponent, plus one where a mantissa bit is set, within 1..254) |
-                "ceil-log2": s = 2^ceil(log2 s), the logarithm rounded to float32 | "mantissa-mask": m down to a power of two.
-    clamp       clip to +-M before the cast. False leaves values that round beyond M to the format (E4M3: NaN, E5M2: infinity).
-    nonfinite   "propagate": infinities and NaN go through the formulas above | "unit": s = 1 where amax is 0, infinite or NaN, and an m
-                that overflows is the input type's largest value.
-    max         M where it is not the format's largest value (224 for tensors shared with E4M3 of bias 8).
-    """
-
-    floor: float
-    scale: Literal["amax/max", "amax*(1/max)", "1/(max/amax)"] = "amax/max"
-    apply: Literal["divide", "reciprocal", "multiply"] = "divide"
-    pow2: Literal["no", "ceil-bits", "ceil-log2", "mantissa-mask"] = "no"
-    clamp: bool = True
-    nonfinite: Literal["propagate", "unit"] = "propagate"
-    max: float | None = None
-
-    def __post_init__(self) -> None:
-        require(
-            self.floor > 0 or self.nonfinite == "unit",
-            f"scale rule with floor {self.floor} and nonfinite {self.nonfinite!r}: a zero tile needs a floor above 0 or nonfinite 'unit'",
-        )
-        require(
-            self.pow2 != "mantissa-mask" or (self.scale == "1/(max/amax)" and self.apply == "multiply"),
-            f"scale rule with pow2 'mantissa-mask', scale {self.scale!r}, apply {self.apply!r}: the mask rounds the multiplier, so it "
-            "needs scale '1/(max/amax)' and apply 'multiply'",
-        )
-
-
-RULES = {
-    # DeepSeek-V3, inference/kernel.py; scale_fmt "ue8m0" came with V3.1
-    "deepseek-v3": ScaleRule(floor=1e-4),
-    "deepseek-v3.1": ScaleRule(floor=1e-4, pow2="ceil-log2"),
-    # DeepSeek-V3.2-Exp, inference/kernel.py (TileLang)
-    "deepseek-v3.2": ScaleRule(floor=1e-4, scale="amax*(1/max)", pow2="ceil-bits"),
-    # DeepGEMM, deep_gemm/utils/math.py
-    "deepgemm": ScaleRule(floor=1e-4, apply="reciprocal", clamp=False),
-    "deepgemm-ue8m0": ScaleRule(floor=1e-4, apply="reciprocal", pow2="ceil-bits", clamp=False),
-    # TileKernels, tile_kernels/quant/common.py and tile_kernels/torch/cast.py
-    "tilekernels": ScaleRule(floor=1e-4, apply="multiply"),
-    "tilekernels-ue8m0": ScaleRule(floor=1e-4, apply="multiply", pow2="ceil-bits"),
-    # the Triton quantisers of SGLang and vLLM
-    "vllm": ScaleRule(floor=1e-10),
-    # torchao, prototype/blockwise_fp8_training/kernels.py
-    "torchao": ScaleRule(floor=1e-12, scale="1/(max/amax)", apply="multiply"),
-    # TransformerEngine, common/recipe/recipe_common.cuh: powers of two unless NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1
-    "transformer-engine": ScaleRule(floor=0.0, scale="1/(max/amax)", apply="multiply", pow2="mantissa-mask", nonfinite="unit"),
-    "transformer-engine-f32": ScaleRule(floor=0.0, scale="1/(max/amax)", apply="multiply", nonfinite="unit"),
-}
 DEEPSEEK_V3 = RULES["deepseek-v3"]
 
 

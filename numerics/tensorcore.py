@@ -14,14 +14,14 @@ report, section 3.5.2, and "Insights into DeepSeek-V3", section 3.1.1, describe 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..ir.errors import DscError, require
+from ..ir.quantization import Accumulation
 from .formats import BF16, F8E4M3, F8E5M2, F16, F32, Array, Format, round_to, round_to_odd, widen
 from .scale import Floats, Tile, dequantize, scale_shape
 
@@ -32,33 +32,6 @@ NO_EXPONENT = -64
 """The exponent of a zero operand: with any other it stays below those of products of FP8 numbers (-28 and up), and it fits in a byte."""
 
 NAN_PATTERN = np.uint32(0x7FFFFFFF)
-
-
-@dataclass(frozen=True)
-class Accumulation:
-    """How a sum of products is accumulated.
-
-    arithmetic     "float32": operands dequantised to float32, multiplied and added in float32, the order left to the machine |
-                   "exact": dequantised and summed in float64, rounded once | "tensor-core": nodes as described at the head of this
-                   module; the fields below count only here.
-    products       products that one node adds, together with C
-    fraction_bits  binary places kept when terms are aligned
-    result_bits    binary places kept of the normalised sum (23: all of float32)
-    operands       "fp8": subnormal operands keep the format's smallest exponent | "f16": they are widened to float16 first, as where
-                   the instruction itself has no FP8, so E4M3's subnormals are normalised
-    interval       elements of K after which the partial sum is promoted: scaled and added to a float32 accumulator; 0: only at the end.
-                   Where the scale changes between promotions, the partial sum is multiplied by the ratio of old to new scale.
-    formula        promotion of p with scales sa, sb: "deepgemm" fma(fl(sa*sb), p, acc) | "cublas" fma(fl(p*s1), s2, acc), s1 the scale
-                   that is per row (that of a if both are) | "unfused" fl(acc + fl(fl(p*sa)*sb)).
-    """
-
-    arithmetic: Literal["float32", "exact", "tensor-core"] = "tensor-core"
-    products: int = 32
-    fraction_bits: int = 25
-    result_bits: int = 23
-    operands: Literal["fp8", "f16"] = "fp8"
-    interval: int = 128
-    formula: Literal["deepgemm", "cublas", "unfused"] = "deepgemm"
 
 
 ACCUMULATIONS = {

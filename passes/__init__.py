@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import simplify
+from . import quantize_fp8, simplify
 
-__all__ = ["simplify"]
+__all__ = ["quantize_fp8", "simplify"]

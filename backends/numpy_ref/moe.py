@@ -38,12 +38,14 @@ def _keep_groups(op: ops.Route, choice: Array) -> Array:
 
 
 @reference(ops.Dispatch, operands="stored")
-def dispatch(op: ops.Dispatch, x: Array, ids: Array) -> tuple[Array, Array, tuple[Array]]:
+def dispatch(op: ops.Dispatch, *operands: Array) -> tuple[Array | tuple[Array], ...]:
+    *xs, ids = operands
     require_inside(ids, op.experts, "expert")
     slots = ids.reshape(ids.size)
     order = np.argsort(slots, kind="stable")
     counts = np.bincount(slots, minlength=op.experts).astype(np.int32)
-    return x.take(order // max(1, ids.shape[1]), axis=0), counts, (order.astype(np.int32),)
+    tokens = order // max(1, ids.shape[1])
+    return *(x.take(tokens, axis=0) for x in xs), counts, (order.astype(np.int32),)
 
 
 @reference(ops.Combine, operands="blocks")

@@ -18,9 +18,10 @@ from ...ir.errors import DscError, require
 from ...ir.liveness import last_uses
 from ...ir.ops.control import Call, Constant, Param
 from ...ir.types import Bundle, DType, Tensor
+from ...ir.walk import join
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, describe, fits, rounded, widen
-from . import attention, control, elementwise, linalg, loss, moe, norm, reduce, shape  # noqa: F401 - they fill REFERENCES
+from . import attention, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill REFERENCES
 from .registry import OPERANDS, REFERENCES
 
 
@@ -145,8 +146,3 @@ class _Run:
 
 class OpError(DscError):
     """An error that already says which op it met."""
-
-
-def join(prefix: str, name: str) -> str:
-    """The full name of what is called `name` under `prefix`; either may be empty."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -55,23 +55,37 @@ class Route(Op):
 class Dispatch(Op):
     """Tokens to expert rows: each token's vector once for each expert that it chose, sorted by expert.
 
-    x [T, H] and ids i32[T, k] give rows [T*k, H], counts i32[experts] (how many rows each expert has) and the handle, a
-    bundle of the order i32[T*k]: row r is slot order[r] % k of token order[r] / k. Rows of one expert keep the tokens' order.
+    Every x [T, H] (codes and their scales travel together) gives rows [T*k, H] by ids i32[T, k]; then come counts
+    i32[experts], how many rows each expert has, and the handle, a bundle of the order i32[T*k]: row r is slot order[r] % k
+    of token order[r] / k. Rows of one expert keep the tokens' order.
     Backward of dispatch is combine with the same handle, and the reverse.
     """
 
-    x: Value
+    xs: tuple[Value, ...]
     ids: Value
     experts: int
 
     def infer(self) -> tuple[Type, ...]:
-        x, ids = self.x.tensor, self.ids.tensor
+        ids = self.ids.tensor
         require_int(self.ids)
-        require(x.rank == ids.rank == 2 and x.shape[0] == ids.shape[0], f"expected x [T, H] and ids [T, k], found {x} and {ids}")
+        require(ids.rank == 2 and len(self.xs) > 0, f"expected at least one x, and ids [T, k], found {len(self.xs)} and {ids}")
         tokens, k = ids.shape
+        for x in self.xs:
+            require(x.tensor.rank == 2 and x.shape[0] == tokens, f"expected x [T, H] and ids [T, k], found {x.type} and {ids}")
         require(isinstance(tokens, int) and isinstance(k, int), f"the number of tokens is static here, found {ids}")
         rows = tokens * k  # type: ignore[operator]
-        return Tensor(x.dtype, (rows, x.shape[1])), Tensor(DType.i32, (self.experts,)), Bundle((Tensor(DType.i32, (rows,)),))
+        sent = tuple(Tensor(x.dtype, (rows, x.shape[1])) for x in self.xs)
+        return *sent, Tensor(DType.i32, (self.experts,)), Bundle((Tensor(DType.i32, (rows,)),))
+
+    @property
+    def counts(self) -> Value:
+        """The result that says how many rows each expert has."""
+        return self.results[-2]
+
+    @property
+    def handle(self) -> Value:
+        """The result that leads the rows back."""
+        return self.results[-1]
 
 
 @op("combine")

@@ -1,0 +1,56 @@
+"""Quantisation and products of quantised operands: `numerics/` says what each bit is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...ir.ops import quant as ops
+from ...ir.types import bound
+from ...numerics import scale, tensorcore
+from ...numerics.formats import FORMATS
+from ..arrays import STORAGE, Array
+from .registry import reference
+
+
+@reference(ops.Quantize, operands="stored")
+def quantize(op: ops.Quantize, x: Array, counts: Array | None = None) -> tuple[Array, Array]:
+    groups = None if counts is None else counts.tolist()
+    codes, scales = scale.quantize(x, op.tile, FORMATS[op.dtype.name], op.rule, groups)
+    return codes, _padded(scales, op.results[1].shape)
+
+
+@reference(ops.Dequantize, operands="stored")
+def dequantize(op: ops.Dequantize, codes: Array, scales: Array, counts: Array | None = None) -> Array:
+    groups = None if counts is None else counts.tolist()
+    used = scales if groups is None or op.tile[0] == 1 else scales[: scale.scale_shape(codes.shape, op.tile, groups)[0]]
+    return scale.dequantize(codes, used, op.tile, groups, STORAGE[op.dtype])
+
+
+@reference(ops.ScaledMatmul, operands="stored")
+def scaled_matmul(op: ops.ScaledMatmul, a: Array, a_scales: Array, b: Array, b_scales: Array) -> Array:
+    rows = a.reshape(-1, a.shape[-1])
+    found = tensorcore.scaled_matmul(
+        rows, a_scales.reshape(-1, a_scales.shape[-1]), b, b_scales, op.a_tile, op.b_tile, op.accumulation, STORAGE[op.out]
+    )
+    return found.reshape(*a.shape[:-1], len(b))
+
+
+@reference(ops.GroupedScaledMatmul, operands="stored")
+def grouped_scaled_matmul(op: ops.GroupedScaledMatmul, x: Array, x_scales: Array, w: Array, w_scales: Array, counts: Array) -> Array:
+    used = int(counts.sum())
+    tiles = op.x_tile, op.w_tile
+    found = tensorcore.grouped_scaled_matmul(
+        x[:used], x_scales[:used], w, w_scales, counts.tolist(), *tiles, op.accumulation, STORAGE[op.out]
+    )
+    return found if used == len(x) else np.concatenate([found, np.zeros((len(x) - used, found.shape[1]), found.dtype)])
+
+
+def _padded(scales: Array, shape: tuple[Any, ...]) -> Array:
+    """The scales with rows of zeros behind them, where fewer tiles were used than there is room for."""
+    if scales.shape == shape:
+        return scales
+    room = np.zeros(tuple(bound(d) for d in shape), scales.dtype)
+    room[: len(scales)] = scales
+    return room
