@@ -20,7 +20,7 @@ from ..numerics.formats import FORMATS, round_to, widen
 from .expert_names import Part, any_expert, collapse, parts
 from .weights import FLOATS, FP8, NUMPY_DTYPES, Wanted, type_text
 
-_DECODABLE = (*FLOATS, "e8m0")
+DECODABLE = (*FLOATS, "e8m0")
 _MTP_COPY = re.compile(r"(?P<model>.*)layers\.\d+\.(?P<copy>embed_tokens|shared_head\.head)\.weight")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _CHUNK_VALUES = 1 << 20
@@ -100,7 +100,7 @@ class StoredWeights:
         for copy in copies:
             target, source = np.atleast_1d(out[(*copy.index, ...)], copy.source.array())
             scale = None if copy.scale is None else widen(copy.scale.array())
-            for rows in _row_chunks(target.shape, self._block[0]):
+            for rows in row_chunks(target.shape, self._block[0]):
                 chunk = source[rows]
                 values = chunk if scale is None else self._dequantise(chunk, scale[rows.start // self._block[0] :])
                 target[rows] = _convert(values, wanted.dtype)
@@ -149,7 +149,7 @@ class StoredWeights:
             return _Problem("misshapen", part.name, here)
         if (piece.part.fused or (part.fused and part.name.endswith("_scale_inv"))) and (fault := self._straddling(piece.part.name)):
             return fault
-        if found == dtype or (found in _DECODABLE and dtype in FLOATS):
+        if found == dtype or (found in DECODABLE and dtype in FLOATS):
             return _Copy(part.index, piece, None)
         if found in FP8 and dtype in FLOATS:
             scale = self._scale(piece)
@@ -167,7 +167,7 @@ class StoredWeights:
         scale = self._find(name)
         if scale is None:
             return _Problem("missing", name, expected)
-        if scale.part.shape != blocks or scale.tensor.dtype not in _DECODABLE:
+        if scale.part.shape != blocks or scale.tensor.dtype not in DECODABLE:
             here = f"found {type_text(scale.tensor.dtype, scale.part.shape)} in {scale.tensor.where}"
             return _Problem("misshapen", name, f"{expected}, {here}")
         return scale
@@ -201,11 +201,11 @@ class StoredWeights:
     def _extra(self, used: set[str], stacks: set[str]) -> Iterator[_Problem]:
         wanted_layers = {_layer(name) for name in used}
         for name, piece in self._pieces.items():
+            scaled = name.removesuffix("_scale_inv")
             legitimate = (
                 name in used
-                or name.removesuffix("_scale_inv") in used
-                or any_expert(name) in stacks
-                or any_expert(name.removesuffix("_scale_inv")) in stacks
+                or scaled in used
+                or any_expert(scaled) in stacks
                 or self._original(name) is not None
                 or name.endswith("rotary_emb.inv_freq")
                 or (self._is_mtp(name) and _layer(name) not in wanted_layers)
@@ -241,7 +241,7 @@ def _convert(values: np.ndarray, dtype: str) -> np.ndarray:
     return widen(values, np.float64) if dtype == "f64" else round_to(values, FORMATS[dtype])
 
 
-def _row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[slice]:
+def row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[slice]:
     """Slices of the first axis, each `_CHUNK_VALUES` values or the least multiple of `multiple` rows above that."""
     row = max(1, math.prod(shape[1:]))
     step = -(-_CHUNK_VALUES // (row * multiple)) * multiple

@@ -101,6 +101,8 @@ def test_single_experts_out_of_every_spelling(model: DeepseekV3ForCausalLM, fold
         assert_same_bits(weights.get(Wanted(f"{stem}.gate_up_proj", "bf16", (EXPERTS, 2 * INNER, HIDDEN))), fused)
         subset = Wanted(f"{stem}.down_proj", "bf16", (2, HIDDEN, INNER), experts=(3, 1))
         assert_same_bits(weights.get(subset), down[[3, 1]])
+        pair = {f"{stem}.down_proj": numpy_of(state[f"{stem}.down_proj"])[:2]}
+        assert_same_bits(StateDict(pair).get(Wanted(f"{stem}.down_proj", "bf16", (2, HIDDEN, INNER), experts=(1, 0))), down[[1, 0]])
         weights.check([subset, *(w for w in wanted_of(dsc_program(state)) if w.name != subset.name)])
 
 
@@ -174,6 +176,8 @@ def test_every_dtype_and_shape_by_way_of_the_safetensors_library(tmp_path: Path)
             assert arrays[name].tobytes() == raw[name]
     save_checkpoint(tmp_path / "ours", arrays, {})
     read = load_file(tmp_path / "ours" / "model.safetensors")
+    ours = CheckpointFolder(tmp_path / "ours").tensors.values()
+    assert all(tensor.start % tensor.array().itemsize == 0 for tensor in ours)  # aligned, so that reading need not copy
     assert {name: (t.dtype, t.shape) for name, t in read.items()} == {name: (t.dtype, t.shape) for name, t in tensors.items()}
     assert {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in read.items()} == raw
 

@@ -75,6 +75,15 @@ class TestTheProgramAgainstTheWeights:
             ]
         )
 
+    def test_experts_with_gaps(self) -> None:
+        stored = {f"experts.{e}.up_proj.weight": np.zeros((I, H), np.float32) for e in (1, 4, 5, 7, 8, 9, 11)}
+        lines = message(lambda: StateDict(stored).check([Wanted("experts.up_proj", "f32", (4, I, H))])).splitlines()
+        assert lines[0] == "state dict: these weights do not fit the program: 3 missing, 6 extra"
+        assert [line.split(": ")[1] for line in lines[1:]] == [
+            "experts.{0,2..3}.up_proj.weight",
+            "experts.{4..5,7..9,11}.up_proj.weight",
+        ]
+
     def test_one_offender_is_one_line_from_check_and_from_get(self, folder: Path) -> None:
         item = Wanted(f"{EXPERTS}.gate_proj", "f32", (E + 1, I, H))
         for action in (lambda: CheckpointFolder(folder).check([item], strict=False), lambda: CheckpointFolder(folder).get(item)):
@@ -196,6 +205,14 @@ class TestBrokenFolders:
             f"{folder / names[2]}: absent, though model.safetensors.index.json names it",
             f"{folder / names[0]}: lacks 'ghost', which model.safetensors.index.json places there",
         ]
+
+    def test_a_tensor_that_the_index_forgets_is_found_all_the_same(self, folder: Path) -> None:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        del index["weight_map"]["steps"]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights = CheckpointFolder(folder)
+        weights.check(list(wanted().values()))
+        np.testing.assert_array_equal(weights.get(wanted()["steps"]), arrays()["steps"])
 
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', "\xff", "[" * 100_000])
     def test_bad_index(self, folder: Path, text: str) -> None:
