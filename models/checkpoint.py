@@ -26,7 +26,7 @@ from .weights import DTYPE_NAMES, Wanted, Weights
 
 __all__ = ["CheckpointFolder", "RandomWeights", "StateDict", "Wanted", "Weights", "open_weights", "save_checkpoint"]
 
-_SINGLE, _INDEX, _CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
 
 class CheckpointFolder(StoredWeights):
@@ -37,24 +37,26 @@ class CheckpointFolder(StoredWeights):
     truncated or corrupt, a tensor that the index promises and its shard lacks.
     """
 
+    tensors: Mapping[str, FileTensor]
+
     def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        require(self.folder.is_dir(), f"{self.folder}: no such folder, expected a checkpoint with {_SINGLE} or {_INDEX}")
-        path = self.folder / _CONFIG
-        self.config: dict[str, Any] = _json_object(path) if path.exists() else {}
-        tensors = self._single() if (self.folder / _SINGLE).exists() else self._sharded()
+        require(self.folder.is_dir(), f"{self.folder}: no such folder, expected a checkpoint with {SINGLE} or {INDEX}")
+        path = self.folder / CONFIG
+        self.config: dict[str, Any] = read_json(path) if path.exists() else {}
+        tensors = self._single() if (self.folder / SINGLE).exists() else self._sharded()
         super().__init__(tensors, f"checkpoint {self.folder}", {**self.config, **(config or {})})
 
     def _single(self) -> dict[str, FileTensor]:
-        return SafetensorsFile(self.folder / _SINGLE).tensors
+        return SafetensorsFile(self.folder / SINGLE).tensors
 
     def _sharded(self) -> dict[str, FileTensor]:
-        path = self.folder / _INDEX
+        path = self.folder / INDEX
         if not path.exists():
             pickled = sorted(file.name for file in self.folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
             found = f"found only {', '.join(pickled)}, pickles, which are not read" if pickled else "found neither"
-            raise DscError(f"{self.folder}: expected {_SINGLE} or {_INDEX}, {found}")
-        weight_map: Any = _json_object(path).get("weight_map")
+            raise DscError(f"{self.folder}: expected {SINGLE} or {INDEX}, {found}")
+        weight_map: Any = read_json(path).get("weight_map")
         require(
             isinstance(weight_map, dict) and all(isinstance(shard, str) and Path(shard).name == shard for shard in weight_map.values()),
             f"{path}: expected a weight_map from tensor names to file names in the same folder",
@@ -65,10 +67,10 @@ class CheckpointFolder(StoredWeights):
             try:
                 shards[shard] = SafetensorsFile(self.folder / shard)
             except DscError as error:
-                faults.append(str(error) if (self.folder / shard).exists() else f"{self.folder / shard}: absent, though {_INDEX} names it")
+                faults.append(str(error) if (self.folder / shard).exists() else f"{self.folder / shard}: absent, though {INDEX} names it")
         for name, shard in weight_map.items():
             if shard in shards and name not in shards[shard].tensors:
-                faults.append(f"{self.folder / shard}: lacks {name!r}, which {_INDEX} places there")
+                faults.append(f"{self.folder / shard}: lacks {name!r}, which {INDEX} places there")
         if faults:
             raise DscError("\n".join(faults))
         unlisted = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
@@ -108,7 +110,7 @@ def save_checkpoint(folder: str | Path, weights: Mapping[str, np.ndarray], confi
         beside.mkdir()
         try:
             _write_shards(beside, weights, shard_bytes)
-            (beside / _CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+            (beside / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
             beside.replace(target)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
@@ -125,7 +127,7 @@ def _write_shards(folder: Path, weights: Mapping[str, np.ndarray], shard_bytes: 
         shards.append(list(shard))
         total += sum(array.nbytes for array in shard.values())
     if len(shards) == 1:
-        (folder / "0").rename(folder / _SINGLE)
+        (folder / "0").rename(folder / SINGLE)
         return
     weight_map = {}
     for i, names in enumerate(shards):
@@ -133,7 +135,7 @@ def _write_shards(folder: Path, weights: Mapping[str, np.ndarray], shard_bytes: 
         (folder / f"{i}").rename(folder / file)
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(weights: Mapping[str, np.ndarray], shard_bytes: float) -> Iterator[dict[str, np.ndarray]]:
@@ -154,7 +156,8 @@ def _shards(weights: Mapping[str, np.ndarray], shard_bytes: float) -> Iterator[d
     yield shard
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises `DscError` if it cannot be read or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

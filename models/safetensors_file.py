@@ -12,9 +12,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,11 +57,15 @@ class FileTensor:
 
     def array(self) -> np.ndarray:
         """The tensor as a read-only view of the memory map (a copy where the file does not align it)."""
-        view: np.ndarray = np.ndarray(self.shape, NUMPY_DTYPES[self.dtype], buffer=self.file.map(), offset=self.start)
-        return view if view.flags.aligned else view.copy()
+        return aligned(self.data(), self.dtype).reshape(self.shape)
+
+    def data(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """The tensor's bytes from `first` to `last`, whatever its dtype, as a read-only view of the memory map: u8[last - first]."""
+        count = (self.nbytes if last is None else last) - first
+        return np.ndarray((count,), np.uint8, buffer=self.file.map(), offset=self.start + first)
 
     def release(self, view: np.ndarray) -> None:
-        """Give back the memory that reading `view`, a contiguous part of `array()`, has occupied; reading it again is still right."""
+        """Give back the memory that reading `view`, a contiguous part of `array()` or `data()`, has taken; it may be read again."""
         self.file.release(view)
 
 
@@ -145,18 +150,48 @@ def _address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write `tensors` as one .safetensors file, wider dtypes first so that everything is aligned, without copying contiguous ones."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+def aligned(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Bytes u8[n] as a vector of `dtype`: a view, or a copy where the bytes do not lie as the processor wants them."""
+    view: np.ndarray = data.view(NUMPY_DTYPES[dtype])
+    return view if view.flags.aligned else view.copy()
+
+
+class Entry(NamedTuple):
+    """A tensor that a .safetensors file is to hold. A dtype that dsc lacks is the file's code."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def lay_out(entries: Iterable[Entry]) -> tuple[bytes, dict[str, int]]:
+    """What a file of `entries` begins with (the header and its length), and the byte of the file at which each tensor begins.
+
+    Tensors lie in the order of `entries`, but those of wider elements before the others, so that everything is aligned.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
     end = 0
-    for name, array in ordered:
-        code = _FILE_CODES[DTYPE_NAMES[array.dtype]]
-        header[name] = {"dtype": code, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
+    for entry in sorted(entries, key=_width, reverse=True):
+        code = _FILE_CODES.get(entry.dtype, entry.dtype)
+        header[entry.name] = {"dtype": code, "shape": entry.shape, "data_offsets": [end, end + entry.nbytes]}
+        starts[entry.name] = end
+        end += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + start for name, start in starts.items()}
+
+
+def _width(entry: Entry) -> int:
+    """Bytes of an element; 0 where elements are smaller or there are none to tell by."""
+    return NUMPY_DTYPES[entry.dtype].itemsize if entry.dtype in NUMPY_DTYPES else entry.nbytes // max(1, math.prod(entry.shape))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write `tensors` as one .safetensors file, without copying contiguous ones."""
+    head, starts = lay_out(Entry(name, DTYPE_NAMES[array.dtype], array.shape, array.nbytes) for name, array in tensors.items())
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in ordered:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(head)
+        for name in starts:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)

@@ -21,6 +21,7 @@ from .expert_names import Part, any_expert, collapse, parts
 from .weights import FLOATS, FP8, NUMPY_DTYPES, Wanted, type_text
 
 DECODABLE = (*FLOATS, "e8m0")
+"""The dtypes that block scales come in."""
 _MTP_COPY = re.compile(r"(?P<model>.*)layers\.\d+\.(?P<copy>embed_tokens|shared_head\.head)\.weight")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _CHUNK_VALUES = 1 << 20
