@@ -129,7 +129,7 @@ class Op:
             object.__setattr__(self, name, float(getattr(self, name)))
         types = self.infer()
         names = self.names or ((self.name,) if len(types) == 1 else tuple(f"{self.name}_{i}" for i in range(len(types))))
-        require(len(names) == len(types), f"{self.name} has {len(types)} results, but {len(names)} names stand before it")
+        require(len(names) == len(types), f"the number of results is {len(types)}, but {len(names)} names stand before it")
         object.__setattr__(self, "results", tuple(Value(t, n, self, i) for i, (t, n) in enumerate(zip(types, names, strict=True))))
 
     def infer(self) -> tuple[Type, ...]:

@@ -46,7 +46,7 @@ def print_op(op: Op, names: Names | None = None) -> str:
             text = print_attribute(given)
         if a.positional:
             arguments.append(text)
-        elif a.required or given != a.default:
+        elif a.required or _differs(given, a.default):
             arguments.append(f"{a.name}={text}")
     binders = ", ".join(f"{names.define(r)}: {r.type}" for r in op.results)
     place = f"  @ {op.id} {op.phase.name}" if op.id else ""
@@ -78,9 +78,17 @@ def print_attribute(value: Any) -> str:
             return value.name if isinstance(value, DType) else str(value.value)
         case tuple() | list():
             return f"[{', '.join(map(print_attribute, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{key}={print_attribute(item)}' for key, item in value.items())}}}"
         case _ if is_dataclass(value):
-            return f"{{{', '.join(f'{f.name}={print_attribute(getattr(value, f.name))}' for f in fields(value))}}}"
+            given = {f.name: getattr(value, f.name) for f in fields(value) if _differs(getattr(value, f.name), f.default)}
+            return f"{{{', '.join(f'{key}={print_attribute(item)}' for key, item in given.items())}}}"
     raise TypeError(f"no text form for an attribute of type {type(value).__name__}")
+
+
+def _differs(given: Any, default: Any) -> bool:
+    """Whether an attribute has to be printed: -0.0 equals the default 0.0, but it is another number."""
+    return given != default or repr(given) != repr(default)
 
 
 class Names:

@@ -48,7 +48,7 @@ def check(module: Module, places: Places | None = None) -> list[Diagnostic]:
 
 
 def _names(module: Module, func: Func) -> Found:
-    if module.by_name[func.name] is not func:
+    if next(other for other in module.funcs if other.name == func.name) is not func:
         yield func, f"function @{func.name} is defined twice"
     path = _cycle(module, func.name, ())
     if path:
@@ -120,7 +120,8 @@ def _updates(module: Module, func: Func) -> Found:
         yield func, "two parameters are updated by the same result"
     for param, result in func.updates.items():
         if not (0 <= param < len(func.params) and 0 <= result < len(func.results)):
-            yield func, f"@{func.name} updates parameter {param} with result {result}, but has {len(func.params)} and {len(func.results)}"
+            counts = f"{len(func.params)} parameters and {len(func.results)} results, counted from 0"
+            yield func, f"@{func.name} updates parameter {param} with result {result}, but has {counts}"
         elif func.params[param].type != func.results[result].type:
             found, expected = func.results[result].type, func.params[param].type
             yield func, f"%{func.params[param].name} is {expected}, but its update, result {result}, is {found}"
