@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from .core import OPS, Func, Module, Op, Phase, Role, Symbol, Value, takes_resul
 from .diagnostics import Diagnostic, IRError
 from .errors import DscError
 from .printer import Word
-from .types import Bundle, DType, Ragged, Tensor, Type
+from .types import Bundle, DType, Ragged, Shape, Tensor, Type
 from .verify import STAGES, check
+
+DTYPES = dict(DType.__members__)
+PHASES = dict(Phase.__members__)
 
 
 def parse(text: str, file: str = "") -> Module:
@@ -48,7 +51,7 @@ class _Stmt:
     binders: list[tuple[Token, Type | DscError]]
     op: Token
     arguments: list[Any]
-    place: tuple[Token, Token] | None
+    place: tuple[str, Token] | None
 
 
 @dataclass(slots=True)
@@ -94,25 +97,32 @@ class _Tree(Transformer[Token, Any]):
         binders = [p for p in parts[:at] if p]
         return _Stmt(binders, parts[at], [p for p in parts[at + 1 : -1] if p is not None], parts[-1])
 
-    def place(self, id: Token, phase: Token) -> tuple[Token, Token]:
+    def place(self, id: Token, phase: Token) -> tuple[str, Token]:
         return id, phase
+
+    def usual_place(self, token: Token) -> tuple[str, Token]:
+        _, id, phase = token.split(" ")
+        return id, Token("PHASE", phase)
 
     def pair(self, key: Token, value: Any) -> _Pair:
         return _Pair(key, value)
 
     def tensor(self, name: Token, *dims: Any) -> Type | DscError:
-        if name not in DType.__members__:
-            return DscError(f"unknown dtype {name}; expected one of {', '.join(DType.__members__)}")
-        return Tensor(DType[name], tuple(d for d in dims if d is not None))
+        fault = next((d for d in dims if isinstance(d, DscError)), None)
+        return fault or _tensor(name, tuple(d for d in dims if d is not None))
+
+    def usual_tensor(self, token: Token) -> Type | DscError:
+        return _usual_tensor(str(token))
 
     def bundle(self, *types: Any) -> Type | DscError:
         return next((t for t in types if isinstance(t, DscError)), Bundle(tuple(t for t in types if t)))
 
-    def fixed(self, number: Token) -> int:
-        return int(number)
+    def fixed(self, number: Token) -> int | DscError:
+        return int(number) if number.isdigit() else DscError(f"a dimension is a whole number, found {number}")
 
-    def ragged(self, name: Token, limit: Token) -> Ragged:
-        return Ragged(str(name), int(limit))
+    def ragged(self, name: Token, limit: Token) -> Ragged | DscError:
+        known = self.fixed(limit)
+        return known if isinstance(known, DscError) else Ragged(str(name), known)
 
     def value(self, token: Token) -> Token:
         return token
@@ -139,6 +149,18 @@ class _Tree(Transformer[Token, Any]):
         return [n for n in names if n is not None]
 
 
+def _tensor(dtype: str, shape: Shape) -> Type | DscError:
+    if dtype not in DTYPES:
+        return DscError(f"unknown dtype {dtype}; expected one of {', '.join(DTYPES)}")
+    return Tensor(DTYPES[dtype], shape)
+
+
+@lru_cache(maxsize=4096)
+def _usual_tensor(text: str) -> Type | DscError:
+    dtype, _, dims = text.rstrip("]").partition("[")
+    return _tensor(dtype, tuple(map(int, dims.split(", "))) if dims else ())
+
+
 @dataclass
 class _Reader:
     """Records to IR. A statement that fails still defines its results, by the types that its binders declare."""
@@ -150,7 +172,14 @@ class _Reader:
 
     def module(self, tree: tuple[list[_Pair], list[_Func]]) -> Module:
         header, funcs = tree
-        attributes = {str(p.key): free(p.value) for p in header}
+        attributes: dict[str, Any] = {}
+        for pair in header:
+            if pair.key in attributes:
+                self._fault(pair.key, f"{pair.key} is given twice")
+            try:
+                attributes[str(pair.key)] = free(pair.value)
+            except DscError as error:
+                self._fault(pair.key, f"{pair.key}: {error}")
         stage = str(attributes.pop("stage", "traced"))
         if stage not in STAGES:
             at = next(p.key for p in header if p.key == "stage")
@@ -172,6 +201,10 @@ class _Reader:
             index = next((i for i, (p, _) in enumerate(source.params) if p == name), None)
             if index is None:
                 self._fault(name, f"{name} is not a parameter of {source.name}")
+            elif index in updates:
+                self._fault(name, f"{name} is updated twice")
+            elif not result.isdigit():
+                self._fault(result, f"{name} is updated by the number of a result, found {result}")
             else:
                 updates[index] = int(result)
         func = Func(source.name[1:], tuple(params), tuple(ops), tuple(results), updates)
@@ -206,16 +239,19 @@ class _Reader:
             given["result_types"] = tuple(types)
         if stmt.place:
             id, phase = stmt.place
-            if phase not in Phase.__members__:
-                self._fault(phase, f"unknown phase {phase}; expected one of {', '.join(Phase.__members__)}")
+            if phase not in PHASES:
+                self._fault(phase, f"unknown phase {phase}; expected one of {', '.join(PHASES)}")
                 return None
-            given |= {"id": str(id), "phase": Phase[phase]}
+            given |= {"id": str(id), "phase": PHASES[phase]}
         try:
             op = cls(**given, names=tuple(name[1:] for name, _ in stmt.binders))
         except DscError as error:
             self._fault(stmt.op, f"{stmt.op}: {error}")
             return None
         self.places[op] = (stmt.op.line or 0, stmt.op.column or 0)
+        if not stmt.binders and op.results:
+            self._fault(stmt.op, f"{stmt.op}: the number of results is {len(op.results)}, but no names stand before it")
+            return None
         for (name, _), declared, result in zip(stmt.binders, types, op.results, strict=True):
             if declared != result.type:
                 self._fault(name, f"{name} is declared {declared}, but {stmt.op} gives {result.type}")
@@ -255,6 +291,8 @@ class _Reader:
             if _is_value(raw):
                 return self._use(scope, raw)
             self._fault(at, f"{what}: expected a value such as %x")
+        elif _is_value(raw):
+            self._fault(at, f"{what}: expected an attribute, found the value {raw}")
         else:
             try:
                 return convert(hint, raw)
@@ -293,6 +331,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+_UNSAID = ("COMMENT", "__IGNORE_0", "TENSOR", "PLACE")
+"""Terminals that a message does not list: ignored ones, and those that stand for a sequence of others."""
+
 _WORDS: dict[str, str] = {
     "VALUE": "a value (%x)",
     "SYMBOL": "a function name (@f)",
@@ -300,6 +341,7 @@ _WORDS: dict[str, str] = {
     "NUMBER": "a number",
     "STRING": '"text"',
     "ID": "an id",
+    "PHASE": "a phase (F, I, W or R)",
 }
 
 
@@ -307,11 +349,13 @@ def _syntax(error: UnexpectedInput, text: str) -> Diagnostic:
     lark = _lark()
     spelled: Callable[[str], str] = lambda name: _WORDS.get(name) or _pattern(lark, name)  # noqa: E731
     allowed: Iterable[str] = getattr(error, "accepts", None) or getattr(error, "expected", None) or getattr(error, "allowed", None) or ()
-    expected = ", ".join(sorted({spelled(name) for name in allowed if name not in ("COMMENT", "__IGNORE_0")}))
+    expected = ", ".join(sorted({spelled(name) for name in allowed if name not in _UNSAID}))
     if isinstance(error, UnexpectedToken) and error.token.type != "$END":
         return Diagnostic(error.line, error.column, f"found {str(error.token)!r}, expected {expected}")
     if isinstance(error, UnexpectedCharacters):
         at = error.pos_in_stream or 0
+        if text[at : at + 1] == '"':
+            return Diagnostic(error.line, error.column, "this string does not end on its line, or has an unknown escape")
         return Diagnostic(error.line, error.column, f"found {text[at : at + 1]!r}, expected {expected}")
     lines = text.splitlines() or [""]
     assert isinstance(error, UnexpectedEOF | UnexpectedToken)

@@ -102,8 +102,12 @@ class Tensor:
     def is_static(self) -> bool:
         return all(isinstance(dim, int) for dim in self.shape)
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"
+
+    def __str__(self) -> str:
+        return self._text  # kept: type rules say it in messages that are seldom shown
 
 
 @dataclass(frozen=True)
