@@ -89,7 +89,7 @@ def round_to(x: ArrayLike, fmt: Format, *, saturate: bool = True) -> Array:
     """
     source = np.asarray(x)
     if fmt is F16 and source.dtype == np.float64:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             return source.astype(np.float16)  # numpy rounds float64 to float16 once
     values = np.ascontiguousarray(source).reshape(-1)
     out = np.empty(values.shape, fmt.dtype)
@@ -101,15 +101,14 @@ def round_to(x: ArrayLike, fmt: Format, *, saturate: bool = True) -> Array:
 
 def round_block(x: NDArray[np.float32], fmt: Format, out: Array, *, saturate: bool = True) -> None:
     """`round_to` for one cache-sized block: `x` contiguous float32 [n] into `out` [n] of `fmt.dtype`. `x` is left as it was."""
-    if fmt is F8E4M3 or fmt is F8E5M2:
-        _round_fp8(x, fmt, out.view(np.uint8), saturate)
-    elif fmt is E5M6:
-        out.view(np.uint16)[:] = _e5m6_bits(x)
-    elif fmt is E8M0:
-        with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
+        if fmt is F8E4M3 or fmt is F8E5M2:
+            _round_fp8(x, fmt, out.view(np.uint8), saturate)
+        elif fmt is E5M6:
+            out.view(np.uint16)[:] = _e5m6_bits(x)
+        elif fmt is E8M0:
             out[:] = np.where(x < 0, np.float32(np.nan), np.clip(x, np.float32(fmt.min_normal), np.float32(fmt.max)))
-    else:
-        with np.errstate(over="ignore"):
+        else:
             out[:] = x.astype(fmt.dtype)
 
 
@@ -124,7 +123,7 @@ def to_float32(x: Array, *, odd: bool = False) -> NDArray[np.float32]:
         return x
     if x.dtype != np.float64:
         return widen(x)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         nearest = x.astype(np.float32)
         if odd:
             missing = x - nearest.astype(np.float64)
@@ -150,13 +149,12 @@ def _round_fp8(x: NDArray[np.float32], fmt: Format, codes: NDArray[np.uint8], sa
     power = (magnitude.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
     np.maximum(power, np.float32(fmt.min_normal), out=power)  # subnormals share the unit of the smallest normal number
     power *= np.float32(2.0 ** (23 - fmt.mantissa_bits))
-    with np.errstate(over="ignore", invalid="ignore"):
-        magnitude += power
-        magnitude -= power
-        special = np.isnan(magnitude.sum()) or not saturate
-        over = ~(magnitude <= fmt.max) if special else None  # NaN here: the sum above overflowed
-        # Dividing by 2^(127 - bias) lines the exponents up, subnormals with subnormals, so the code is the top of the float32 pattern.
-        magnitude *= np.float32(2.0 ** (fmt.bias - 127))
+    magnitude += power
+    magnitude -= power
+    special = np.isnan(magnitude.sum()) or not saturate
+    over = ~(magnitude <= fmt.max) if special else None  # NaN here: the sum above overflowed
+    # Dividing by 2^(127 - bias) lines the exponents up, subnormals with subnormals, so the code is the top of the float32 pattern.
+    magnitude *= np.float32(2.0 ** (fmt.bias - 127))
     bits = magnitude.view(np.uint32)
     bits >>= np.uint32(23 - fmt.mantissa_bits)
     signs = power.view(np.uint32)
