@@ -29,5 +29,5 @@ class IRError(DscError):
 
     def __init__(self, diagnostics: Sequence[Diagnostic], text: str = "", file: str = "") -> None:
         self.diagnostics = tuple(sorted(diagnostics))
-        lines = text.splitlines()
+        lines = text.split("\n")  # as the parser counts; splitlines knows more ends of a line
         super().__init__("\n".join(d.show(lines, file) for d in self.diagnostics))

@@ -357,7 +357,7 @@ def _syntax(error: UnexpectedInput, text: str) -> Diagnostic:
         if text[at : at + 1] == '"':
             return Diagnostic(error.line, error.column, "this string does not end on its line, or has an unknown escape")
         return Diagnostic(error.line, error.column, f"found {text[at : at + 1]!r}, expected {expected}")
-    lines = text.splitlines() or [""]
+    lines = text.rstrip().split("\n")
     assert isinstance(error, UnexpectedEOF | UnexpectedToken)
     return Diagnostic(len(lines), len(lines[-1]) + 1, f"the text ends here, expected {expected}")
 
