@@ -14,6 +14,17 @@ from .types import DType
 
 hints_of = cache(get_type_hints)
 
+SPOKEN: dict[Any, str] = {
+    NoneType: "none",
+    Symbol: "@name",
+    bool: "true or false",
+    str: '"text"',
+    int: "a whole number",
+    float: "a number",
+    DType: "a dtype",
+}
+"""How a message says what an attribute has to be."""
+
 
 def convert(hint: Any, given: Any) -> Any:
     """`given` (numbers, strings, words, lists, records as the parser yields them) as a value of type `hint`."""
@@ -84,7 +95,7 @@ def _record(hint: Any, given: dict[str, Any]) -> Any:
 
 
 def _name(hint: Any) -> str:
-    return {NoneType: "none", Symbol: "@name", bool: "true or false", str: '"text"'}.get(hint, getattr(hint, "__name__", str(hint)))
+    return SPOKEN.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _show(given: Any) -> str:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from dsc.ir.diagnostics import Diagnostic, IRError
 from dsc.ir.parser import parse
 
