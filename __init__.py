@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 from .ir.errors import DscError
 
 if TYPE_CHECKING:
@@ -39,6 +37,8 @@ __all__ = ["Artifact", "DscError", "Report", "apply", "compile", "diff", "load",
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version(__name__)
     if name == "testing":
         return import_module(".testing", __name__)
     if name in _PLACES:

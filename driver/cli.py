@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import click
 
-from .. import __version__
 from ..ir.errors import DscError
 
 
@@ -25,7 +24,7 @@ class Group(click.Group):
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, no_args_is_help=True)
-@click.version_option(__version__, prog_name="dsc")
+@click.version_option(package_name="dsc", prog_name="dsc")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """A compiler for DeepSeek-V3-style mixture-of-experts models.

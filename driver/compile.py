@@ -8,10 +8,10 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.liveness import live_bytes
@@ -80,10 +80,10 @@ def read(
         return found, trace(*load_factory(found.text)), None
     from ..models.config import load_config
 
-    config = load_config(source, overrides)
+    config = load_config(source, overrides).to_dict()  # first, since it needs no torch to say what is wrong
     from ..models.trace import trace
 
-    return found, trace(config, mode=mode, batch=batch, seq=seq, context=context), config.to_dict()
+    return found, trace(source, mode=mode, batch=batch, seq=seq, context=context, overrides=overrides), config
 
 
 def compile(
@@ -138,7 +138,7 @@ def compile(
         (folder / "plan").mkdir()
         _write_json(folder / "plan" / "memory.json", memory(module))
         manifest = Manifest(
-            dsc_version=__version__,
+            dsc_version=version("dsc"),
             command=tuple(command),
             source=found.text,
             source_kind=found.kind,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from ..ir.errors import DscError, require
 
@@ -325,7 +324,7 @@ def _default_head_dim(fields: Mapping[str, Any], where: str) -> Any:
     return hidden // heads
 
 
-def _describe(error: ErrorDetails) -> str:
+def _describe(error: Mapping[str, Any]) -> str:
     if not error["loc"]:
         return error["msg"].removeprefix("Value error, ")
     field, found = ".".join(map(str, error["loc"])), error["input"]

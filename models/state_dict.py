@@ -82,6 +82,14 @@ def _dtype_name(value: Any) -> str:
     return _TORCH_NAMES.get(name, name)
 
 
+def to_numpy(tensor: Any) -> np.ndarray:
+    """A torch tensor of any of the IR's dtypes as an array that shares its memory, where that is the CPU's."""
+    name = _dtype_name(tensor)
+    if name not in NUMPY_DTYPES:
+        raise DscError(f"found a tensor of {tensor.dtype}, expected one of {', '.join(NUMPY_DTYPES)}")
+    return _from_torch(tensor, "tensor", NUMPY_DTYPES[name])
+
+
 def _from_torch(tensor: Any, name: str, dtype: np.dtype) -> np.ndarray:
     """The tensor's memory as an array; torch exports neither BF16 nor FP8 to NumPy, so these travel as integers of their size."""
     import torch
