@@ -15,7 +15,6 @@ from ..ir.ops.linalg import GroupedMatmul, Matmul
 from ..ir.ops.moe import Dispatch
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, Quantize, ScaledMatmul, scale_shape
 from ..ir.ops.shape import Reshape
-from ..ir.printer import Word
 from ..ir.quantization import RULES
 from ..ir.types import DType, Tensor, bound
 from ..ir.walk import join, walk
@@ -107,7 +106,7 @@ class QuantizeFp8(Pass):
         for prefix, func, _ in walk(module):
             prefixes.setdefault(func.name, set()).add(prefix)
         quantized = module.map(lambda func: drop_unused(rebuild(func, _Rule(self, by_recipe, func, prefixes.get(func.name, {""})))))
-        return quantized.replace(stage="quantized", attributes={**module.attributes, "recipe": Word(by_recipe.name)})
+        return quantized.replace(stage="quantized", attributes={**module.attributes, "recipe": by_recipe.name})
 
 
 class _Rule:
