@@ -265,8 +265,8 @@ class _Nodes:
         else:
             empty, result = np.ones(c.shape, np.bool_), c
         if empty.any():
-            cut = (patterns & np.int32(-1 << (23 - self.model.result_bits))).view(np.float32)
-            result = np.where(empty, cut, result)
+            kept = min(self.model.fraction_bits, self.model.result_bits, 23)
+            result = np.where(empty, (patterns & np.int32(-1 << (23 - kept))).view(np.float32), result)
         result += np.float32(0)  # -0 becomes +0
         if special is not None:
             nan = np.isnan(special)
