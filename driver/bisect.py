@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..ir.core import Module
-from .diff import measure
 from .inputs import seeded
+from .measure import measure
 from .run import run
 
 

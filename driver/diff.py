@@ -1,63 +1,52 @@
 """Where two programs, or two backends, begin to differ: op by op, aligned by id, tokens with other experts apart.
 
-Two artifacts are *the same* when every op that both have gives the same bits, or differs by less than the tolerance asked
-for. Two backends are the same when each op, given the first backend's operands, stays within the bound that its sums
-and roundings allow (`dsc.testing.bounds`): the local difference. The accumulated one is reported beside it.
+Each op is measured twice. The *accumulated* difference is that of two free runs. For the *local* one every aligned op of the second run
+is handed the first run's results, so that only what the op itself does differently is left.
+
+Two programs are *the same* when every op that both have gives the same bits, or differs by no more than the tolerance asked for.
+Two backends are the same when every op's local difference stays within the bound that its sums and roundings allow
+(`dsc.testing.bounds`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from ..backends.arrays import Data, rounded
 from ..ir.core import Module, Op
 from ..ir.errors import require
-from ..ir.ops.moe import Route
+from ..ir.ops.moe import Dispatch, Route
+from ..ir.ops.quant import Quantize
+from ..ir.types import Tensor
 from .artifact import Artifact
 from .inputs import Inputs, prepare
-from .run import open_weights, unpack
+from .measure import Measures, flat, measure, real, same_bits
+from .quantstats import QuantizationStats, stats_of
+from .routing import Gate, Tokens
+from .run import Fetch, open_weights, unpack
 
-Array = Any
-
-
-@dataclass(frozen=True)
-class Measures:
-    """How far b is from a: relative L2 norm of the difference, its largest element, SQNR in dB, cosine similarity and
-    DeepGEMM's calc_diff, 1 - 2 <a, b> / (<a, a> + <b, b>)."""
-
-    relative_l2: float
-    max_error: float
-    sqnr_db: float
-    cosine: float
-    calc_diff: float
+Step = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class OpDiff:
-    """One op that both runs have. `site` is the prefix of its weights' names and its id."""
+    """One op that both runs have. `site` says where it ran: function, prefix of its weights' names, id."""
 
     site: str
     op: str
     type: str
     equal: bool
     accumulated: Measures
-    other_tokens: Measures | None = None
-    """Of the tokens that went to the same experts in both runs so far, where some did not."""
+    same_experts: Measures | None = None
+    """Accumulated, over the tokens that no gate sent elsewhere, where some were."""
+    local: Measures | None = None
     bound_ratio: float | None = None
     """Two backends: the largest local difference over its bound; above 1 the op disagrees."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Tokens that chose other experts, at one gate."""
-
-    site: str
-    tokens: int
-    changed: int
 
 
 @dataclass(frozen=True)
@@ -71,16 +60,37 @@ class Report:
     first: str | None
     """The first op that is not the same."""
     worst: str | None
-    """The op with the largest relative L2 difference."""
+    """The op with the largest local relative L2 difference."""
     ops: tuple[OpDiff, ...]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
-    routing: tuple[Routing, ...] = ()
-    outputs: tuple[OpDiff, ...] = field(default=())
+    routing: tuple[Gate, ...]
+    quantization: tuple[QuantizationStats, ...]
+    outputs: tuple[OpDiff, ...]
+    outputs_forced: tuple[OpDiff, ...]
+    """The results where b is made to route as a did; empty where the two route alike anyway."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; infinities and NaN as text."""
-        return _plain(asdict(self))
+        found: dict[str, Any] = _plain(asdict(self))
+        return found
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two programs, ready to run."""
+
+    label: str
+    module: Module
+    runner: Any
+    weights: Fetch
+    inputs: tuple[np.ndarray, ...]
+
+    def run(self, observe: Any) -> list[np.ndarray]:
+        return flat(self.runner.run(self.module, self.weights, self.inputs, observe))
+
+
+Record = dict[str, tuple[Op, tuple[Data, ...], tuple[Data, ...]]]
 
 
 def diff(
@@ -91,7 +101,7 @@ def diff(
     weights: Any = None,
     inputs: Inputs = None,
     tolerance: float = 0.0,
-    on_step: Callable[[str], None] = lambda step: None,
+    on_step: Step = lambda step: None,
 ) -> Report:
     """Run two programs, or one under two backends, on the same weights and inputs, and compare them op by op.
 
@@ -100,163 +110,179 @@ def diff(
     >>> dsc.diff(dsc.trace("deepseek-v3-tiny"), backends=("numpy", "numpy-f64")).same
     True
     """
-    from .. import backends as registry
-
     require(len(backends) in (1, 2), f"expected one or two backends, found {len(backends)}")
     two_backends = len(backends) == 2 and backends[0] != backends[1]
-    require(b is None or b == a or not two_backends, "two artifacts and two backends at once: which of the two differs could not be told")
-    b = a if b is None else b
-    first, second = (registry.get(name) for name in (backends[0], backends[-1]))
-    recorded: dict[str, tuple[Op, tuple[Array, ...]]] = {}
-    module_a, spec_a, config_a = unpack(a, weights)
-    module_b, spec_b, config_b = unpack(b, weights)
-    given = prepare(module_a, inputs)
-    ratios: dict[str, float] = {}
+    require(b is None or b == a or not two_backends, "two artifacts and two backends at once: which of them differ could not be told")
+    first = _side(a, backends[0], weights, inputs)
+    second = _side(a if b is None else b, backends[-1], weights, first.inputs if inputs is None else inputs)
+    recorded: Record = {}
 
-    def record(site: Any, op: Op, operands: Sequence[Array], results: tuple[Array, ...]) -> None:
-        recorded[str(site)] = op, results
-        if two_backends and op.operands:
-            ratios[str(site)] = _bound_ratio(op, operands, results, second.evaluate(op, operands))
+    def record(site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
+        recorded[str(site)] = op, operands, results
         on_step(str(site))
 
-    out_a = first.run(module_a, open_weights(spec_a, module_a, config_a), given, record)
-    compared: list[OpDiff] = []
-    routing: list[Routing] = []
-    only_in_b: list[str] = []
-    moved: np.ndarray | None = None
-
-    def compare(site: Any, op: Op, operands: Sequence[Array], results: tuple[Array, ...]) -> None:
-        nonlocal moved
-        on_step(str(site))
-        if str(site) not in recorded:
-            only_in_b.append(str(site))
-            return
-        _, results_a = recorded.pop(str(site))
-        tensors = [_flat(r) for r in (results_a, results)]
-        if [x.shape for x in tensors[0]] != [x.shape for x in tensors[1]]:
-            only_in_b.append(str(site))
-            return
-        if isinstance(op, Route):
-            changed = (np.sort(results_a[0], axis=-1) != np.sort(results[0], axis=-1)).any(axis=-1)
-            routing.append(Routing(str(site), int(changed.size), int(changed.sum())))
-            moved = changed if moved is None or moved.shape != changed.shape else moved | changed
-        compared.append(_compare(str(site), op.name, op, tensors[0], tensors[1], moved, ratios.get(str(site))))
-
-    out_b = second.run(module_b, open_weights(spec_b, module_b, config_b), prepare(module_b, given if inputs is None else inputs), compare)
-    outputs = tuple(
-        _compare(value.name, "result", None, _flat((x,)), _flat((y,)), moved, None)
-        for value, x, y in zip(module_a.main.results, out_a, out_b, strict=False)
-        if x is not None and np.shape(x) == np.shape(y)
-    )
+    out_a = first.run(record)
+    free = _Free(recorded, Tokens(second.module), on_step)
+    out_b = second.run(free.observe)
+    local = _Forced(recorded, two_backends, on_step)
+    if any(not entry.equal for entry in free.found):
+        second.run(local.observe)
+    ops = tuple(_with_local(entry, local) for entry in free.found)
+    outputs = _outputs(first.module, out_a, out_b, free.tokens)
+    forced: tuple[OpDiff, ...] = ()
+    if any(gate.changed for gate in free.tokens.gates):
+        forced = _outputs(first.module, out_a, second.run(_routed_as(recorded)), None)
 
     def differs(entry: OpDiff) -> bool:
         if two_backends:
             return entry.bound_ratio is not None and not entry.bound_ratio <= 1
         return not entry.equal and not entry.accumulated.relative_l2 <= tolerance
 
-    different = [entry.site for entry in compared if differs(entry)]
-    unequal = [entry for entry in compared if not entry.equal]
-    nothing_shared = not compared and bool(recorded or only_in_b)
-    shapes_differ = len(outputs) != len(out_a) or len(out_a) != len(out_b)
-    criterion = "local difference within its bound" if two_backends else f"relative L2 <= {tolerance:g}" if tolerance else "equal bits"
+    different = [entry.site for entry in ops if differs(entry)]
+    worst = max((e for e in ops if e.local and not e.equal), key=lambda e: _rank(e.local), default=None)
+    comparable = len(outputs) == len(out_a) == len(out_b) and bool(ops)
     return Report(
-        a=_label(a, backends[0]),
-        b=_label(b, backends[-1]),
-        same=not different and not nothing_shared and not shapes_differ and not (not two_backends and any(map(differs, outputs))),
-        criterion=criterion,
+        a=first.label,
+        b=second.label,
+        same=comparable and not different and (two_backends or not any(map(differs, outputs))),
+        criterion="local difference within its bound" if two_backends else f"relative L2 <= {tolerance:g}" if tolerance else "equal bits",
         first=different[0] if different else None,
-        worst=max(unequal, key=lambda e: _rank(e.accumulated.relative_l2)).site if unequal else None,
-        ops=tuple(compared),
-        only_in_a=tuple(recorded),
-        only_in_b=tuple(only_in_b),
-        routing=tuple(routing),
+        worst=worst.site if worst else None,
+        ops=ops,
+        only_in_a=tuple(site for site in recorded if site not in free.seen),
+        only_in_b=tuple(free.only_in_b),
+        routing=tuple(free.tokens.gates),
+        quantization=tuple(free.quantization),
         outputs=outputs,
+        outputs_forced=forced,
     )
 
 
-def measure(a: Array, b: Array) -> Measures:
-    """Compare two arrays of one shape. NaN in the same place is no difference; elsewhere everything is NaN."""
-    x, y = (np.asarray(v, dtype=np.float64).ravel() for v in (a, b))
-    alike = (x == y) | (np.isnan(x) & np.isnan(y))
-    if alike.all():
-        return Measures(0.0, 0.0, math.inf, 1.0, 0.0)
-    with np.errstate(all="ignore"):  # IEEE says it right: nothing over nothing is NaN, noise without a signal is infinite
-        error = np.where(alike, 0.0, y - x)
-        x, y = (np.where(alike & ~np.isfinite(x), 0.0, v) for v in (x, y))
-        signal, noise, other, inner = (np.float64(p @ q) for p, q in ((x, x), (error, error), (y, y), (x, y)))
-        return Measures(
-            relative_l2=float(np.sqrt(noise / signal)),
-            max_error=float(np.abs(error).max()),
-            sqnr_db=float(10 * np.log10(signal / noise)),
-            cosine=float(inner / np.sqrt(signal * other)),
-            calc_diff=float(1 - 2 * inner / (signal + other)),
-        )
+def _side(program: Module | Artifact, backend: str, weights: Any, inputs: Inputs) -> _Side:
+    from .. import backends
+
+    module, spec, config = unpack(program, weights)
+    name = str(program.path) if isinstance(program, Artifact) else str(module.attributes.get("model", f"@{module.main.name}"))
+    return _Side(f"{name} ({backend})", module, backends.get(backend), open_weights(spec, module, config), prepare(module, inputs))
 
 
-def _compare(site: str, name: str, op: Op | None, a: list[Array], b: list[Array], moved: np.ndarray | None, ratio: float | None) -> OpDiff:
-    equal = all(_bits_equal(x, y) for x, y in zip(a, b, strict=True))
-    pairs = [(_real(x), _real(y)) for x, y in zip(a, b, strict=True)]
-    joined = [np.concatenate([p[side].ravel() for p in pairs]) if pairs else np.zeros(0) for side in (0, 1)]
+class _Free:
+    """Compares a free run of the second program with the record of the first, op after op."""
+
+    def __init__(self, recorded: Record, tokens: Tokens, on_step: Step) -> None:
+        self.recorded = recorded
+        self.tokens = tokens
+        self.on_step = on_step
+        self.found: list[OpDiff] = []
+        self.seen: set[str] = set()
+        self.only_in_b: list[str] = []
+        self.quantization: list[QuantizationStats] = []
+
+    def observe(self, site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
+        self.on_step(str(site))
+        if isinstance(op, Quantize):
+            self.quantization.append(stats_of(str(site), op, operands[0], results[0], results[1]))
+        match = _match(self.recorded, site, results)
+        if match is None:
+            self.only_in_b.append(str(site))
+            return
+        self.seen.add(str(site))
+        op_a, operands_a, results_a = match
+        if isinstance(op, Route | Dispatch) and type(op_a) is type(op):
+            ids = {"first": operands_a[-1], "second": operands[-1]}
+            self.tokens.see(site, op, results_a, results, ids)
+        pairs = [
+            self.tokens.pairs(site, op, i, x, y)
+            for i, (x, y) in enumerate(zip(flat(results_a), flat(results), strict=True))
+            if i < len(op.results)
+        ]
+        equal = all(map(same_bits, flat(results_a), flat(results)))
+        self.found.append(_op_diff(str(site), op.name, str(op.results[0].type) if op.results else "", equal, pairs, self.tokens))
+
+
+class _Forced:
+    """Hands the first program's results to the second, op after op, after measuring what each op did with them."""
+
+    def __init__(self, recorded: Record, bounded: bool, on_step: Step) -> None:
+        self.recorded = recorded
+        self.bounded = bounded
+        self.on_step = on_step
+        self.local: dict[str, Measures] = {}
+        self.ratio: dict[str, float] = {}
+
+    def observe(self, site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...] | None:
+        self.on_step(str(site))
+        match = _match(self.recorded, site, results)
+        if match is None:
+            return None
+        _, operands_a, results_a = match
+        joined = [np.concatenate([real(x).ravel() for x in flat(side)]) for side in (results_a, results)]
+        self.local[str(site)] = measure(*joined)
+        if self.bounded and op.operands:
+            self.ratio[str(site)] = _bound_ratio(op, operands_a, results_a, results)
+        return tuple(_as(v.type, x) for v, x in zip(op.results, results_a, strict=True))
+
+
+def _routed_as(recorded: Record) -> Any:
+    def observe(site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...] | None:
+        match = _match(recorded, site, results) if isinstance(op, Route) else None
+        return None if match is None else match[2]
+
+    return observe
+
+
+def _match(recorded: Record, site: Any, results: tuple[Data, ...]) -> tuple[Op, tuple[Data, ...], tuple[Data, ...]] | None:
+    """The record of the same site, if its results have the same shapes."""
+    found = recorded.get(str(site))
+    if found is None or len(found[2]) != len(results):
+        return None
+    shapes = ([np.shape(x) for x in flat(side)] for side in (found[2], results))
+    return found if next(shapes) == next(shapes) else None
+
+
+def _as(type: Any, x: Data) -> Data:
+    """A result of the first program in the dtype that the second has there."""
+    return rounded(real(x), type.dtype) if isinstance(type, Tensor) and type.dtype.is_float else x
+
+
+def _with_local(entry: OpDiff, forced: _Forced) -> OpDiff:
+    values = vars(entry) | {"local": forced.local.get(entry.site), "bound_ratio": forced.ratio.get(entry.site)}
+    return OpDiff(**values)
+
+
+def _outputs(module: Module, a: list[np.ndarray], b: list[np.ndarray], tokens: Tokens | None) -> tuple[OpDiff, ...]:
+    return tuple(
+        _op_diff(value.name, "result", str(value.type), same_bits(x, y), [(x, y)], tokens)
+        for value, x, y in zip(module.main.results, a, b, strict=False)
+        if x.shape == y.shape
+    )
+
+
+def _op_diff(site: str, name: str, kind: str, equal: bool, pairs: list[tuple[np.ndarray, np.ndarray]], tokens: Tokens | None) -> OpDiff:
+    joined = [np.concatenate([real(p[side]).ravel() for p in pairs]) if pairs else np.zeros(0) for side in (0, 1)]
     rest = None
-    if moved is not None and moved.any() and len(pairs) == 1 and not equal:
-        rows = _by_token(pairs[0][0], moved.size), _by_token(pairs[0][1], moved.size)
+    if tokens and tokens.moved is not None and tokens.moved.any() and len(pairs) == 1 and not equal:
+        rows = [tokens.by_token(x) for x in pairs[0]]
         if rows[0] is not None and rows[1] is not None:
-            rest = measure(rows[0][~moved], rows[1][~moved])
-    kind = str(op.results[0].type) if op else _type(a)
-    return OpDiff(site, name, kind, equal, measure(*joined), rest, ratio)
+            rest = measure(rows[0][~tokens.moved], rows[1][~tokens.moved])
+    return OpDiff(site, name, kind, equal, measure(*joined), rest)
 
 
-def _by_token(x: np.ndarray, tokens: int) -> np.ndarray | None:
-    """x with one row per token, if its leading dimensions are the tokens."""
-    lead = 1
-    for axis, extent in enumerate(x.shape):
-        lead *= extent
-        if lead == tokens:
-            return x.reshape(tokens, *x.shape[axis + 1 :])
-    return None
-
-
-def _bound_ratio(op: Op, operands: Sequence[Array], results: tuple[Array, ...], others: tuple[Array, ...]) -> float:
+def _bound_ratio(op: Op, operands: tuple[Data, ...], results: tuple[Data, ...], others: tuple[Data, ...]) -> float:
     from ..testing.bounds import bound
 
     worst = 0.0
-    permitted = bound(op, operands, results)
-    for limit, x, y in zip(permitted, _flat(results), _flat(others), strict=True):
-        if _bits_equal(x, y):
-            continue
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = np.abs(_real(x) - _real(y)) / np.broadcast_to(np.asarray(limit, dtype=np.float64), np.shape(x))
-            ratio = np.where(_real(x) == _real(y), 0.0, ratio)
-        worst = max(worst, float(np.nan_to_num(ratio, nan=np.inf).max(initial=0.0)))
+    for limit, x, y in zip(bound(op, operands, results), flat(results), flat(others), strict=True):
+        if not same_bits(x, y):
+            x, y = real(x), real(y)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                ratio = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y) / limit)
+            worst = max(worst, float(np.nan_to_num(ratio, nan=np.inf).max(initial=0.0)))
     return worst
 
 
-def _flat(values: Any) -> list[Array]:
-    """Arrays, those within bundles included."""
-    return [x for v in values for x in (_flat(v) if isinstance(v, tuple) else [v])]
-
-
-def _real(x: Array) -> np.ndarray:
-    from ..numerics.formats import widen
-
-    x = np.asarray(x)
-    return x.astype(np.float64) if x.dtype.isbuiltin == 1 else widen(x).astype(np.float64)
-
-
-def _bits_equal(x: Array, y: Array) -> bool:
-    return bool(x.dtype == y.dtype and x.shape == y.shape and np.ascontiguousarray(x).tobytes() == np.ascontiguousarray(y).tobytes())
-
-
-def _type(arrays: list[Array]) -> str:
-    names = {"bfloat16": "bf16", "float32": "f32", "float64": "f64", "float16": "f16"}
-    return ", ".join(f"{names.get(x.dtype.name, x.dtype.name)}{list(x.shape)}" for x in arrays)
-
-
-def _label(program: Module | Artifact, backend: str) -> str:
-    return f"{program.path if isinstance(program, Artifact) else program.attributes.get('model', '@' + program.main.name)} ({backend})"
-
-
-def _rank(value: float) -> float:
+def _rank(measures: Measures | None) -> float:
+    value = 0.0 if measures is None else measures.relative_l2
     return math.inf if math.isnan(value) else value
 
 

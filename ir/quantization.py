@@ -10,6 +10,9 @@ from typing import Literal
 
 from .errors import require
 
+SCALE_SUFFIX = "_scale_inv"
+"""What the released checkpoints append to a weight's name to name its scales."""
+
 
 @dataclass(frozen=True)
 class ScaleRule:

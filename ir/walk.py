@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .core import Func, Module, Op
+from .core import Func, Module, Op, Value
 from .errors import require
 from .ops.control import Call, Param
 from .ops.linalg import GroupedMatmul
 from .ops.moe import Dispatch
+from .ops.quant import GroupedScaledMatmul, Quantize
+from .quantization import SCALE_SUFFIX
 from .types import Tensor
 
 
@@ -50,15 +52,23 @@ def parameters(module: Module) -> dict[str, Count]:
     """Elements of each weight by full name. Of a stack of experts top_k / experts are active."""
     shares: dict[str, tuple[int, int]] = {}
     for prefix, func, op in walk(module):
-        if isinstance(op, GroupedMatmul) and isinstance(owner := op.w.owner, Param):
+        if isinstance(op, GroupedMatmul | GroupedScaledMatmul) and (owner := _weight(op.w)):
             chosen = next((d.ids.shape[1] for d in func.ops if isinstance(d, Dispatch) and d.counts is op.counts), None)
             if isinstance(chosen, int) and isinstance(op.w.shape[0], int):
                 shares[join(prefix, owner.path)] = (chosen, op.w.shape[0])
     counted = {}
     for name, tensor in weights(module).items():
+        if name.endswith(SCALE_SUFFIX):
+            continue  # a scale belongs to its codes: it is bytes, but no parameter
         chosen, experts = shares.get(name, (1, 1))
         counted[name] = Count(tensor.size, tensor.size * chosen // experts)
     return counted
+
+
+def _weight(value: Value) -> Param | None:
+    """The weight that a product reads, quantised on the way or not."""
+    owner = value.owner.x.owner if isinstance(value.owner, Quantize) else value.owner
+    return owner if isinstance(owner, Param) else None
 
 
 def flops(module: Module, func: Func | None = None) -> int:

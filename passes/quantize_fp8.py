@@ -15,16 +15,13 @@ from ..ir.ops.linalg import GroupedMatmul, Matmul
 from ..ir.ops.moe import Dispatch
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, Quantize, ScaledMatmul, scale_shape
 from ..ir.ops.shape import Reshape
-from ..ir.quantization import RULES
+from ..ir.quantization import RULES, SCALE_SUFFIX
 from ..ir.types import DType, Tensor, bound
 from ..ir.walk import join, walk
 from .manager import Pass, register
 from .recipe import WHOLE, Quantization, Recipe, recipe
 from .rewrite import rebuild
 from .simplify import drop_unused
-
-SCALE_SUFFIX = "_scale_inv"
-"""What the released checkpoints append to a weight's name to name its scales."""
 
 Quantized = tuple[Value, Value]
 
