@@ -47,7 +47,7 @@ def layer() -> Module:
     logits = b.emit(Matmul(x, weight("gate", EXPERTS, HIDDEN).result, transpose_b=True)).result
     route = b.emit(Route(logits, top_k=TOP_K, score="softmax", normalize=False))
     ids, weights = route.results
-    rows, counts, handle = b.emit(Dispatch(x, ids, experts=EXPERTS)).results
+    rows, counts, handle = b.emit(Dispatch((x,), ids, experts=EXPERTS)).results
     gate, up = (
         b.emit(GroupedMatmul(rows, weight(f"experts.{name}", EXPERTS, WIDTH, HIDDEN).result, counts, transpose_b=True)).result
         for name in ("gate", "up")

@@ -8,8 +8,8 @@ from ...ir.ops import attention as ops
 from ..arrays import Array, widen
 from .registry import reference
 
-SCORES = 1 << 22
-"""Scores held at a time: 16 MiB in float32."""
+SCORES = 1 << 19
+"""Scores held at a time: 2 MiB in float32, about what stays in a second-level cache."""
 
 
 @reference(ops.Attention, operands="blocks")

@@ -24,13 +24,17 @@ def matmul(op: ops.Matmul, a: Array, b: Array) -> Array:
 
 @reference(ops.GroupedMatmul, operands="blocks")
 def grouped_matmul(op: ops.GroupedMatmul, wide: np.dtype[np.floating], x: Array, w: Array, counts: Array) -> Array:
-    """Matrices of groups without rows are never read."""
+    return multiply_groups(x, w, counts, op.transpose_b, wide)
+
+
+def multiply_groups(x: Array, w: Array, counts: Array, transpose_b: bool, wide: np.dtype[np.floating]) -> Array:
+    """`grouped_matmul` in dtype `wide`. Matrices of groups without rows are never read."""
     ends = check_counts(counts, len(x))
-    result = np.empty((len(x), w.shape[1 if op.transpose_b else 2]), wide)
+    result = np.empty((len(x), w.shape[1 if transpose_b else 2]), wide)
     for group in np.flatnonzero(counts):
         rows = slice(ends[group] - counts[group], ends[group])
         matrix = widen(w[group], wide)
-        np.matmul(widen(x[rows], wide), matrix.T if op.transpose_b else matrix, out=result[rows])
+        np.matmul(widen(x[rows], wide), matrix.T if transpose_b else matrix, out=result[rows])
     result[ends[-1] if len(ends) else 0 :] = 0
     return result
 

@@ -11,6 +11,7 @@ from ...ir.types import bound
 from ...numerics import scale, tensorcore
 from ...numerics.formats import FORMATS
 from ..arrays import STORAGE, Array
+from .linalg import check_counts, multiply_groups
 from .registry import reference
 
 
@@ -28,8 +29,10 @@ def dequantize(op: ops.Dequantize, codes: Array, scales: Array, counts: Array | 
     return scale.dequantize(codes, used, op.tile, groups, STORAGE[op.dtype])
 
 
-@reference(ops.ScaledMatmul, operands="stored")
-def scaled_matmul(op: ops.ScaledMatmul, a: Array, a_scales: Array, b: Array, b_scales: Array) -> Array:
+@reference(ops.ScaledMatmul, operands="blocks")
+def scaled_matmul(op: ops.ScaledMatmul, wide: np.dtype[Any], a: Array, a_scales: Array, b: Array, b_scales: Array) -> Array:
+    if wide == np.float64 and op.accumulation.arithmetic == "float32":
+        return np.matmul(scale.dequantize(a, a_scales, op.a_tile, dtype=wide), scale.dequantize(b, b_scales, op.b_tile, dtype=wide).T)
     rows = a.reshape(-1, a.shape[-1])
     found = tensorcore.scaled_matmul(
         rows, a_scales.reshape(-1, a_scales.shape[-1]), b, b_scales, op.a_tile, op.b_tile, op.accumulation, STORAGE[op.out]
@@ -37,10 +40,16 @@ def scaled_matmul(op: ops.ScaledMatmul, a: Array, a_scales: Array, b: Array, b_s
     return found.reshape(*a.shape[:-1], len(b))
 
 
-@reference(ops.GroupedScaledMatmul, operands="stored")
-def grouped_scaled_matmul(op: ops.GroupedScaledMatmul, x: Array, x_scales: Array, w: Array, w_scales: Array, counts: Array) -> Array:
-    used = int(counts.sum())
+@reference(ops.GroupedScaledMatmul, operands="blocks")
+def grouped_scaled_matmul(
+    op: ops.GroupedScaledMatmul, wide: np.dtype[Any], x: Array, x_scales: Array, w: Array, w_scales: Array, counts: Array
+) -> Array:
+    ends = check_counts(counts, len(x))
     tiles = op.x_tile, op.w_tile
+    if wide == np.float64 and op.accumulation.arithmetic == "float32":
+        rows, matrices = scale.dequantize(x, x_scales, op.x_tile, dtype=wide), scale.dequantize(w, w_scales, op.w_tile, dtype=wide)
+        return multiply_groups(rows, matrices, counts, True, wide)
+    used = int(ends[-1])
     found = tensorcore.grouped_scaled_matmul(
         x[:used], x_scales[:used], w, w_scales, counts.tolist(), *tiles, op.accumulation, STORAGE[op.out]
     )

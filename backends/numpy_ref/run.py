@@ -48,21 +48,29 @@ class Interpreter:
             return self._evaluate(op, operands)
 
     def _evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
-        function, takes = REFERENCES[type(op)], OPERANDS[type(op)]
-        if takes == "stored":
-            found = function(op, *operands)
-        else:
-            wide = self.compute if not any(_is_f64(v) for v in (*op.operands, *op.results)) else STORAGE[DType.f64]
-            if takes == "blocks":
-                found = function(op, wide, *operands)
-            else:
-                found = function(op, *(_widened(v, x, wide) for v, x in zip(op.operands, operands, strict=True)))
-        results = (found,) if len(op.results) == 1 else tuple(found)
-        return checked(op, tuple(_stored(v, x) for v, x in zip(op.results, results, strict=True)))
+        wide = STORAGE[DType.f64] if any(map(_is_f64, (*op.operands, *op.results))) else self.compute
+        return checked(op, tuple(_stored(v, x) for v, x in zip(op.results, _computed(op, operands, wide), strict=True)))
 
 
 FLOAT32 = Interpreter(STORAGE[DType.f32])
 FLOAT64 = Interpreter(STORAGE[DType.f64])
+
+
+def unrounded(op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
+    """The results of one op computed in float64 and left so: what is rounded once to become the results."""
+    with np.errstate(all="ignore"):
+        return _computed(op, operands, STORAGE[DType.f64])
+
+
+def _computed(op: Op, operands: Sequence[Data], wide: np.dtype[Any]) -> tuple[Data, ...]:
+    function, takes = REFERENCES[type(op)], OPERANDS[type(op)]
+    if takes == "stored":
+        found = function(op, *operands)
+    elif takes == "blocks":
+        found = function(op, wide, *operands)
+    else:
+        found = function(op, *(_widened(v, x, wide) for v, x in zip(op.operands, operands, strict=True)))
+    return (found,) if len(op.results) == 1 else tuple(found)
 
 
 def _is_f64(value: Value) -> bool:

@@ -8,7 +8,7 @@ from ..types import DType, Type
 from .control import Literal
 from .elementwise import Add, Cast, Mul, Rsqrt, Sub
 from .reduce import Mean
-from .rules import broadcast, require_float, static
+from .rules import broadcast, require_float, show, static
 from .shape import Concat, Reshape, Slice
 
 
@@ -22,9 +22,7 @@ class RmsNorm(Op):
 
     def infer(self) -> tuple[Type, ...]:
         require_float(self.x, self.weight)
-        require(
-            self.weight.shape == self.x.shape[-1:], f"weight is {self.weight.type}, expected one number for each of {self.x.shape[-1:]}"
-        )
+        require(self.weight.shape == self.x.shape[-1:], f"weight is {self.weight.type}, expected {show(self.x.shape[-1:])}")
         return (self.x.tensor,)
 
     def flops(self) -> int:
