@@ -71,7 +71,7 @@ def print_attribute(value: Any) -> str:
         case Word():
             return str(value)
         case str():
-            return json.dumps(value, ensure_ascii=False)
+            return json.dumps(value, ensure_ascii=not value.isprintable())  # a lone surrogate has no UTF-8
         case int() | float():
             return repr(value)
         case Enum():

@@ -14,6 +14,8 @@ from fractions import Fraction
 from functools import cached_property
 from math import prod
 
+from .errors import DscError
+
 
 class DType(Enum):
     """An element type. `bits` is what one element counts for in memory figures; `kind` is float, int or bool."""
@@ -79,10 +81,15 @@ def bound(dim: Dim) -> int:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A dense array: `bf16[4096, 7168]`. Rank 0 is written `f32[]`."""
+    """A dense array: `bf16[4096, 7168]`. Rank 0 is written `f32[]`. A negative dimension raises `DscError`."""
 
     dtype: DType
     shape: Shape
+
+    def __post_init__(self) -> None:
+        for dim in self.shape:
+            if bound(dim) < 0:
+                raise DscError(f"a dimension is 0 or more, found {self}")
 
     @property
     def rank(self) -> int:

@@ -2,9 +2,9 @@
 
 Laws of every stage:
 
-1. Function names are unique, and no function calls itself, directly or through others.
+1. Function names are unique names, and no function calls itself, directly or through others.
 2. A value is defined once, before its first use, in the function that uses it.
-3. An op's id is unique in its function.
+3. An op's id is `component#n`, `component#n.k`, ... and unique in its function.
 4. The types of an op's results are what its type rule infers.
 5. A call names a function of the module, and its operands and results have the types of that function.
 6. An update gives a parameter a result of the same type; no parameter and no result takes part in two.
@@ -14,6 +14,7 @@ A stage adds laws of its own (`STAGES`). Laws of a stage that a pipeline skips d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ from .printer import print_op
 Places = Mapping[Any, tuple[int, int]]
 Found = Iterator[tuple[Op | Func, str]]
 Law = Callable[[Module, Func], Found]
+
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ID = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*#[0-9]+(\.[0-9]+)*")
 
 
 def verify(module: Module) -> Module:
@@ -48,6 +52,8 @@ def check(module: Module, places: Places | None = None) -> list[Diagnostic]:
 
 
 def _names(module: Module, func: Func) -> Found:
+    if not NAME.fullmatch(func.name):
+        yield func, f"the name of a function is letters, digits and _, found @{func.name}"
     if next(other for other in module.funcs if other.name == func.name) is not func:
         yield func, f"function @{func.name} is defined twice"
     path = _cycle(module, func.name, ())
@@ -85,6 +91,8 @@ def _definitions(module: Module, func: Func) -> Found:
 def _ids(module: Module, func: Func) -> Found:
     seen: dict[str, Op] = {}
     for op in func.ops:
+        if op.id and not ID.fullmatch(op.id):
+            yield op, f"an id is component#n, found {op.id}"
         if op.id and seen.setdefault(op.id, op) is not op:
             yield op, f"id {op.id} is taken by another op of @{func.name}"
 
