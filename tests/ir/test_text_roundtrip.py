@@ -137,9 +137,9 @@ def test_floats_keep_every_bit(a: float, b: float) -> None:
     literal, pad = parse(str(module)).main.ops
     assert isinstance(literal, LiteralOp)
     assert isinstance(pad, Pad)
-    for found, given in zip((*literal.values, pad.value), (a, b, a), strict=True):
+    for found, expected in zip((*literal.values, pad.value), (a, b, a), strict=True):
         assert isinstance(found, float)
-        assert found.hex() == given.hex()  # float.hex says nan for any NaN
+        assert found.hex() == expected.hex()  # float.hex says nan for any NaN
 
 
 @given(texts)
