@@ -15,6 +15,7 @@ from typing import Any
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.liveness import live_bytes
+from ..ir.types import DType
 from ..ir.walk import weights as weights_of
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
@@ -95,6 +96,7 @@ def compile(
     seq: int | None = None,
     context: int | None = None,
     passes: str | None = None,
+    recipe: str | None = None,
     until: str | None = None,
     weights: str = "none",
     overrides: Sequence[str] = (),
@@ -103,9 +105,10 @@ def compile(
 ) -> Artifact:
     """Compile `source` into the artifact folder `out`, and open it.
 
-    `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline
-    as text (None: the default one), `until` a stage to stop at, `weights` one of `none`, a checkpoint folder, `random:SEED`:
-    what `dsc run` will take if it is given no other. `on_step` is called with the name of each step that is done.
+    `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
+    text; without it the default one runs, with quantisation by `recipe` if one is named. `until` is a stage to stop at, `weights`
+    one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. `on_step` is called with
+    the name of each step that is done.
 
     >>> dsc.compile("deepseek-v3-tiny", out="out/tiny").manifest.stage
     'traced'
@@ -114,12 +117,14 @@ def compile(
 
     target = Path(out)
     artifact.check_target(target)
-    pipeline = parse_pipeline(DEFAULT_PASSES if passes is None else passes)
+    require(passes is None or recipe is None, "--recipe belongs to the default pipeline; in --passes write quantize-fp8{recipe=...}")
+    pipeline = parse_pipeline(default_pipeline(recipe, None) if passes is None else passes)  # what is wrong is said before any work
     start = time.perf_counter()
     found, module, config = read(source, mode=mode, batch=batch, seq=seq, context=context, overrides=overrides)
     seconds = time.perf_counter() - start
     on_step("traced")
-    weights = _check_weights(weights, module, config)
+    if passes is None:
+        pipeline = parse_pipeline(default_pipeline(recipe, config, mode))
     with artifact.beside(target) as folder:
         (folder / "ir").mkdir()
         writer = _Snapshots(folder)
@@ -131,6 +136,7 @@ def compile(
             on_step(record.name)
 
         module = run_pipeline(module, pipeline, until=until, on_snapshot=snapshot).module
+        weights = _check_weights(weights, module, config)
         if constants:
             from safetensors.numpy import save_file
 
@@ -152,6 +158,22 @@ def compile(
         )
         _write_json(folder / artifact.MANIFEST, manifest.model_dump(mode="json"))
     return artifact.load(target)
+
+
+def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: str = "forward") -> str:
+    """The passes that run where none are given: quantisation by `recipe` if there is one.
+
+    A checkpoint that is in FP8 already, in the blocks that the recipe has, is read as it is; in training it is not, for there the
+    weights change.
+    """
+    if recipe is None:
+        return DEFAULT_PASSES
+    from ..passes.recipe import recipe as by_name
+
+    chosen = by_name(recipe).weight
+    blocks = ((config or {}).get("quantization_config") or {}).get("weight_block_size")
+    stored = mode != "train" and chosen is not None and chosen.format is DType.f8e4m3 and blocks == list(chosen.tile)
+    return f"{DEFAULT_PASSES},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}"
 
 
 def memory(module: Module) -> dict[str, Any]:

@@ -182,15 +182,15 @@ class _Free:
         self.on_step(str(site))
         if isinstance(op, Quantize):
             self.quantization.append(stats_of(str(site), op, operands[0], results[0], results[1]))
+        known = self.recorded.get(str(site))
+        if known and isinstance(op, Route | Dispatch) and type(known[0]) is type(op):
+            self.tokens.see(site, op, known[2], results, {"first": known[1][-1], "second": operands[-1]})
         match = _match(self.recorded, site, results)
         if match is None:
             self.only_in_b.append(str(site))
             return
         self.seen.add(str(site))
-        op_a, operands_a, results_a = match
-        if isinstance(op, Route | Dispatch) and type(op_a) is type(op):
-            ids = {"first": operands_a[-1], "second": operands[-1]}
-            self.tokens.see(site, op, results_a, results, ids)
+        results_a = match[2]
         pairs = [
             self.tokens.pairs(site, op, i, x, y)
             for i, (x, y) in enumerate(zip(flat(results_a), flat(results), strict=True))

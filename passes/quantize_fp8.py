@@ -114,7 +114,8 @@ class _Rule:
         self.recipe = decisions
         self.func = func
         self.prefixes = prefixes
-        self.users = users(func)
+        readers = users(func)
+        self.readers = {op.id: readers.get(op.results[0], []) for op in func.ops if isinstance(op, Dispatch)}
         self.flat: dict[Value, Value] = {}
         self.done: dict[tuple[Value, Quantization], Quantized] = {}
         self.sent: dict[Value, tuple[Quantized, tuple[int, int]]] = {}
@@ -166,13 +167,16 @@ class _Rule:
 
     def _dispatch(self, op: Dispatch, x: Value, chosen: Quantization, b: Builder) -> Sequence[Value]:
         codes, scales = self._quantize(x, chosen, b)
-        rows, row_scales, counts, handle = b.emit(Dispatch((codes, scales), op.ids, op.experts)).results
-        wide = b.emit(Dequantize(rows, row_scales, tile=chosen.tile, dtype=x.dtype)).result
+        names = ("rows_q", "rows_s", "counts", "handle")
+        sent = b.emit(Dispatch((codes, scales), op.ids, op.experts, id=op.id, phase=op.phase, names=names))
+        rows, row_scales, counts, handle = sent.results
+        # For readers that are no products; its id is given too, or it would inherit that of the dispatch.
+        wide = b.emit(Dequantize(rows, row_scales, tile=chosen.tile, dtype=x.dtype, id=f"{op.id}.2", phase=op.phase)).result
         self.sent[wide] = (rows, row_scales), chosen.tile
         return wide, counts, handle
 
     def _feeds_products(self, op: Dispatch) -> bool:
-        readers = self.users.get(op.results[0], [])
+        readers = self.readers[op.id]  # by id, for the op itself may have got new operands
         products = [r for r in readers if isinstance(r, GroupedMatmul) and not self._why_not(r.w.owner, r.transpose_b, r.x.dtype)]
         return bool(products)
 
