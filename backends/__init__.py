@@ -32,9 +32,12 @@ class Site:
     """The prefix of weight names in this call, such as `model.layers.3`; empty in the main function."""
     op: str
     """The op's id."""
+    run: int = 1
+    """Which run of this function with these weights it is, from 1: an embedding that two parts of a model share runs twice."""
 
     def __str__(self) -> str:
-        return f"@{self.func}{f' ({self.weights})' if self.weights else ''} {self.op}"
+        call = ", ".join(([self.weights] if self.weights else []) + ([f"run {self.run}"] if self.run > 1 else []))
+        return f"@{self.func}{f' ({call})' if call else ''} {self.op}"
 
 
 Observer = Callable[[Site, "Op", "tuple[Data, ...]", "tuple[Data, ...]"], "tuple[Data, ...] | None"]

@@ -7,11 +7,12 @@ are therefore matched by token and expert, and rows that only one run has are le
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from ..backends import Site
 from ..ir.core import Func, Module, Op, Value
 from ..ir.ops.moe import Combine, Dispatch, Route
 from ..ir.types import Tensor
@@ -36,10 +37,10 @@ class Tokens:
     moved: Array | None = None
     """The tokens that some gate so far sent elsewhere."""
     gates: list[Gate] = field(default_factory=list)
-    _rows: dict[tuple[str, str], tuple[Array, Array]] = field(default_factory=dict)
+    _rows: dict[Site, tuple[Array, Array]] = field(default_factory=dict)
     _values: dict[str, set[Value]] = field(default_factory=dict)
 
-    def see(self, site: Any, op: Op, first: tuple[Any, ...], second: tuple[Any, ...], operands: Mapping[str, Any]) -> None:
+    def see(self, site: Site, op: Op, first: tuple[Any, ...], second: tuple[Any, ...], operands: Mapping[str, Any]) -> None:
         """Note what a gate or a dispatch did in the two runs. `operands` has the ids that each dispatch was given."""
         if isinstance(op, Route):
             changed = (np.sort(first[0], axis=-1) != np.sort(second[0], axis=-1)).any(axis=-1)
@@ -48,11 +49,11 @@ class Tokens:
         elif isinstance(op, Dispatch):
             keys = [_keys(operands[name], handle, op.experts) for name, handle in (("first", first[-1]), ("second", second[-1]))]
             _, left, right = np.intersect1d(keys[0], keys[1], assume_unique=True, return_indices=True)
-            self._rows[site.func, site.weights] = left, right
+            self._rows[replace(site, op="")] = left, right
 
-    def pairs(self, site: Any, op: Op, index: int, first: Array, second: Array) -> tuple[Array, Array]:
+    def pairs(self, site: Site, op: Op, index: int, first: Array, second: Array) -> tuple[Array, Array]:
         """The rows of result `index` that belong together; all of them where its rows are not those of experts."""
-        rows = self._rows.get((site.func, site.weights))
+        rows = self._rows.get(replace(site, op=""))
         if rows is None or op.results[index] not in self._expert_rows(site.func):
             return first, second
         return first[rows[0]], second[rows[1]]

@@ -7,6 +7,7 @@ is reached.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Interpreter:
         for param, given in zip(main.params, inputs, strict=True):
             require(fits(given, param.type), f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
         with np.errstate(all="ignore"):
-            return _Run(self, module, weights, observe, {}).call(main, "", inputs)
+            return _Run(self, module, weights, observe, {}, Counter()).call(main, "", inputs)
 
     def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
         """The results of one op. `DscError` for `param`, `constant` and `call`, which need a module."""
@@ -108,31 +109,36 @@ class _Run:
     observe: Observer | None
     dying: dict[str, tuple[tuple[Value, ...], ...]]
     """The values to let go of after each op, by function."""
+    runs: Counter[tuple[str, str]]
+    """How often each function has been entered with each prefix."""
 
     def call(self, func: Func, prefix: str, inputs: Sequence[Data]) -> tuple[Data, ...]:
         """The results of `func`, the names of its weights under `prefix`."""
         if func.name not in self.dying:
             self.dying[func.name] = last_uses(func)
+        self.runs[func.name, prefix] += 1
+        run = self.runs[func.name, prefix]
         values: dict[Value, Data] = dict(zip(func.params, inputs, strict=True))
         for op, dying in zip(func.ops, self.dying[func.name], strict=True):
             operands = tuple(values[v] for v in op.operands)
+            site = Site(func.name, prefix, op.id, run)
             try:
-                results = self.execute(func, prefix, op, operands)
+                results = self.execute(site, op, operands)
             except OpError:
                 raise
             except DscError as error:
-                raise OpError(f"{Site(func.name, prefix, op.id)}: {op.name}: {error}") from None
+                raise OpError(f"{site}: {op.name}: {error}") from None
             values.update(zip(op.results, results, strict=True))
             for value in dying:
                 del values[value]
         return tuple(values[v] for v in func.results)
 
-    def execute(self, func: Func, prefix: str, op: Op, operands: tuple[Data, ...]) -> tuple[Data, ...]:
+    def execute(self, site: Site, op: Op, operands: tuple[Data, ...]) -> tuple[Data, ...]:
         """The results of one op, as the observer leaves them."""
         if isinstance(op, Call):
-            return self.call(self.module[op.callee], join(prefix, op.weights), operands)
+            return self.call(self.module[op.callee], join(site.weights, op.weights), operands)
         if isinstance(op, Param):
-            name = join(prefix, op.path)
+            name = join(site.weights, op.path)
             results = self.source(f"weight {name}", op, self.weights(name, op.result.tensor))
         elif isinstance(op, Constant):
             require(op.path in self.module.constants, f"the module has no constant {op.path!r}")
@@ -141,7 +147,7 @@ class _Run:
             results = self.interpreter._evaluate(op, operands)
         if self.observe is None:
             return results
-        replaced = self.observe(Site(func.name, prefix, op.id), op, operands, results)
+        replaced = self.observe(site, op, operands, results)
         return results if replaced is None else checked(op, tuple(replaced))
 
     @staticmethod
