@@ -56,7 +56,7 @@ def trace_stack(
             raise TypeError(f"the stack of {type(model).__name__} does more than call blocks: {node.format_node()}")
     names = list(outputs)
     for name, value in zip(names, results, strict=True):
-        value.name = name
+        value.name = f"new_{name}" if name in inputs else name
     updates = {i: names.index(name) for i, name in enumerate(inputs) if name in names}
     return pruned(b, results, updates), tuple(blocks.funcs), blocks.constants
 
@@ -78,8 +78,7 @@ class _Blocks:
             self._known[key] = self._make(block, [v.tensor for v in given])
         func, several = self._known[key]
         b.component = path
-        names = tuple(r.name for r in func.results) if several else ("_".join(path.split(".")[-2:]) if path[-1].isdigit() else path.split(".")[-1],)
-        call = b.emit(Call(Symbol(func.name), tuple(given), tuple(r.type for r in func.results), path, names=names))
+        call = b.emit(Call(Symbol(func.name), tuple(given), tuple(r.type for r in func.results), path, names=_result_names(func, path)))
         return call.results if several else call.result
 
     def _make(self, block: nn.Module, types: list[Tensor]) -> tuple[Func, bool]:
@@ -96,6 +95,16 @@ class _Blocks:
         snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", words).lower()
         count = self._names[snake] = self._names.get(snake, -1) + 1
         return f"{snake}_{count}" if count else snake
+
+
+def _result_names(func: Func, path: str) -> tuple[str, ...]:
+    """`embed_tokens`, or for the layer at model.layers.3 `layers_3`, `layers_3_counts`: the first result is what the layer passes on."""
+    *_, parent, last = "", *path.split(".")
+    block = f"{parent}_{last}" if last.isdigit() else last
+    if len(func.results) == 1:
+        return (block,)
+    names = tuple(r.name for r in func.results)
+    return (block, *(f"{block}_{name}" for name in names[1:])) if last.isdigit() else names
 
 
 def _fingerprint(module: nn.Module) -> Any:

@@ -29,7 +29,7 @@ def route(b: Emitter, logits: Value, bias: Value | None, *options: Any) -> tuple
 @aten("dispatch", namespace="dsc")
 def dispatch(b: Emitter, x: Value, ids: Value, experts: int) -> tuple[Value, ...]:
     """Torch's third result is the order, the IR's the handle that holds it."""
-    return b.emit(Dispatch((x,), ids, experts)).results
+    return b.emit(Dispatch((x,), ids, experts, names=("rows", "counts", "handle"))).results
 
 
 @aten("combine", namespace="dsc")
