@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ...ir.core import Builder, Func, Op, Value
 from ...ir.errors import DscError
 from ...ir.ops.control import Param
+from ...ir.ops.elementwise import Add
 from ...ir.types import Bundle
 from . import complex_tensors
 from .rules import TABLE, Complex, Emitter, hint_of, type_of
@@ -235,8 +236,9 @@ class _Walk:
                 raise TypeError(f"the rule of {node.target} gives {value.type}, torch {type_of(tensor)}")
 
     def _name(self, node: Node, made: Any, first: int) -> None:
-        """Call a product with a weight after the module that holds the weight."""
-        if isinstance(made, Value) and made.owner is not None and made.owner in self.b.ops[first:] and len(node.all_input_nodes) > 1:
+        """Call a product with a weight after the module that holds the weight; a sum with one is no such thing."""
+        fresh = isinstance(made, Value) and made.owner in self.b.ops[first:]
+        if fresh and len(node.all_input_nodes) > 1 and not isinstance(made.owner, Add):
             owners = (self.leaves[arg.name].owner for arg in node.all_input_nodes if arg.name in self.leaves)
             made.name = next((owner for owner in owners if owner), made.name)
 
