@@ -1,6 +1,6 @@
 """Tile and block quantisation: which scale a tile gets, and how values are divided by it.
 
-A reader finds `ScaleRule` with the rules of the projects that matter (`RULES`), `quantize`, `dequantize` and `scale_shape`.
+A reader finds `quantize`, `dequantize`, `scale_shape`, and `scales_of`, which carries out a `ScaleRule` (ir/quantization.py).
 
 A tile is `(rows, columns)`: (1, 128) for activations, (128, 1) for their transposed use in the weight gradient, (128, 128) for weights, or
 any other size. A tile that reaches over the edge of its matrix is cut there; nothing is padded. Blocks restart at every matrix of a stack
@@ -36,7 +36,6 @@ from .formats import BF16, BLOCK, F8E4M3, F16, F32, Array, Format, round_block, 
 
 Tile = tuple[int, int]
 Floats = NDArray[np.float32]
-
 
 DEEPSEEK_V3 = RULES["deepseek-v3"]
 

@@ -1,7 +1,7 @@
 """The tensor core's accumulator: what a GPU's matrix instruction keeps of a sum of FP8 products, bit for bit, on a CPU.
 
-A reader finds `Accumulation` (a model as plain data) with the published ones (`ACCUMULATIONS`), `fused_dot_add` (one instruction),
-`scaled_matmul` and its grouped forms (block-scaled products with promotion), and `fma` (float32 with one rounding).
+A reader finds `fused_dot_add` (one instruction), `scaled_matmul` and its grouped forms (block-scaled products with promotion), `fma`
+(float32 with one rounding), and the published models (`ACCUMULATIONS`) as `Accumulation` records (ir/quantization.py).
 
 One instruction adds `products` products and C in one node. Each operand is a significand and an exponent; a product has the exact product
 of the significands (in [0, 4), not renormalised) and the sum of the exponents. All terms are aligned to the largest exponent among those
@@ -32,7 +32,6 @@ NO_EXPONENT = -64
 """The exponent of a zero operand: with any other it stays below those of products of FP8 numbers (-28 and up), and it fits in a byte."""
 
 NAN_PATTERN = np.uint32(0x7FFFFFFF)
-
 
 ACCUMULATIONS = {
     "float32": Accumulation("float32"),

@@ -182,6 +182,15 @@ def test_a_multiplier_that_overflows_is_the_input_types_largest_value() -> None:
         assert scales[0, 0] == np.float32(1) / np.float32(largest)
 
 
+def test_scale_by_the_reciprocal_of_the_maximum() -> None:
+    """What CUDA's eager `amax / 448.0` computes: more than a third of the scales are one unit off those of a division."""
+    amax = np.random.default_rng(3).uniform(1e-3, 1e3, 10_000).astype(np.float32)
+    scale, factor = scales_of(amax, ScaleRule(1e-4, scale="amax*(1/max)"), F8E4M3)
+    assert as_bits(scale) == as_bits((torch.from_numpy(amax) * torch.tensor(1.0 / M)).numpy())
+    assert factor is scale
+    assert (scale != amax / np.float32(M)).mean() > 1 / 3
+
+
 def test_log2_and_bits_differ_only_next_to_a_power_of_two() -> None:
     amax = np.random.default_rng(1).uniform(1e-3, 1e3, 200_000).astype(np.float32)
     by_log2, by_bits = (scales_of(amax, RULES[name], F8E4M3)[0] for name in ("deepseek-v3.1", "deepgemm-ue8m0"))

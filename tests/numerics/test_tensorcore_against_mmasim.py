@@ -128,6 +128,7 @@ CANARIES: list[Canary] = [
         0,
         (0x00000000, 0x3F800000, 0x3F800000, 0x3F800000),
     ),
+    ("a carry cuts the result", "e4m3", [*31 * [(256, 256)], (8, 1)], 0, (0x49F80000, 0x49F80000, 0x49F80040, 0x49F80040)),
     ("no products, low bits of C", "e4m3", [], 1 + 0xFFF * 2.0**-23, (0x3F800C00, 0x3F800C00, 0x3F800FFF, 0x3F800FFF)),
     ("no products, -0", "e4m3", [], -0.0, (0, 0, 0, 0)),
     ("cancellation", "e4m3", [(1, 1), (-1, 1)], 0, (0, 0, 0, 0)),
