@@ -93,7 +93,7 @@ def bound(op: Op, operands: Sequence[Data], results: Sequence[Data], precision: 
         return tuple(0.0 for value in op.results for _ in tensors(value.type))
     precision = FLOAT64 if any(t.dtype is DType.f64 for v in (*op.operands, *op.results) for t in tensors(v.type)) else precision
     with np.errstate(all="ignore"):
-        wide = [_exact(x) for x in operands]
+        wide = [exact(x) for x in operands]
         if isinstance(op, moe.Route):
             return _route(op, precision, results, *wide)
         (y,) = unrounded(op, operands)
@@ -117,9 +117,10 @@ def permitted(type: Tensor, y: Floats, e: Floats) -> Floats:
     return np.where(high == low, 0.0, np.nan_to_num(high - low, nan=0.0, posinf=np.inf))
 
 
-def _exact(x: Data) -> Any:
+def exact(x: Data) -> Any:
+    """Floats as float64, whole numbers as they are."""
     if isinstance(x, tuple):
-        return tuple(map(_exact, x))
+        return tuple(map(exact, x))
     return x if x.dtype.kind in "iub" else widen(x, np.float64)
 
 

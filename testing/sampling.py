@@ -78,13 +78,13 @@ class Sample:
         funcs: tuple[Func, ...] = (b.finish(made.results),)
         if isinstance(made, Call):
             funcs = (*funcs, _doubled(made.callee, made.result.tensor))
-        constants = {made.path: self.weight(made.path, made.result.tensor)} if isinstance(made, Constant) else {}
+        constants = {made.path: seeded(made.path, made.result.tensor)} if isinstance(made, Constant) else {}
         return Module(funcs, constants=constants)
 
-    @staticmethod
-    def weight(name: str, type: Tensor) -> Array:
-        """What the modules of samples are given as weights and constants: numbers seeded by the name."""
-        return draw(type, normal if type.dtype.is_float else integers(-9, 9), np.random.default_rng(list(name.encode())))
+
+def seeded(name: str, type: Tensor) -> Array:
+    """Weights for the modules of samples and random programs: numbers that depend on the name and the type alone."""
+    return draw(type, normal if type.dtype.is_float else integers(-9, 9), np.random.default_rng(list(name.encode())))
 
 
 def make(cls: type[Op], values: tuple[Value, ...], attributes: dict[str, Any]) -> Op:

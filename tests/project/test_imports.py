@@ -50,7 +50,7 @@ LAWS = {
     "backends/triton": law("ir numerics hardware distributed backends", "numpy ml_dtypes torch triton"),
     "backends/onnx": law("ir numerics hardware distributed backends", "numpy ml_dtypes safetensors onnx onnx_ir"),
     "models": law("ir numerics", "torch numpy ml_dtypes safetensors pydantic"),
-    "testing": law(f"ir backends {BACKENDS}", "numpy ml_dtypes pytest"),
+    "testing": law(f"ir backends {BACKENDS}", "numpy ml_dtypes pytest hypothesis"),
     "driver": law(
         BELOW_DRIVER, "numpy ml_dtypes safetensors click rich pydantic", late="torch triton onnx onnx_ir scipy networkx matplotlib"
     ),
