@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ..backends import Site
 from ..backends.arrays import Data, rounded
 from ..ir.core import Module, Op
 from ..ir.errors import require
 from ..ir.ops.moe import Dispatch, Route
 from ..ir.ops.quant import Quantize
 from ..ir.types import Tensor
+from .align import align
 from .artifact import Artifact
 from .inputs import Inputs, prepare
 from .measure import Measures, flat, measure, real, same_bits
 from .quantstats import QuantizationStats, stats_of
 from .routing import Gate, Tokens
-from .run import Fetch, open_weights, unpack
+from .run import Fetch, open_weights, own_weights, unpack
 
 Step = Callable[[str], None]
 
@@ -90,7 +92,34 @@ class _Side:
         return flat(self.runner.run(self.module, self.weights, self.inputs, observe))
 
 
-Record = dict[str, tuple[Op, tuple[Data, ...], tuple[Data, ...]]]
+Entry = tuple[Op, tuple[Data, ...], tuple[Data, ...]]
+"""An op, its operands and its results."""
+
+
+class _Record:
+    """What the first program did, to be looked up from the second."""
+
+    def __init__(self, a: Module, b: Module, on_step: Step) -> None:
+        self.ids = align(a, b)
+        self.on_step = on_step
+        self.entries: dict[str, Entry] = {}
+
+    def observe(self, site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
+        self.on_step(str(site))
+        self.entries[str(site)] = op, operands, results
+
+    def find(self, site: Site) -> tuple[str, Entry | None]:
+        """The first program's name for a site of the second, and what ran there."""
+        name = str(replace(site, op=self.ids.get((site.func, site.op), site.op)))
+        return name, self.entries.get(name) if (site.func, site.op) in self.ids else None
+
+    def match(self, site: Site, results: tuple[Data, ...]) -> Entry | None:
+        """What ran there, if its results have the shapes of `results`."""
+        _, found = self.find(site)
+        if found is None or len(found[2]) != len(results):
+            return None
+        shapes = ([np.shape(x) for x in flat(side)] for side in (found[2], results))
+        return found if next(shapes) == next(shapes) else None
 
 
 def diff(
@@ -113,15 +142,15 @@ def diff(
     require(len(backends) in (1, 2), f"expected one or two backends, found {len(backends)}")
     two_backends = len(backends) == 2 and backends[0] != backends[1]
     require(b is None or b == a or not two_backends, "two artifacts and two backends at once: which of them differ could not be told")
-    first = _side(a, backends[0], weights, inputs)
-    second = _side(a if b is None else b, backends[-1], weights, first.inputs if inputs is None else inputs)
-    recorded: Record = {}
-
-    def record(site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
-        recorded[str(site)] = op, operands, results
-        on_step(str(site))
-
-    out_a = first.run(record)
+    require(tolerance >= 0, f"the tolerance is {tolerance}, expected a relative L2 difference of 0 or more")
+    require(not (two_backends and tolerance), "a tolerance is for two programs: two backends are held to the bound of each op")
+    b = a if b is None else b
+    given = own_weights([a, b]) if weights is None else [weights, weights]
+    _check_inputs(a, b)
+    first = _side(a, backends[0], given[0], inputs)
+    second = _side(b, backends[-1], given[1], first.inputs if inputs is None else inputs)
+    recorded = _Record(first.module, second.module, on_step)
+    out_a = first.run(recorded.observe)
     free = _Free(recorded, Tokens(second.module), on_step)
     out_b = second.run(free.observe)
     local = _Forced(recorded, two_backends, on_step)
@@ -149,7 +178,7 @@ def diff(
         first=different[0] if different else None,
         worst=worst.site if worst else None,
         ops=ops,
-        only_in_a=tuple(site for site in recorded if site not in free.seen),
+        only_in_a=tuple(site for site in recorded.entries if site not in free.seen),
         only_in_b=tuple(free.only_in_b),
         routing=tuple(free.tokens.gates),
         quantization=tuple(free.quantization),
@@ -158,18 +187,27 @@ def diff(
     )
 
 
+def _check_inputs(a: Module | Artifact, b: Module | Artifact) -> None:
+    """Refuse two programs that cannot be given the same inputs."""
+    mains = [unpack(program)[0].main for program in (a, b)]
+    shapes = [[p.tensor.shape for p in main.params] for main in mains]
+    texts = [", ".join(f"{p.name}: {p.type}" for p in main.params) for main in mains]
+    require(shapes[0] == shapes[1], f"a takes ({texts[0]}), but b takes ({texts[1]}): expected the same inputs")
+
+
 def _side(program: Module | Artifact, backend: str, weights: Any, inputs: Inputs) -> _Side:
     from .. import backends
 
     module, spec, config = unpack(program, weights)
-    name = str(program.path) if isinstance(program, Artifact) else str(module.attributes.get("model", f"@{module.main.name}"))
+    own = str(module.attributes.get("model", f"@{module.main.name}"))
+    name = str(program.path) if isinstance(program, Artifact) else own
     return _Side(f"{name} ({backend})", module, backends.get(backend), open_weights(spec, module, config), prepare(module, inputs))
 
 
 class _Free:
     """Compares a free run of the second program with the record of the first, op after op."""
 
-    def __init__(self, recorded: Record, tokens: Tokens, on_step: Step) -> None:
+    def __init__(self, recorded: _Record, tokens: Tokens, on_step: Step) -> None:
         self.recorded = recorded
         self.tokens = tokens
         self.on_step = on_step
@@ -178,18 +216,18 @@ class _Free:
         self.only_in_b: list[str] = []
         self.quantization: list[QuantizationStats] = []
 
-    def observe(self, site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
+    def observe(self, site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
         self.on_step(str(site))
         if isinstance(op, Quantize):
             self.quantization.append(stats_of(str(site), op, operands[0], results[0], results[1]))
-        known = self.recorded.get(str(site))
+        name, known = self.recorded.find(site)
         if known and isinstance(op, Route | Dispatch) and type(known[0]) is type(op):
             self.tokens.see(site, op, known[2], results, {"first": known[1][-1], "second": operands[-1]})
-        match = _match(self.recorded, site, results)
+        match = self.recorded.match(site, results)
         if match is None:
             self.only_in_b.append(str(site))
             return
-        self.seen.add(str(site))
+        self.seen.add(name)
         results_a = match[2]
         pairs = [
             self.tokens.pairs(site, op, i, x, y)
@@ -197,47 +235,39 @@ class _Free:
             if i < len(op.results)
         ]
         equal = all(map(same_bits, flat(results_a), flat(results)))
-        self.found.append(_op_diff(str(site), op.name, str(op.results[0].type) if op.results else "", equal, pairs, self.tokens))
+        self.found.append(_op_diff(name, op.name, str(op.results[0].type) if op.results else "", equal, pairs, self.tokens))
 
 
 class _Forced:
     """Hands the first program's results to the second, op after op, after measuring what each op did with them."""
 
-    def __init__(self, recorded: Record, bounded: bool, on_step: Step) -> None:
+    def __init__(self, recorded: _Record, bounded: bool, on_step: Step) -> None:
         self.recorded = recorded
         self.bounded = bounded
         self.on_step = on_step
         self.local: dict[str, Measures] = {}
         self.ratio: dict[str, float] = {}
 
-    def observe(self, site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...] | None:
+    def observe(self, site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...] | None:
         self.on_step(str(site))
-        match = _match(self.recorded, site, results)
+        name, _ = self.recorded.find(site)
+        match = self.recorded.match(site, results)
         if match is None:
             return None
         _, operands_a, results_a = match
         joined = [np.concatenate([real(x).ravel() for x in flat(side)]) for side in (results_a, results)]
-        self.local[str(site)] = measure(*joined)
+        self.local[name] = measure(*joined)
         if self.bounded and op.operands:
-            self.ratio[str(site)] = _bound_ratio(op, operands_a, results_a, results)
+            self.ratio[name] = _bound_ratio(op, operands_a, results_a, results)
         return tuple(_as(v.type, x) for v, x in zip(op.results, results_a, strict=True))
 
 
-def _routed_as(recorded: Record) -> Any:
-    def observe(site: Any, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...] | None:
-        match = _match(recorded, site, results) if isinstance(op, Route) else None
+def _routed_as(recorded: _Record) -> Any:
+    def observe(site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...] | None:
+        match = recorded.match(site, results) if isinstance(op, Route) else None
         return None if match is None else match[2]
 
     return observe
-
-
-def _match(recorded: Record, site: Any, results: tuple[Data, ...]) -> tuple[Op, tuple[Data, ...], tuple[Data, ...]] | None:
-    """The record of the same site, if its results have the same shapes."""
-    found = recorded.get(str(site))
-    if found is None or len(found[2]) != len(results):
-        return None
-    shapes = ([np.shape(x) for x in flat(side)] for side in (found[2], results))
-    return found if next(shapes) == next(shapes) else None
 
 
 def _as(type: Any, x: Data) -> Data:

@@ -62,7 +62,7 @@ def _quantization(report: Report) -> list[str]:
 
 def _telling(report: Report, unequal: list[OpDiff]) -> list[OpDiff]:
     """Those over their bound, the first, and those with the largest local difference; in program order."""
-    ranked = sorted(unequal, key=lambda e: (-_finite(e.bound_ratio), -_finite(e.local and e.local.relative_l2)))[:SHOWN]
+    ranked = sorted(unequal, key=lambda e: (-_finite(e.bound_ratio), -_finite(e.local.relative_l2 if e.local else None)))[:SHOWN]
     kept = {e.site for e in ranked} | {report.first}
     return [e for e in report.ops if e.site in kept]
 
@@ -70,7 +70,18 @@ def _telling(report: Report, unequal: list[OpDiff]) -> list[OpDiff]:
 def _table(entries: list[OpDiff], forced: int) -> str:
     bounded = any(e.bound_ratio is not None for e in entries)
     apart = any(e.same_experts is not None for e in entries)
-    head = ("op", "", "type", "local", "accumulated", *(["same experts"] if apart else []), "max error", "SQNR dB", "cosine", "calc_diff")
+    head = (
+        "site",
+        "op",
+        "type",
+        "local",
+        "accumulated",
+        *(["same experts"] if apart else []),
+        "max error",
+        "SQNR dB",
+        "cosine",
+        "calc_diff",
+    )
     head += ("local/bound",) if bounded else ()
     rows = []
     for i, e in enumerate(entries):

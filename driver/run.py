@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..ir.core import Module
-from ..ir.errors import DscError
+from ..ir.errors import DscError, require
 from ..ir.types import Tensor
 from ..ir.walk import weights as weights_of
 from .artifact import Artifact
@@ -44,8 +44,15 @@ def unpack(program: Module | Artifact, weights: Any = None) -> tuple[Module, Any
     """The program, the weights it should take, and its model's config."""
     if isinstance(program, Module):
         return program, "random:0" if weights is None else weights, None
-    default = "random:0" if program.manifest.weights == "none" else program.manifest.weights
-    return program.module, default if weights is None else weights, program.manifest.config
+    (own,) = own_weights([program])
+    return program.module, own if weights is None else weights, program.manifest.config
+
+
+def own_weights(programs: Sequence[Module | Artifact]) -> list[str]:
+    """The weights that each program runs on if it is given none: its own, else those of one beside it that has some, else `random:0`."""
+    recorded = [p.manifest.weights if isinstance(p, Artifact) else "none" for p in programs]
+    fallback = next((found for found in recorded if found != "none"), "random:0")
+    return [fallback if found == "none" else found for found in recorded]
 
 
 def open_weights(spec: Any, module: Module, config: Mapping[str, Any] | None, *, check: bool = True) -> Fetch:
@@ -65,6 +72,12 @@ def open_weights(spec: Any, module: Module, config: Mapping[str, Any] | None, *,
     return lambda name, tensor: source.get(wanted(name, tensor))
 
 
+def check_writable(file: Path) -> None:
+    """Refuse what `save` could not write, before any work is done."""
+    require(not file.is_dir(), f"{file} is a folder, expected a file to write")
+    require(file.parent.is_dir(), f"{file} cannot be written: there is no folder {file.parent}")
+
+
 def save(file: Path, names: list[str], arrays: tuple[np.ndarray, ...]) -> None:
     """Write arrays by name as .npz, beside and renamed. BF16 and FP8, which NumPy's files do not know, are widened exactly to float32."""
     from ..numerics.formats import widen
@@ -80,7 +93,7 @@ def save(file: Path, names: list[str], arrays: tuple[np.ndarray, ...]) -> None:
         draft.replace(file)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise DscError(f"{file}: cannot be written: {error.strerror}") from None
+        raise DscError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def result_names(module: Module) -> list[str]:
@@ -97,14 +110,15 @@ def result_names(module: Module) -> list[str]:
 
 def summarise(array: np.ndarray) -> dict[str, Any]:
     """What a person wants to know of an array at a glance."""
-    from ..numerics.formats import widen
+    from ..models.weights import DTYPE_NAMES
+    from .measure import real as exact
 
-    real = array.astype(np.float64) if array.dtype.isbuiltin == 1 else widen(array).astype(np.float64)
+    real = exact(array)
     finite = real[np.isfinite(real)]
     stats = {"min": finite.min(), "max": finite.max(), "mean": finite.mean(), "std": finite.std()} if finite.size else {}
     return {
         "shape": list(array.shape),
-        "dtype": array.dtype.name,
+        "dtype": DTYPE_NAMES[array.dtype],
         "not_finite": int(real.size - finite.size),
         **{k: float(v) for k, v in stats.items()},
     }
