@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
@@ -64,7 +64,7 @@ class Manifest(Entry):
     stage: str
     weights: str
     config: dict[str, Any] | None
-    passes: tuple[PassRecord, ...]
+    passes: tuple[PassRecord, ...] = Field(min_length=1)
     versions: dict[str, str]
 
 
@@ -102,13 +102,13 @@ class Artifact:
 
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """The arrays of constants.safetensors by name."""
+        """The arrays of constants.safetensors by name, as read-only views of the file."""
         file = self.path / CONSTANTS
         if not file.exists():
             return {}
-        from safetensors.numpy import load_file
+        from ..models.safetensors_file import SafetensorsFile
 
-        return dict(load_file(file))
+        return {name: tensor.array() for name, tensor in SafetensorsFile(file).tensors.items()}
 
     def _file(self, name: str) -> Path:
         file = self.path / name
@@ -125,7 +125,12 @@ def is_artifact(path: Path) -> bool:
 
 
 def load(path: str | Path) -> Artifact:
-    """The artifact at `path`. Raises `DscError` where there is none, or one of another schema."""
+    """The artifact at `path`. Raises `DscError` where there is none, or one of another schema.
+
+    >>> made = dsc.compile("deepseek-v3-tiny", out="tiny", seq=16)
+    >>> dsc.load("tiny").module == made.module
+    True
+    """
     folder = Path(path)
     file = folder / MANIFEST
     if not file.is_file():
@@ -135,7 +140,7 @@ def load(path: str | Path) -> Artifact:
         raw = json.loads(file.read_text(encoding="utf-8"))
         require(isinstance(raw, dict) and "dsc_version" in raw, f"{file}: not a manifest of dsc")
         version = raw.get("schema_version")
-        require(version == SCHEMA, f"{file}: schema version {version}, expected {SCHEMA}; compile it again")
+        require(version == SCHEMA, f"{file}: schema version {version}, but this dsc reads {SCHEMA}; compile it again")
         return Artifact(folder, Manifest.model_validate(raw))
     except json.JSONDecodeError as error:
         raise DscError(f"{file}: not JSON: {error}") from None
@@ -152,7 +157,8 @@ def check_target(path: Path) -> None:
     parent = path.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"{path} cannot be written: no permission to write in {parent}")
+    require(parent.is_dir(), f"{path} cannot be written: {parent} is a file")
+    require(os.access(parent, os.W_OK), f"{path} cannot be written: no permission to write in {parent}")
 
 
 @contextmanager

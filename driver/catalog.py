@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
 from ..ir.core import OPS
@@ -14,7 +14,8 @@ from .ui import table
 
 def facets() -> dict[str, Mapping[str, Any]]:
     """Who implements ops, and with what: consumer -> op name -> function."""
-    from ..backends.numpy_ref.run import REFERENCES
+    from ..backends.numpy_ref import run  # noqa: F401 - fills the table
+    from ..backends.numpy_ref.registry import REFERENCES
 
     return {"reference": {cls.name: function for cls, function in REFERENCES.items()}}
 
@@ -48,15 +49,20 @@ def ops_page() -> str:
 
 def describe_passes() -> tuple[list[dict[str, Any]], str]:
     """Every pass with its options, as JSON and as text."""
-    from ..passes.manager import PASSES
+    from ..ir.printer import print_attribute
+    from ..passes.manager import PASSES, options
 
     value: list[dict[str, Any]] = []
     for name, cls in sorted(PASSES.items()):
-        options = {f.name.replace("_", "-"): None if f.default is MISSING else f.default for f in fields(cls) if f.init}
+        defaults = {key: None if f.default is MISSING else f.default for key, f in options(cls).items()}
         text = inspect.cleandoc(cls.__doc__ or "").split("\n")[0]
-        value.append({"name": name, "options": options, "requires": cls.requires, "ensures": cls.ensures, "text": text})
-    rows = [(v["name"], ", ".join(f"{k}={d}" for k, d in v["options"].items()), v["text"]) for v in value]
-    return value, table(("pass", "options", "what it does"), rows, left=3)
+        value.append({"name": name, "options": defaults, "requires": cls.requires, "ensures": cls.ensures, "text": text})
+    rows = []
+    for v in value:
+        rows.append((v["name"], v["text"]))
+        shown = [f"{key}={'...' if default is None else print_attribute(default)}" for key, default in v["options"].items()]
+        rows += [("", f"options: {', '.join(shown)}")] if shown else []
+    return value, table(("pass", "what it does"), rows, left=2)
 
 
 def describe_models() -> tuple[list[dict[str, Any]], str]:

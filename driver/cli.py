@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]  # it may stand before or after the command
     try:
-        code = cli.main(given, prog_name="dsc", standalone_mode=False)
+        code = cli.main(given, prog_name="dsc", standalone_mode=False, obj=("dsc", *given))
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _fail(message: str, debug: bool, hint: click.Context | None = None) -> None:
     if debug:
         traceback.print_exc()
-    usage = f" (see {hint.command_path} --help)" if hint else ""
-    print(f"dsc: error: {message}{usage}", file=sys.stderr)
+    if hint:
+        message = f"{message.rstrip('.')} (see {hint.command_path} --help)"
+    for line in message.splitlines():  # one for each thing that is wrong; what is indented belongs to the line before
+        print(line if line.startswith(" ") else f"dsc: error: {line}", file=sys.stderr)
     sys.exit(2)

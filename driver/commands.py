@@ -11,7 +11,7 @@ import click
 
 from ..ir.errors import require
 from .cli import cli, inputs_option, json_option, weights_option
-from .ui import count, emit_json, note, plural, progress, table
+from .ui import count, emit_json, note, plural, progress, size, table
 
 PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes).'
 
@@ -24,6 +24,7 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--seq", type=int, help="Tokens per sequence. Default: 4096, 64 for a -tiny model.")
 @click.option("--context", type=int, help="Cache length of decode. Default: as --seq.")
 @click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify.")
+@click.option("--recipe", metavar="NAME|FILE.toml", help="Quantise by this recipe (deepseek-v3, ...), within the default pipeline.")
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
@@ -36,6 +37,7 @@ def compile(source: str, out: Path, as_json: bool, **options: Any) -> int:
 
     \b
     dsc compile deepseek-v3 -o out
+    dsc compile deepseek-v3 -o out --recipe deepseek-v3
     dsc compile deepseek-v3-tiny -o out --mode decode --context 128
     dsc compile path/to/config.json -o out --set num_hidden_layers=4 --seq 512
     """
@@ -43,7 +45,7 @@ def compile(source: str, out: Path, as_json: bool, **options: Any) -> int:
 
     start = time.perf_counter()
     with progress("compiling") as step:
-        made = build(source, out, command=("dsc", *sys.argv[1:]), on_step=step, **options)
+        made = build(source, out, command=click.get_current_context().obj, on_step=step, **options)
     seconds = time.perf_counter() - start
     from ..ir.walk import parameters
 
@@ -78,11 +80,12 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     dsc run out --weights path/to/checkpoint --inputs tokens.npz --out logits.npz
     """
     from .artifact import load
-    from .run import result_names, save, summarise
+    from .run import check_writable, result_names, save, summarise
     from .run import run as execute
 
     program = load(out)
-    _say_defaults(program.manifest.weights, weights, inputs)
+    if file:
+        check_writable(file)
     start = time.perf_counter()
     with progress("running", _executed(program.module)) as step:
         results = execute(program, weights, inputs, backend, lambda site, *rest: step(str(site)))
@@ -91,6 +94,7 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     if file:
         save(file, names, results)
     found = {name: summarise(array) for name, array in zip(names, results, strict=True)}
+    _say_defaults([program], weights, inputs)
     if as_json:
         emit_json({"backend": backend, "seconds": seconds, "results": found, "file": str(file) if file else None})
         return 0
@@ -106,11 +110,14 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     return 0
 
 
-def _say_defaults(own: str, weights: str | None, inputs: str | None) -> None:
-    taken = [] if weights else [f"weights {'random:0' if own == 'none' else own}"]
+def _say_defaults(programs: list[Any], weights: str | None, inputs: str | None) -> None:
+    """What was taken for lack of anything else; said at the end, so that an error stands alone."""
+    from .run import own_weights
+
+    taken = [] if weights else [f"weights {' and '.join(dict.fromkeys(own_weights(programs)))}"]
     taken += [] if inputs else ["seeded inputs"]
     if taken:
-        note(f"dsc: taking {' and '.join(taken)}")
+        note(f"dsc: took {' and '.join(taken)}")
 
 
 def _executed(module: Any) -> int:
@@ -125,8 +132,9 @@ def _executed(module: Any) -> int:
 @click.option("--func", metavar="NAME", help="Print the IR of one function.")
 @click.option("--params", is_flag=True, help="Parameters by part, total and active per token.")
 @click.option("--memory", is_flag=True, help="Bytes of weights, and the peak of live values by function.")
+@click.option("--quantization", is_flag=True, help="Every matrix product: its formats, or why it is not quantised.")
 @json_option
-def inspect(source: str, after: str | None, func: str | None, params: bool, memory: bool, as_json: bool) -> int:
+def inspect(source: str, after: str | None, func: str | None, params: bool, memory: bool, quantization: bool, as_json: bool) -> int:
     """Show what a program is made of.
 
     OUT is an artifact; anything that compiles is traced first.
@@ -139,10 +147,13 @@ def inspect(source: str, after: str | None, func: str | None, params: bool, memo
     from . import artifact
     from .compile import read
     from .inspect import describe_memory, describe_parameters, describe_program
+    from .quantization import describe_quantization
 
+    notes: tuple[str, ...] = ()
     if artifact.is_artifact(Path(source)) or (Path(source).is_dir() and not (Path(source) / "config.json").exists()):
         program = artifact.load(source)
         module = program.after(after) if after else program.module
+        notes = tuple(line for record in program.manifest.passes for line in record.notes)
     else:
         require(after in (None, "traced"), f"--after {after} needs an artifact; {source} is not one")
         module = read(source)[1]
@@ -150,13 +161,14 @@ def inspect(source: str, after: str | None, func: str | None, params: bool, memo
         text = str(module[func.removeprefix("@")])
         emit_json({"func": func, "text": text}) if as_json else print(text, end="")
         return 0
-    if after and not (params or memory or as_json):
+    if after and not (params or memory or quantization or as_json):
         print(module, end="")
         return 0
-    wanted = [("program", describe_program)] if not (params or memory) else []
-    wanted += [("parameters", describe_parameters)] if params else []
-    wanted += [("memory", describe_memory)] if memory else []
-    found = [(name, *describe(module)) for name, describe in wanted]
+    reasons = dict(line.split(": ", 1) for line in notes)
+    found = [("program", *describe_program(module))] if not (params or memory or quantization) else []
+    found += [("parameters", *describe_parameters(module))] if params else []
+    found += [("memory", *describe_memory(module))] if memory else []
+    found += [("quantization", *describe_quantization(module, reasons))] if quantization else []
     if as_json:
         emit_json({name: value for name, value, _ in found})
     else:
@@ -189,9 +201,13 @@ def opt(file: Path, passes: str, until: str | None, print_after: str | None, tim
 
     require(file.suffix == ".dsc", f"{file}: expected a .dsc file")
     pipeline = parse_pipeline(passes)
+    names = [p.name for p in pipeline]
+    known = ", ".join(("all", *names))
+    require(print_after in (None, "all", *names), f"--print-after {print_after} is not in the pipeline; expected one of {known}")
     module = read(file)[1]
     if not pipeline and not as_json:
-        print(file.read_text(encoding="utf-8"), end="")
+        sys.stdout.flush()
+        sys.stdout.buffer.write(file.read_bytes())
         return 0
     if bisect:
         culprit = first_bad(module, pipeline, same_results(module))
@@ -199,8 +215,6 @@ def opt(file: Path, passes: str, until: str | None, print_after: str | None, tim
             f"{culprit} is the first to change the results" if culprit else "no pass changes the results"
         )
         return 1 if culprit else 0
-    names = {p.name for p in pipeline}
-    require(print_after in (None, "all", *names), f"--print-after {print_after}: the pipeline has {', '.join(sorted(names))}")
 
     def snapshot(record: Any, after: Any) -> None:
         if print_after in ("all", record.name):
@@ -231,9 +245,24 @@ def opt(file: Path, passes: str, until: str | None, print_after: str | None, tim
     "--tolerance", type=float, default=0.0, metavar="REL", help="Relative L2 difference that still counts as the same. Default: 0."
 )
 @click.option("--all", "everything", is_flag=True, help="Show every op, not only those that differ most.")
+@click.option(
+    "--sweep", "axis", metavar="AXIS", help="Quantise A in every way an axis has: recipe, tile, format, scale, accumulate, promote."
+)
+@click.option("--recipe", default="deepseek-v3", help="The recipe whose decision --sweep varies. Default: deepseek-v3.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw SQNR by layer for each value of the swept axis.")
 @json_option
 def diff(
-    a: Path, b: Path | None, backends: str, weights: str | None, inputs: str | None, tolerance: float, everything: bool, as_json: bool
+    a: Path,
+    b: Path | None,
+    backends: str,
+    weights: str | None,
+    inputs: str | None,
+    tolerance: float,
+    everything: bool,
+    axis: str | None,
+    recipe: str,
+    plot: Path | None,
+    as_json: bool,
 ) -> int:
     """Compare two artifacts, or one under two backends, op by op.
 
@@ -243,22 +272,74 @@ def diff(
     \b
     dsc diff out out --backends numpy,numpy-f64
     dsc diff bf16 f32 --tolerance 0.01
+    dsc diff out --sweep recipe --plot sqnr.png
     """
     from .artifact import load
     from .diff import diff as compare
     from .report_diff import show
 
+    if axis or plot:
+        require(b is None, "--sweep and --plot quantise one artifact: give A alone")
+        return _sweep(load(a), axis or "recipe", recipe, weights, inputs, plot, as_json)
     names = tuple(n for n in backends.split(",") if n)
     first = load(a)
     second = first if b is None or b.resolve() == a.resolve() else load(b)
-    _say_defaults(first.manifest.weights, weights, inputs)
     with progress("comparing", 2 * _executed(first.module)) as step:
         report = compare(first, second, backends=names, weights=weights, inputs=inputs, tolerance=tolerance, on_step=step)
+    _say_defaults([first, second], weights, inputs)
     if as_json:
         emit_json(report.to_dict())
     else:
         print(show(report, everything))
     return 0 if report.same else 1
+
+
+def _sweep(program: Any, axis: str, recipe: str, weights: str | None, inputs: str | None, file: Path | None, as_json: bool) -> int:
+    from . import sweep
+
+    with progress("sweeping", len(sweep.pipelines(axis, recipe))) as step:
+        found = sweep.sweep(program, axis, recipe=recipe, weights=weights, inputs=inputs, on_step=step)
+    if file:
+        sweep.plot(found, file)
+    _say_defaults([program], weights, inputs)
+    if as_json:
+        emit_json(found.to_dict())
+    else:
+        print(sweep.show(found))
+        if file:
+            print(f"\n{file}: SQNR by layer")
+    return 0
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--to", required=True, metavar="bf16|fp8", help="The form of the Linear weights in DST.")
+@json_option
+def convert(source: Path, target: Path, to: Any, as_json: bool) -> int:
+    """Convert a checkpoint folder between BF16 and FP8.
+
+    FP8 is the form of the released DeepSeek-V3 weights: f8e4m3 codes with a float32 scale for each 128x128 block. Interrupted,
+    the same command goes on where it was.
+
+    \b
+    dsc convert path/to/checkpoint checkpoint-fp8 --to fp8
+    dsc convert checkpoint-fp8 checkpoint-bf16 --to bf16
+    """
+    from ..models.convert import Conversion
+
+    conversion = Conversion(source, target, to)
+    with progress("converting", conversion.tensors) as step:
+        done = conversion.run(step)
+    if done.left_out:
+        note(f"dsc: left out {', '.join(done.left_out)}: weights that the checkpoint does not list")
+    if as_json:
+        emit_json({"out": str(target), "to": to, **vars(done), "megabytes_per_second": done.megabytes_per_second})
+        return 0
+    kept = f" ({done.kept:,} kept from before)" if done.kept else ""
+    rate = f"{done.megabytes_per_second:,.0f} MB/s"
+    print(f"{target}: {plural(done.shards, 'shard')}{kept}, {size(done.bytes_read)} in, {size(done.bytes_written)} out, {rate}")
+    return 0
 
 
 @cli.command()

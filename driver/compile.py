@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
@@ -19,6 +19,9 @@ from ..ir.types import DType
 from ..ir.walk import weights as weights_of
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
+
+if TYPE_CHECKING:
+    from ..models.build import Mode
 
 DEFAULT_PASSES = "simplify"
 MODES = ("forward", "train", "decode")
@@ -84,7 +87,7 @@ def read(
     config = load_config(source, overrides).to_dict()  # first, since it needs no torch to say what is wrong
     from ..models.trace import trace
 
-    return found, trace(source, mode=mode, batch=batch, seq=seq, context=context, overrides=overrides), config
+    return found, trace(source, mode=cast("Mode", mode), batch=batch, seq=seq, context=context, overrides=overrides), config
 
 
 def compile(
@@ -110,13 +113,15 @@ def compile(
     one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. `on_step` is called with
     the name of each step that is done.
 
-    >>> dsc.compile("deepseek-v3-tiny", out="out/tiny").manifest.stage
-    'traced'
+    >>> artifact = dsc.compile("deepseek-v3-tiny", out="tiny", seq=16)
+    >>> artifact.manifest.stage, [step.name for step in artifact.manifest.passes]
+    ('traced', ['traced', 'simplify'])
     """
-    from ..passes.manager import parse_pipeline, run_pipeline
+    from ..passes.manager import check_until, parse_pipeline, run_pipeline
 
     target = Path(out)
     artifact.check_target(target)
+    check_until(until)
     require(passes is None or recipe is None, "--recipe belongs to the default pipeline; in --passes write quantize-fp8{recipe=...}")
     pipeline = parse_pipeline(default_pipeline(recipe, None) if passes is None else passes)  # what is wrong is said before any work
     start = time.perf_counter()
@@ -138,9 +143,9 @@ def compile(
         module = run_pipeline(module, pipeline, until=until, on_snapshot=snapshot).module
         weights = _check_weights(weights, module, config)
         if constants:
-            from safetensors.numpy import save_file
+            from ..models.safetensors_file import write_safetensors
 
-            save_file({name: array for name, array in constants.items()}, folder / artifact.CONSTANTS)
+            write_safetensors(folder / artifact.CONSTANTS, constants)
         (folder / "plan").mkdir()
         _write_json(folder / "plan" / "memory.json", memory(module))
         manifest = Manifest(

@@ -40,7 +40,14 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, 
         require(not faults, "\n".join(faults))
         inputs = [inputs[name] for name in names]
     require(len(inputs) == len(params), f"@main takes {len(params)} inputs ({', '.join(names)}), found {len(inputs)}")
-    return tuple(_fit(p, array) for p, array in zip(params, inputs, strict=True))
+    fitted, faults = [], []
+    for param, array in zip(params, inputs, strict=True):
+        try:
+            fitted.append(_fit(param, array))
+        except DscError as error:
+            faults.append(str(error))
+    require(not faults, "\n".join(faults))
+    return tuple(fitted)
 
 
 def seeded(module: Module, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -83,15 +90,15 @@ def _limits(module: Module, func: Func, value: Value) -> Iterator[int]:
 
 def _load(file: Path) -> dict[str, np.ndarray]:
     require(file.is_file(), f"{file}: no such file")
+    with file.open("rb") as stream:
+        start = stream.read(6)
+    require(start != b"\x93NUMPY", f"{file}: expected an .npz file with an array for each input, found one bare array")
+    require(start[:2] == b"PK", f"{file}: expected an .npz file with an array for each input, found something else")
     try:
-        loaded = np.load(file, allow_pickle=False)
-        require(
-            isinstance(loaded, np.lib.npyio.NpzFile), f"{file}: expected an .npz file with an array for each input, found one bare array"
-        )
-        with loaded:
+        with np.load(file, allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise DscError(f"{file}: not an .npz file of plain arrays: {error}") from None
+    except ValueError as error:
+        raise DscError(f"{file}: expected plain arrays: {error}") from None
     except Exception as error:  # zipfile and zlib raise their own kinds for a damaged archive
         raise DscError(f"{file}: damaged: {error}") from None
 
@@ -115,7 +122,7 @@ def _fit(param: Value, given: Any) -> np.ndarray:
         inside = array.size == 0 or (int(array.min()) >= info.min and int(array.max()) <= info.max)
         require(inside, f"input {param.name}: values do not fit {tensor.dtype}")
         return array.astype(wanted)
-    raise DscError(f"input {param.name}: expected {tensor}, found {array.dtype}")
+    raise DscError(f"input {param.name}: expected {tensor}, found {array.dtype}{list(array.shape)}")
 
 
 def as_array(given: Any) -> np.ndarray:

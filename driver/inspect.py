@@ -84,7 +84,7 @@ def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
 
 def describe_program(module: Module) -> tuple[dict[str, Any], str]:
     """Stage, functions and what the program computes, as JSON and as text."""
-    calls = Counter(_calls(module))
+    calls = _calls(module)
     functions: list[dict[str, Any]] = [
         {
             "name": func.name,
@@ -115,14 +115,14 @@ def describe_program(module: Module) -> tuple[dict[str, Any], str]:
     return value, "\n".join(lines)
 
 
-def _calls(module: Module) -> list[str]:
+def _calls(module: Module) -> Counter[str]:
     """How often each function runs: once for each call of each run of its caller."""
     runs: Counter[str] = Counter({module.main.name: 1})
     for func in _callers_first(module):
         for op in module[func].ops:
             if isinstance(op, Call):
                 runs[op.callee] += runs[func]
-    return list(runs.elements())
+    return runs
 
 
 def _callers_first(module: Module) -> list[str]:

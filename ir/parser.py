@@ -27,7 +27,12 @@ PHASES = dict(Phase.__members__)
 
 
 def parse(text: str, file: str = "") -> Module:
-    """The module that `text` says, verified. Raises `IRError`, a `DscError`, with every fault; `file` is for its message."""
+    """The module that `text` says, verified. Raises `IRError`, a `DscError`, with every fault; `file` is for its message.
+
+    >>> module = dsc.parse("func @f(%x: f32[2]) {\\n  %y: f32[2] = neg(%x)  @ f#1 F\\n  return %y\\n}\\n")
+    >>> dsc.parse(str(module)) == module
+    True
+    """
     try:
         tree: Any = _lark().parse(text)  # not a tree: the transformer has made records of it
     except UnexpectedInput as error:

@@ -215,8 +215,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
 def _read(source: str | Path) -> tuple[str, dict[str, Any]]:
     path = Path(source)
     if str(source) in shipped():
-        path = _SHIPPED / f"{source}.json"
-    elif path.is_dir():
+        return str(source), json.loads((_SHIPPED / f"{source}.json").read_text(encoding="utf-8"))
+    if path.is_dir():
         path = path / "config.json"
         require(path.is_file(), f"{path.parent}: found a folder without config.json, expected a checkpoint folder")
     elif not path.is_file():

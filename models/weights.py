@@ -22,6 +22,8 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     **{name: FORMATS[name].dtype for name in ("f32", "f16", "bf16", *FP8, "e8m0")},
     "i64": np.dtype(np.int64),
     "i32": np.dtype(np.int32),
+    "i16": np.dtype(np.int16),
+    "i8": np.dtype(np.int8),
     "u8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }

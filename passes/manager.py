@@ -303,7 +303,7 @@ def run_pipeline(
     handed the record and the module after each pass. Raises `DscError` where a pass does not take a module of the stage it
     meets, and where the result of a pass breaks a law of the IR: that is the pass's fault, and the message says which one.
     """
-    require(until is None or until in STAGES, _unknown("stage", until or "", STAGES))
+    check_until(until)
     verify(module)
     records: list[Record] = []
     for index, each in enumerate(passes, 1):
@@ -324,6 +324,11 @@ def run_pipeline(
         if on_snapshot:
             on_snapshot(records[-1], module)
     return Result(module, tuple(records))
+
+
+def check_until(stage: str | None) -> None:
+    """Raise `DscError` where there is no such stage to stop at."""
+    require(stage is None or stage in STAGES, _unknown("stage", stage or "", STAGES))
 
 
 def _count(module: Module) -> int:
@@ -349,7 +354,12 @@ def _check_result(each: Pass, before: Module, after: Module) -> None:
 
 
 def apply(module: Module, pipeline: str | Iterable[Pass]) -> Module:
-    """`module` after a pipeline, given as text or as passes: `apply(module, "simplify")`. Errors are those of `run_pipeline`."""
+    """`module` after a pipeline, given as text or as passes. Errors are those of `run_pipeline`.
+
+    >>> module = dsc.parse("func @f(%x: f32[2]) {\\n  %y: f32[2] = neg(%x)  @ f#1 F\\n  return %x\\n}\\n")
+    >>> len(dsc.apply(module, "simplify").main.ops)
+    0
+    """
     return run_pipeline(module, parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline).module
 
 
