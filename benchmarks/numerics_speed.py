@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
+from dsc.hardware.device import accumulation
 from dsc.numerics.formats import F32, FORMATS, round_to, widen
 from dsc.numerics.logfmt import decode_logfmt, encode_logfmt
 from dsc.numerics.scale import dequantize, quantize
-from dsc.numerics.tensorcore import ACCUMULATIONS, scaled_matmul
+from dsc.numerics.tensorcore import scaled_matmul
 
 RUNS = 5
 QUANTISE, DEQUANTISE, TENSOR_CORE = 120, 300, 150  # million values, values and multiply-adds a second
@@ -64,8 +65,9 @@ def measure() -> Iterator[tuple[str, float, int | None]]:
         yield f"LogFMT-{bits} decode", rate(lambda e=encoded, b=bits: decode_logfmt(*e, b), x.size), None
     m, n, k = 128, 512, 2048
     operands = *quantize(x[:m, :k], (1, 128)), *quantize(x[:n, :k], (128, 128))
-    for name, model in ACCUMULATIONS.items():
-        target = TENSOR_CORE if name == "hopper-wgmma" else None
+    for name in ("float32", "ideal/exact", "h800/wgmma", "h800/mma-sync", "rtx4090/mma-sync", "b200/tcgen05"):
+        model = accumulation(name)
+        target = TENSOR_CORE if name == "h800/wgmma" else None
         yield f"multiply-adds, {name}", rate(lambda a=model: scaled_matmul(*operands, model=a), m * n * k), target
 
 

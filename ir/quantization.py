@@ -78,8 +78,8 @@ class Accumulation:
     """How a sum of products is accumulated.
 
     arithmetic     "float32": operands dequantised to float32, multiplied and added in float32, the order left to the machine |
-                   "exact": dequantised and summed in float64, rounded once | "tensor-core": nodes as described at the head of this
-                   module; the fields below count only here.
+                   "exact": dequantised and summed in float64, rounded once | "tensor-core": nodes as `numerics/tensorcore.py`
+                   describes them; the fields below count only here.
     products       products that one node adds, together with C
     fraction_bits  binary places kept when terms are aligned
     result_bits    binary places kept of the normalised sum (23: all of float32)

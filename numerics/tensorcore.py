@@ -1,7 +1,7 @@
 """The tensor core's accumulator: what a GPU's matrix instruction keeps of a sum of FP8 products, bit for bit, on a CPU.
 
-A reader finds `fused_dot_add` (one instruction), `scaled_matmul` and its grouped forms (block-scaled products with promotion), `fma`
-(float32 with one rounding), and the published models (`ACCUMULATIONS`) as `Accumulation` records (ir/quantization.py).
+A reader finds `fused_dot_add` (one instruction), `scaled_matmul` and its grouped forms (block-scaled products with promotion), and `fma`
+(float32 with one rounding). Models are `Accumulation` records (ir/quantization.py); those of real devices are in hardware/devices/.
 
 One instruction adds `products` products and C in one node. Each operand is a significand and an exponent; a product has the exact product
 of the significands (in [0, 4), not renormalised) and the sum of the exponents. All terms are aligned to the largest exponent among those
@@ -33,15 +33,7 @@ NO_EXPONENT = -64
 
 NAN_PATTERN = np.uint32(0x7FFFFFFF)
 
-ACCUMULATIONS = {
-    "float32": Accumulation("float32"),
-    "ideal": Accumulation("exact"),
-    "hopper-wgmma": Accumulation(products=32, fraction_bits=13, result_bits=13),
-    "ada-mma": Accumulation(products=16, fraction_bits=13, result_bits=13),
-    "hopper-mma-sync": Accumulation(products=16, fraction_bits=25, operands="f16"),
-    "blackwell": Accumulation(products=32, fraction_bits=25),
-}
-FLOAT32 = ACCUMULATIONS["float32"]
+FLOAT32 = Accumulation("float32")
 
 
 def fma(a: Floats, b: Floats, c: Floats) -> Floats:

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsc import DscError
+from dsc.hardware.device import accumulation
 from dsc.numerics.formats import BF16, F8E4M3, F8E5M2, round_to, widen
 from dsc.numerics.scale import RULES, dequantize, quantize
 from dsc.numerics.tensorcore import (
-    ACCUMULATIONS,
     Accumulation,
     fma,
     fused_dot_add,
@@ -26,7 +26,7 @@ from dsc.numerics.tensorcore import (
     scaled_matmul,
 )
 
-HOPPER = ACCUMULATIONS["hopper-wgmma"]
+HOPPER = accumulation("h800/wgmma")
 
 
 def nearest_float32(x: Fraction) -> np.float32:
@@ -106,13 +106,13 @@ def exact_node(a: np.ndarray, b: np.ndarray, c: float, model: Accumulation, bias
 @given(
     st.integers(0, 32),
     st.sampled_from([F8E4M3, F8E5M2]),
-    st.sampled_from(["hopper-wgmma", "blackwell"]),
+    st.sampled_from(["h800/wgmma", "b200/tcgen05"]),
     st.integers(3, 20),
     st.integers(0, 2**32 - 1),
 )
 def test_node_equals_rational_arithmetic(size: int, fmt: Any, name: str, fraction_bits: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    model = replace(ACCUMULATIONS[name], fraction_bits=fraction_bits)
+    model = replace(accumulation(name), fraction_bits=fraction_bits)
     a, b = (round_to(rng.standard_normal((2, size)) * np.exp2(rng.integers(-12, 6, (2, size))), fmt) for _ in range(2))
     c = np.where(rng.random((2, 2)) < 0.3, 0, rng.standard_normal((2, 2)) * np.exp2(rng.integers(-30, 30, (2, 2)))).astype(np.float32)
     got = fused_dot_add(a, b, c, model)
@@ -161,14 +161,14 @@ def by_loop(a: Any, sa: Any, b: Any, sb: Any, a_tile: tuple[int, int], b_tile: t
 @given(
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 90)),
     st.sampled_from([((1, 16), (16, 16)), ((1, 16), (1, 16)), ((4, 16), (1, 16)), ((1, 24), (3, 40)), ((1, 100), (2, 100))]),
-    st.sampled_from(["hopper-wgmma", "ada-mma", "blackwell"]),
+    st.sampled_from(["h800/wgmma", "rtx4090/mma-sync", "b200/tcgen05"]),
     st.sampled_from([0, 16, 32, 48]),
     st.sampled_from(["deepgemm", "cublas", "unfused"]),
     st.integers(0, 2**32 - 1),
 )
 def test_scaled_matmul_equals_a_loop(size: Any, tiles: Any, name: str, interval: int, formula: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    model = replace(ACCUMULATIONS[name], interval=interval, formula=formula)
+    model = replace(accumulation(name), interval=interval, formula=formula)
     m, n, k = size
     a_tile, b_tile = tiles
     # Neighbouring scales differ by up to 2^8.
@@ -185,14 +185,14 @@ def random_operands(m: int, n: int, k: int, seed: int = 0, rule: str = "deepseek
 
 
 @pytest.mark.parametrize("shape", [(1, 600, 300), (600, 1, 300), (70, 576, 257), (33, 300, 1), (5, 5, 4096)])
-@pytest.mark.parametrize("name", ["hopper-wgmma", "blackwell"])
+@pytest.mark.parametrize("name", ["h800/wgmma", "b200/tcgen05"])
 def test_output_blocks_do_not_matter(name: str, shape: tuple[int, int, int]) -> None:
     a, sa, b, sb = random_operands(*shape)
-    whole = scaled_matmul(a, sa, b, sb, model=ACCUMULATIONS[name])
+    whole = scaled_matmul(a, sa, b, sb, model=accumulation(name))
     row, column = shape[0] - 1, shape[1] - 1
-    one = scaled_matmul(a[row:], sa[row:], b[column:], sb[column // 128 :], model=ACCUMULATIONS[name])
+    one = scaled_matmul(a[row:], sa[row:], b[column:], sb[column // 128 :], model=accumulation(name))
     assert whole[row, column] == one[0, 0]
-    first = scaled_matmul(a[:1], sa[:1], b[:128], sb[:1], model=ACCUMULATIONS[name])
+    first = scaled_matmul(a[:1], sa[:1], b[:128], sb[:1], model=accumulation(name))
     assert np.array_equal(whole[:1, :128], first)
 
 
@@ -213,13 +213,13 @@ def test_formulas_differ_in_float32_but_not_with_power_of_two_scales() -> None:
 
 def test_result_types_round_once_at_the_end() -> None:
     operands = random_operands(7, 9, 300)
-    for name in ("float32", "ideal", "hopper-wgmma"):
-        wide = scaled_matmul(*operands, model=ACCUMULATIONS[name])
+    for name in ("float32", "ideal/exact", "h800/wgmma"):
+        wide = scaled_matmul(*operands, model=accumulation(name))
         assert wide.dtype == np.float32
         for dtype in (ml_dtypes.bfloat16, np.float16):
-            narrow = scaled_matmul(*operands, model=ACCUMULATIONS[name], dtype=dtype)
+            narrow = scaled_matmul(*operands, model=accumulation(name), dtype=dtype)
             assert narrow.dtype == dtype
-            if name != "ideal":  # which goes from float64 to the result in one step
+            if name != "ideal/exact":  # which goes from float64 to the result in one step
                 assert np.array_equal(narrow.view(np.uint16), wide.astype(dtype).view(np.uint16))
 
 
@@ -231,16 +231,16 @@ def test_plain_float32_is_within_its_derived_bound_and_ideal_is_exact() -> None:
     plain = scaled_matmul(a, sa, b, sb)
     # each operand is rounded once, and k products and k - 1 sums in any order: (1 + 2^-24)^(k + 2) - 1, Higham 2002, section 3.1
     assert (np.abs(plain - x @ w.T) <= magnitudes * np.expm1((k + 2) * np.log1p(2.0**-24))).all()
-    ideal = scaled_matmul(a, sa, b, sb, model=ACCUMULATIONS["ideal"])
+    ideal = scaled_matmul(a, sa, b, sb, model=accumulation("ideal/exact"))
     exact = [[sum((Fraction(p) * Fraction(q) for p, q in zip(r, s, strict=True)), Fraction(0)) for s in w[:3]] for r in x[:3]]
     error = np.array([[float(abs(Fraction(float(ideal[i, j])) - exact[i][j])) for j in range(3)] for i in range(3)])
     assert (error <= np.abs(ideal[:3, :3]) * 2.0**-24 * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("groups", [[5, 0, 130, 1], [136], [0, 0, 3]])
-@pytest.mark.parametrize("name", ["float32", "hopper-wgmma"])
+@pytest.mark.parametrize("name", ["float32", "h800/wgmma"])
 def test_grouped_rows_and_grouped_k(name: str, groups: list[int]) -> None:
-    model = ACCUMULATIONS[name]
+    model = accumulation(name)
     rng = np.random.default_rng(5)
     rows, k, n = sum(groups), 160, 24
     x = rng.standard_normal((rows, k)).astype(np.float32)
@@ -271,8 +271,8 @@ def test_special_values_reach_the_result_and_only_where_they_belong() -> None:
     nan, inf = F8E5M2.dtype.type(np.nan), F8E5M2.dtype.type(np.inf)
     a = widen(a).astype(F8E5M2.dtype)
     a[1, 200], a[2, 3] = nan, inf
-    for name in ("hopper-wgmma", "blackwell", "float32"):
-        out = scaled_matmul(a, sa, b, sb, model=ACCUMULATIONS[name])
+    for name in ("h800/wgmma", "b200/tcgen05", "float32"):
+        out = scaled_matmul(a, sa, b, sb, model=accumulation(name))
         assert np.isfinite(out[[0, 3]]).all()
         assert np.isnan(out[1]).all()
         assert (~np.isfinite(out[2])).all()
@@ -289,9 +289,9 @@ def unpromoted_and_promoted(data: str) -> dict[str, tuple[float, float, float]]:
     unit = [np.ones((64, 1), np.float32)] * 2
     reference = widen(a, np.float64) @ widen(b, np.float64).T
     figures = {}
-    for name in ("hopper-wgmma", "blackwell"):
+    for name in ("h800/wgmma", "b200/tcgen05"):
         for interval in (0, 128):
-            model = replace(ACCUMULATIONS[name], interval=interval)
+            model = replace(accumulation(name), interval=interval)
             error = scaled_matmul(a, unit[0], b, unit[1], (1, 4096), (1, 4096), model) - reference
             relative = error / np.abs(reference)
             key = f"{name} {'promoted' if interval else 'unpromoted'}"
@@ -307,7 +307,7 @@ def unpromoted_and_promoted(data: str) -> dict[str, tuple[float, float, float]]:
 def test_promotion_every_128_makes_the_error_ten_times_smaller(data: str) -> None:
     """DeepSeek-V3 report, section 3.5.2: close to 2% at K = 4096 without promotion, of data and by a measure that it does not name."""
     figures = unpromoted_and_promoted(data)
-    unpromoted, promoted = figures["hopper-wgmma unpromoted"], figures["hopper-wgmma promoted"]
+    unpromoted, promoted = figures["h800/wgmma unpromoted"], figures["h800/wgmma promoted"]
     assert 1e-3 < unpromoted[0] < 1e-1
     assert promoted[0] * 10 < unpromoted[0]
     if data == "positive":  # truncation is toward zero, so without promotion every element is too small, and by much
@@ -366,7 +366,7 @@ def test_rescaling_at_tile_edges_without_promotion() -> None:
             lambda a, s: fused_dot_add(a[:, :8], a[:, :8], np.zeros((4, 3), np.float32), HOPPER),
             r"accumulator of shape \[4, 3\], expected \[4, 4\]",
         ),
-        (lambda a, s: fused_dot_add(a, a, np.zeros((4, 4), np.float32), ACCUMULATIONS["float32"]), "only that has nodes"),
+        (lambda a, s: fused_dot_add(a, a, np.zeros((4, 4), np.float32), accumulation("float32")), "only that has nodes"),
     ],
 )
 def test_errors_say_what_was_found_and_expected(call: Callable[..., object], message: str) -> None:

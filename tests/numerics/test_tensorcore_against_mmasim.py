@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from dsc.numerics.tensorcore import ACCUMULATIONS, Accumulation, fused_dot_add
+from dsc.hardware.device import accumulation
+from dsc.ir.quantization import Accumulation
+from dsc.numerics.tensorcore import fused_dot_add
 
 NUMPY = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
 TORCH = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-MODELS = ["hopper-wgmma", "ada-mma", "blackwell", "hopper-mma-sync"]
+MODELS = ["h800/wgmma", "rtx4090/mma-sync", "b200/tcgen05", "h800/mma-sync"]
 ANY_C = ("any bits", "wide C", "no products")
 PATTERNS = ["any bits", "finite", "sparse", "subnormal", "positive", "wide C", "no products"]
 
@@ -35,11 +37,11 @@ def simulator() -> ModuleType:
 
 
 def instruction(simulator: ModuleType, model: str, a: str, b: str) -> Any:
-    if model == "hopper-wgmma":
+    if model == "h800/wgmma":
         return simulator.WGMMA("Hopper", f"m64n64k32.f32.{a}.{b}")
-    if model == "ada-mma":
+    if model == "rtx4090/mma-sync":
         return simulator.MMA("Ada Lovelace", f"m16n8k32.f32.{a}.{b}.f32")
-    if model == "blackwell":
+    if model == "b200/tcgen05":
         return simulator.TCGen05MMA("Blackwell", f"m64n64k32.kind::f8f6f4.f32.{a}.{b}")
     return simulator.MMA("Hopper", "m16n8k16.f32.f16.f16.f32")
 
@@ -48,7 +50,7 @@ def simulate(simulator: ModuleType, model: str, a: np.ndarray, b: np.ndarray, c:
     """32 products by the simulator. Hopper's mma.sync knows no FP8: the operands are widened to float16 and go in 16 at a time."""
     left, right = (torch.from_numpy(codes).view(TORCH[t]) for codes, t in zip((a, b), types, strict=True))
     operation, out = instruction(simulator, model, *types), torch.from_numpy(c.copy())
-    if model != "hopper-mma-sync":
+    if model != "h800/mma-sync":
         return operation(left, right.T, out).numpy()
     for k in (slice(0, 16), slice(16, 32)):
         out = operation(left[:, k].half(), right[:, k].half().T, out)
@@ -97,7 +99,7 @@ def test_bits_equal_the_simulators(simulator: ModuleType, model: str, types: tup
         for _ in range(4):
             a, b = operands(pattern, (64, 32), types[0], rng), operands(pattern, (48, 32), types[1], rng)
             expected = simulate(simulator, model, a, b, c, types)
-            got = ours(ACCUMULATIONS[model], a, b, c, types)
+            got = ours(accumulation(model), a, b, c, types)
             assert np.array_equal(got.view(np.uint32), expected.view(np.uint32)), pattern
             specials += int((~np.isfinite(expected)).sum())
             c = accumulators(pattern, (64, 48), rng) if pattern in ANY_C else expected
@@ -153,7 +155,7 @@ def test_canary(canary: Canary) -> None:
     _, fmt, products, c, expected = canary
     a, b = lanes(*products, fmt=fmt)
     for name, bits in zip(MODELS, expected, strict=True):
-        got = ours(ACCUMULATIONS[name], a, b, np.full((1, 1), c, np.float32), (fmt, fmt))
+        got = ours(accumulation(name), a, b, np.full((1, 1), c, np.float32), (fmt, fmt))
         assert f"{name} {int(got.view(np.uint32)[0, 0]):08x}" == f"{name} {bits:08x}"
 
 
@@ -161,7 +163,7 @@ def test_canaries_tell_the_models_apart() -> None:
     """Any two models differ on some canary, and each field of the model matters."""
     columns = list(zip(*(canary[4] for canary in CANARIES), strict=True))
     assert len(set(columns)) == 4
-    hopper = ACCUMULATIONS["hopper-wgmma"]
+    hopper = accumulation("h800/wgmma")
     for change in (
         {"products": 16},
         {"fraction_bits": 14},
