@@ -317,7 +317,7 @@ def test_promotion_every_128_makes_the_error_ten_times_smaller(data: str) -> Non
     else:  # partial sums, and with them the truncations, grow as sqrt(K): the median gains sqrt(4096 / 128) = 5.7, the largest errors more
         assert promoted[1] * 5.6 < unpromoted[1]
     # The wide accumulator does not need promotion: the two differ by less than the loss of one Hopper instruction.
-    assert max(figures["blackwell unpromoted"][0], figures["blackwell promoted"][0]) < 2.0**-13 / 10
+    assert max(figures["b200/tcgen05 unpromoted"][0], figures["b200/tcgen05 promoted"][0]) < 2.0**-13 / 10
 
 
 def test_promoted_error_is_within_the_bound_of_the_truncations() -> None:
