@@ -248,6 +248,7 @@ CONTROL = [
     sample(Literal, values=(2**62, -1), shape=(2,), dtype=DType.i64),
     sample(Literal, values=(1, 0, 1), shape=(3,), dtype=DType.bool),
     sample(Literal, values=(1,), shape=(2, 0), dtype=DType.i32, tag="of nothing"),
+    sample(Literal, values=(), shape=(0,), dtype=DType.i64, tag="of no numbers"),
     sample(Iota, length=9, dtype=DType.i64, start=-4, step=3),
     sample(Iota, length=1000, dtype=DType.bf16, tag="that rounds"),
     sample(Iota, length=0, dtype=DType.f32, tag="of nothing"),

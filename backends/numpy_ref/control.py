@@ -13,7 +13,7 @@ from .registry import reference
 @reference(ops.Literal, operands="stored")
 def literal(op: ops.Literal) -> Array:
     values = _stored(np.array(op.values, np.float64 if op.dtype.is_float else None), op.dtype)
-    return values.reshape(op.shape) if values.size > 1 or op.result.tensor.size == 1 else np.full(op.shape, values[0])
+    return values.reshape(op.shape) if values.size == op.result.tensor.size else np.full(op.shape, values[0])
 
 
 @reference(ops.Iota, operands="stored")

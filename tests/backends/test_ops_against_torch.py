@@ -212,7 +212,7 @@ def cast_by_torch(sample: Sample) -> bool:
     """Left to the tests of numerics: formats that torch lacks, numbers beyond the range of ints, and float64 to what torch rounds twice."""
     source, target = sample.operands[0].type.dtype, sample.attributes["dtype"]
     twice = source is DType.f64 and target in (DType.bf16, DType.f16, DType.f8e4m3, DType.f8e5m2)
-    return source in TORCH_DTYPES and target in TORCH_DTYPES and not twice and not (target is DType.i8)
+    return source in TORCH_DTYPES and target in TORCH_DTYPES and not twice and target is not DType.i8
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.cls is elementwise.Cast and cast_by_torch(s)], ids=lambda s: s.name)

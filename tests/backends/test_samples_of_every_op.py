@@ -1,4 +1,4 @@
-"""Every op has samples, wrong calls, a reference and an error bound; what it returns is what its type rule says; and it survives its text."""
+"""Every op has samples, wrong calls, a reference and an error bound; it returns what its type rule says, and survives its text."""
 
 from __future__ import annotations
 
