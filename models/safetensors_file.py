@@ -59,7 +59,8 @@ class FileTensor:
 
     def array(self) -> np.ndarray:
         """The tensor as a read-only view of the memory map (a copy where the file does not align it)."""
-        return aligned(self.data(), self.dtype).reshape(self.shape)
+        view = self.data().view(NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        return view if view.flags.aligned else view.copy()
 
     def data(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """The tensor's bytes from `first` to `last`, whatever its dtype, as a read-only view of the memory map: u8[last - first]."""
@@ -150,12 +151,6 @@ class SafetensorsFile:
 
 def _address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def aligned(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Bytes u8[n] as a vector of `dtype`: a view, or a copy where the bytes do not lie as the processor wants them."""
-    view: np.ndarray = data.view(NUMPY_DTYPES[dtype])
-    return view if view.flags.aligned else view.copy()
 
 
 class Entry(NamedTuple):
