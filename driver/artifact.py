@@ -98,22 +98,27 @@ class Artifact:
 
         file = self._file(record.file)
         module = parse(file.read_text(encoding="utf-8"), str(file))
-        return module.replace(constants=self.constants) if self.constants else module
+        return module.replace(constants=self.constants)
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The arrays of constants.safetensors by name, as read-only views of the file."""
-        file = self.path / CONSTANTS
-        if not file.exists():
-            return {}
-        from ..models.safetensors_file import SafetensorsFile
-
-        return {name: tensor.array() for name, tensor in SafetensorsFile(file).tensors.items()}
+        return constants_of(self.path)
 
     def _file(self, name: str) -> Path:
         file = self.path / name
         require(file.is_file(), f"{file} is missing from the artifact; compile it again")
         return file
+
+
+def constants_of(folder: Path) -> dict[str, Any]:
+    """The constants of the artifact in `folder`, by name; none where it has none."""
+    file = folder / CONSTANTS
+    if not file.exists():
+        return {}
+    from ..models.safetensors_file import SafetensorsFile
+
+    return {name: tensor.array() for name, tensor in SafetensorsFile(file).tensors.items()}
 
 
 def is_artifact(path: Path) -> bool:

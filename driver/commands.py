@@ -57,8 +57,8 @@ def compile(source: str, out: Path, as_json: bool, **options: Any) -> int:
         return 0
     made_of = f"{plural(len(made.module.funcs), 'function')}, {plural(ops, 'op')}, {count(total)} parameters"
     print(f"{source}: {made_of} ({count(active)} active per token)")
-    rows = [(p.name, f"{p.seconds:.2f} s", f"{p.ops:,}", p.file if p.changed else "unchanged") for p in made.manifest.passes]
-    print(table(("step", "time", "ops", "result"), rows))
+    rows = [(p.name, p.file if p.changed else "unchanged", f"{p.seconds:.2f} s", f"{p.ops:,}") for p in made.manifest.passes]
+    print(table(("step", "result", "time", "ops"), rows, left=2))
     print(f"{out}: compiled in {seconds:.1f} s")
     return 0
 

@@ -64,7 +64,10 @@ def read(
     context: int | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[Source, Module, dict[str, Any] | None]:
-    """The source, the program it says at stage `traced` (or that of a .dsc file), and the model's config if it has one."""
+    """The source, the program it says at stage `traced` (or that of a .dsc file), and the model's config if it has one.
+
+    A .dsc file in an artifact is read with the artifact's constants.
+    """
     require(mode in MODES, f"unknown mode {mode}; expected one of {', '.join(MODES)}")
     for name, given in (("batch", batch), ("seq", seq), ("context", context)):
         require(given is None or given > 0, f"--{name} is {given}, expected 1 or more")
@@ -72,11 +75,12 @@ def read(
     if found.kind == "dsc":
         from ..ir.parser import parse
 
-        assert found.file is not None
+        file = Path(found.text)
         try:
-            return found, parse(found.file.read_text(encoding="utf-8"), str(found.file)), None
+            module = parse(file.read_text(encoding="utf-8"), found.text)
         except UnicodeDecodeError as error:
-            raise DscError(f"{found.file}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+            raise DscError(f"{file}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+        return found, module.replace(constants=artifact.constants_of(file.resolve().parent.parent)), None
     if found.kind == "factory":
         from ..models.trace import load_factory, trace
 

@@ -30,7 +30,7 @@ from .inputs import Inputs, prepare
 from .measure import Measures, flat, measure, real, same_bits
 from .quantstats import QuantizationStats, stats_of
 from .routing import Gate, Tokens
-from .run import Fetch, open_weights, own_weights, unpack
+from .run import Fetch, open_weights, own_weights, result_names, unpack
 
 Step = Callable[[str], None]
 
@@ -282,8 +282,8 @@ def _with_local(entry: OpDiff, forced: _Forced) -> OpDiff:
 
 def _outputs(module: Module, a: list[np.ndarray], b: list[np.ndarray], tokens: Tokens | None) -> tuple[OpDiff, ...]:
     return tuple(
-        _op_diff(value.name, "result", str(value.type), same_bits(x, y), [(x, y)], tokens)
-        for value, x, y in zip(module.main.results, a, b, strict=False)
+        _op_diff(name, "result", str(value.type), same_bits(x, y), [(x, y)], tokens)
+        for name, value, x, y in zip(result_names(module), module.main.results, a, b, strict=False)
         if x.shape == y.shape
     )
 

@@ -10,6 +10,7 @@ from ..ir.core import Module, Symbol
 from ..ir.ops.control import Call, Param
 from ..ir.walk import flops, parameters
 from .compile import memory
+from .run import result_names
 from .ui import count, plural, size, table
 
 PARTS: tuple[tuple[str, str], ...] = (
@@ -64,7 +65,8 @@ def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
     }
     cells = [(p.name, f"{p.total:,}", f"{p.active:,}", size(p.bytes)) for p in rows]
     text = table(("part", "parameters", "active per token", "bytes"), [*cells, ("total", f"{total:,}", f"{active:,}", size(bytes))])
-    return value, f"{text}\n\n{count(total)} parameters, {count(active)} active per token ({count(inner)} without the input embedding)"
+    apart = f" ({count(inner)} without the input embedding)" if inner != active else ""
+    return value, f"{text}\n\n{count(total)} parameters, {count(active)} active per token{apart}"
 
 
 def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
@@ -109,7 +111,7 @@ def describe_program(module: Module) -> tuple[dict[str, Any], str]:
         "",
         *(f"takes   %{p.name}: {p.type}" for p in main.params[:8]),
         *([f"        and {len(main.params) - 8} more"] if len(main.params) > 8 else []),
-        *(f"returns %{r.name}: {r.type}" for r in main.results[:8]),
+        *(f"returns %{name}: {r.type}" for name, r in list(zip(result_names(module), main.results, strict=True))[:8]),
         *([f"        and {len(main.results) - 8} more"] if len(main.results) > 8 else []),
     ]
     return value, "\n".join(lines)

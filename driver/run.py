@@ -97,14 +97,16 @@ def save(file: Path, names: list[str], arrays: tuple[np.ndarray, ...]) -> None:
 
 
 def result_names(module: Module) -> list[str]:
-    """A name for each result of @main: the value's, made unique."""
+    """The name of each result of @main, as the program's text has it; a value returned once more has its place added."""
     from ..ir.printer import Names
 
-    names, seen = Names(), set[Any]()
+    names = Names()
+    for value in (*module.main.params, *(result for op in module.main.ops for result in op.results)):
+        names.define(value)
     found: list[str] = []
-    for value in module.main.results:
-        found.append(names.define(value)[1:] if value not in seen else f"{names[value][1:]}_again_{len(found)}")
-        seen.add(value)
+    for i, value in enumerate(module.main.results):
+        name = names[value][1:]
+        found.append(name if name not in found else f"{name}.{i}")
     return found
 
 
