@@ -38,7 +38,7 @@ class Variant:
     worst_local: float
     """The largest local relative L2 difference of an op."""
     layers: tuple[tuple[str, float], ...]
-    """SQNR in dB of what each layer gives."""
+    """SQNR in dB of what each layer gives, over the tokens that went to the same experts."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ def axes() -> tuple[str, ...]:
 
 def pipelines(axis: str, recipe: str) -> list[tuple[str, str]]:
     """The values of an axis, each with the pass that sets it."""
-    from ..hardware.device import device, devices
     from ..ir.quantization import RULES
     from ..passes.recipe import recipes
 
@@ -71,12 +70,23 @@ def pipelines(axis: str, recipe: str) -> list[tuple[str, str]]:
         "tile": TILES,
         "format": ("f8e4m3", "f8e5m2"),
         "scale": tuple(RULES),
-        "accumulate": ("float32", *(f"{name}/{i}" for name in devices() for i in device(name).accumulations)),
+        "accumulate": ("float32", *_distinct_accumulations()),
         "promote": PROMOTIONS,
     }
     require(axis in values, f"unknown axis {axis}; expected one of {', '.join(axes())}")
     fixed = f",accumulate={DEVICE}" if axis == "promote" else ""
     return [(str(value), f"quantize-fp8{{recipe={recipe},{axis}={value}{fixed}}}") for value in values[axis]]
+
+
+def _distinct_accumulations() -> list[str]:
+    """One instruction of each kind: several devices share theirs."""
+    from ..hardware.device import device, devices
+
+    kinds: dict[Any, str] = {}
+    for name in devices():
+        for instruction, model in device(name).accumulations.items():
+            kinds.setdefault(model, f"{name}/{instruction}")
+    return list(kinds.values())
 
 
 def sweep(
@@ -125,7 +135,7 @@ def _variant(value: str, pipeline: str, module: Module, report: Report) -> Varia
         if isinstance(op, Call) and (owner := module[op.callee].results[0].owner):
             found = by_site.get(f"@{op.callee} ({op.weights}) {owner.id}")
             if found and op.weights[-1:].isdigit():
-                layers.append((op.weights, found.accumulated.sqnr_db))
+                layers.append((op.weights, (found.same_experts or found.accumulated).sqnr_db))
     return Variant(
         value,
         pipeline,
@@ -162,9 +172,12 @@ def plot(found: Sweep, file: Path) -> None:
     require(bool(drawn), "the program has no layers to plot: it is one function")
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     markers = "osD^vP*Xdh<>"
-    for i, variant in enumerate(drawn):
-        names, values = zip(*variant.layers, strict=True)
-        axes.plot(range(len(names)), values, marker=markers[i % len(markers)], markersize=5, linewidth=1.5, label=variant.value)
+    curves: dict[tuple[tuple[str, float], ...], list[str]] = {}
+    for variant in drawn:
+        curves.setdefault(variant.layers, []).append(variant.value)  # what changes only the backward draws the same line
+    for i, (layers, labels) in enumerate(curves.items()):
+        values = [value for _, value in layers]
+        axes.plot(range(len(values)), values, marker=markers[i % len(markers)], markersize=5, linewidth=1.5, label="\n".join(labels))
     axes.set_xticks(range(len(drawn[0].layers)), [name.rpartition(".")[2] for name, _ in drawn[0].layers])
     axes.set_xlabel("layer")
     axes.set_ylabel("SQNR of the layer's output [dB]")
