@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 from ..ir.core import Value
 from ..ir.errors import DscError
 from . import aten as _rules  # noqa: F401 - fills the table of rules
-from .aten.graph import Leaf, outputs_of, parameter, source_line, unknown_ops
+from .aten.graph import Leaf, outputs_of, parameter, refuse_shapes_of_data, source_line, unknown_ops
 from .aten.rules import Emitter, type_of
 
 
@@ -24,9 +25,11 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     try:
         with torch.no_grad():
             program = torch.export.export(module, inputs, strict=False)
+            refuse_shapes_of_data(program.graph_module)
             if unknown := unknown_ops(program.graph_module):
-                known = torch.export.default_decompositions()
-                program = program.run_decompositions({node.target: known[node.target] for node in unknown if node.target in known})
+                program = _decomposed(program, {node.target for node in unknown})
+    except DscError:
+        raise
     except Exception as error:  # whatever the module's own code, or torch on its behalf, raises
         (reason, *_) = str(error).strip().splitlines() or [""]
         raise DscError(f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}") from error
@@ -34,6 +37,14 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
         lines = dict.fromkeys(f"{node.target} has no counterpart in the IR, at {source_line(node)}" for node in unknown)
         raise DscError("\n".join(lines))
     return program
+
+
+def _decomposed(program: ExportedProgram, targets: set[Any]) -> ExportedProgram:
+    """The program with these ops taken apart, those that torch knows how to."""
+    known = torch.export.default_decompositions()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own classes
+        return program.run_decompositions({target: known[target] for target in targets if target in known})
 
 
 def import_program(program: ExportedProgram, b: Emitter) -> list[Value]:

@@ -262,13 +262,13 @@ def leaky_relu(b: Emitter, x: Value, slope: Number = 0.01) -> Value:
     return b.make(e.Where(positive, x, _arithmetic(b, e.Mul, x, slope)))
 
 
-@aten("to.dtype", "to.dtype_layout", "to.device", "to.other", "to.prim_Device", "_to_copy", "type_as")
+@aten("to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "type_as")
 def convert(b: Emitter, x: Value, *args: Any, **kwargs: Any) -> Value:
     """The result's dtype says it all: devices and layouts do not exist in the IR."""
     return b.cast(x, b.dtype)
 
 
-@aten("clone", "contiguous", "alias", "detach", "detach_copy", "lift_fresh", "lift_fresh_copy", "alias_copy", "positive")
+@aten("clone", "contiguous", "alias", "detach", "detach_copy", "lift_fresh_copy", "alias_copy", "positive")
 def identity(b: Emitter, x: Value, **kwargs: Any) -> Value:
     return x
 
@@ -281,8 +281,8 @@ def dropout(b: Emitter, x: Value, p: float, train: bool) -> Value:
 
 
 @aten("native_dropout")
-def native_dropout(b: Emitter, x: Value, p: float, train: bool | None) -> Value:
-    return dropout(b, x, p, bool(train))
+def native_dropout(b: Emitter, x: Value, p: float, train: bool | None) -> tuple[Value, Value]:
+    return dropout(b, x, p, bool(train)), b.filled(True, b.out[1].shape, DType.bool)
 
 
 @aten("copy")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
@@ -68,6 +69,13 @@ def source_line(node: Node) -> str:
     return f"{file}:{line}" + (f": {code}" if code else "")
 
 
+def refuse_shapes_of_data(graph_module: GraphModule) -> None:
+    """Raise DscError where the shape of a tensor is known only at run time, as that of `x[x > 0]` is."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and any(isinstance(size, torch.SymInt) for t in _tensors(node) for size in t.shape):
+            raise DscError(f"{node.target} at {source_line(node)}: the shape of its result depends on the data, expected a static one")
+
+
 def unknown_ops(graph_module: GraphModule) -> list[Node]:
     """The nodes that no rule translates."""
     return [node for node in graph_module.graph.nodes if node.op == "call_function" and not _known(node)]
@@ -81,16 +89,20 @@ def _known(node: Node) -> bool:
 def _rule_name(node: Node) -> str:
     """The rule's key: an in-place op has that of its functional form."""
     name = str(node.target)
-    if not _writes(node):
+    if not _in_place(node):
         return name
     namespace, packet, overload = name.split(".")
     return f"{namespace}.{packet.removesuffix('_')}.{overload}"
 
 
+def _in_place(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, OpOverload) and target._schema.is_mutable and target._schema.name.endswith("_")
+
+
 def _writes(node: Node) -> bool:
-    """Whether the op changes its first operand."""
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema and schema.is_mutable and node.target._schema.name.endswith("_"))  # type: ignore[union-attr]
+    """Whether the op changes the numbers of its first operand, rather than only how it is viewed (`detach_`, `t_`)."""
+    return _in_place(node) and torch.Tag.inplace_view not in node.target.tags  # type: ignore[union-attr]
 
 
 def _target(node: Node) -> Node:
@@ -101,12 +113,15 @@ def _target(node: Node) -> Node:
     return target
 
 
+def _tensors(node: Node) -> list[torch.Tensor]:
+    """The fake tensors that a node yields."""
+    return [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
+
+
 def _storage(node: Any) -> int | None:
-    """The identity of the memory that a node's (fake) tensor lies in: views share it."""
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    if isinstance(value, (list, tuple)) and value:
-        value = value[0]
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    """The identity of the memory that a node's (first fake) tensor lies in: views share it."""
+    found = _tensors(node) if isinstance(node, Node) else []
+    return found[0].untyped_storage()._cdata if found else None
 
 
 class _Walk:

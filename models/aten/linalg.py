@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...ir.core import Value
@@ -11,28 +12,30 @@ from ...ir.ops.linalg import GroupedMatmul, Matmul
 from ...ir.ops.reduce import CumSum
 from ...ir.types import DType
 from .rules import Emitter, Number, aten, unify, unsupported, untransposed
-from .shape import joined, reshaped, sliced
+from .shape import joined, reshaped, sliced, swapped
 
 
-def product(b: Emitter, x: Value, w: Value, out: DType | None = None) -> Value:
-    """x w of matrices or stacks of them."""
+def product(b: Emitter, x: Value, w: Value, shape: Sequence[int], bias: Value | None = None) -> Value:
+    """x w + bias of matrices or stacks of them, rounded once, as an array of `shape`."""
     plain, transposed = untransposed(w)
-    return b.make(Matmul(x, plain, transposed, out))
+    if bias is None:
+        return reshaped(b, b.make(Matmul(x, plain, transposed)), shape)
+    wide = reshaped(b, b.make(Matmul(x, plain, transposed, DType.f32 if x.dtype.bits < 32 else None)), shape)
+    return b.cast(b.make(Add(wide, b.wide(bias))), x.dtype)
 
 
 @aten("linear")
 def linear(b: Emitter, x: Value, weight: Value, bias: Value | None = None) -> Value:
     rows = reshaped(b, x, (1, *x.shape)) if x.tensor.rank == 1 else x  # type: ignore[arg-type]
-    made = reshaped(b, b.make(Matmul(rows, weight, True)), b.shape)
-    return made if bias is None else b.make(Add(made, bias))
+    return product(b, rows, swapped(b, weight, 0, 1), b.shape, bias)
 
 
 @aten("matmul", "mm", "bmm", "mv", "dot", "inner")
-def matmul(b: Emitter, x: Value, y: Value) -> Value:
+def matmul(b: Emitter, x: Value, y: Value, bias: Value | None = None) -> Value:
     """A vector on the left is one row, on the right one column."""
     left = reshaped(b, x, (1, *x.shape)) if x.tensor.rank == 1 else x  # type: ignore[arg-type]
     right = reshaped(b, y, (*y.shape, 1)) if y.tensor.rank == 1 else y  # type: ignore[arg-type]
-    return reshaped(b, product(b, left, right), b.shape)
+    return product(b, left, right, b.shape, bias)
 
 
 @aten("outer", "ger")
@@ -44,7 +47,7 @@ def outer(b: Emitter, x: Value, y: Value) -> Value:
 def addmm(b: Emitter, bias: Value, x: Value, y: Value, *, beta: Number = 1, alpha: Number = 1) -> Value:
     if (alpha, beta) != (1, 1):
         raise unsupported(f"addmm with alpha={alpha}, beta={beta}", "1 and 1")
-    return b.make(Add(matmul(b, x, y), bias))
+    return matmul(b, x, y, bias)
 
 
 @aten("_grouped_mm")

@@ -46,6 +46,11 @@ def expand(b: Emitter, x: Value, *args: Any, **kwargs: Any) -> Value:
     return b.stretch(x, b.shape)
 
 
+@aten("broadcast_tensors")
+def broadcast_tensors(b: Emitter, xs: Sequence[Value]) -> tuple[Value, ...]:
+    return tuple(b.stretch(x, out.shape) for x, out in zip(xs, b.out, strict=True))
+
+
 @aten("repeat")
 def repeat(b: Emitter, x: Value, repeats: Sequence[int]) -> Value:
     """Tile: an axis of extent n repeated r times is [r, n] with the first stretched."""
