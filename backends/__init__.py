@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 from ..ir.errors import DscError, require
@@ -71,7 +72,14 @@ def _numpy_f64() -> Runner:
     return FLOAT64
 
 
-LOADERS: dict[str, Callable[[], Runner]] = {"numpy": _numpy, "numpy-f64": _numpy_f64}
+def _triton() -> Runner:
+    require(find_spec("triton") is not None, "backend 'triton' needs the package triton: pip install 'dsc[triton]'")
+    from .triton.run import TRITON
+
+    return TRITON
+
+
+LOADERS: dict[str, Callable[[], Runner]] = {"numpy": _numpy, "numpy-f64": _numpy_f64, "triton": _triton}
 """The backends of dsc itself."""
 
 

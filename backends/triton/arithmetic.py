@@ -1,0 +1,162 @@
+"""Device functions that kernels share: exact casts to and from narrow formats, and float32 functions whose error is known.
+
+A cast rounds once, to nearest even, and saturates FP8, as `numerics.formats.round_to` does to the bit. A GPU's conversions do that by
+themselves; Triton's interpreter does not (BF16 truncates, FP8 rounds ties away from zero, loses carries and does not saturate, NaN and
+infinity become numbers), so there the code is computed from the bits. `INTERPRET` is a constant when a kernel is compiled: nothing of
+this remains in machine code.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from . import INTERPRET as _INTERPRET
+from .jit import device
+
+INTERPRET = tl.constexpr(_INTERPRET)
+
+
+@device
+def bits_of(x):
+    """The pattern of float32 x, as int32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@device
+def from_bits(bits):
+    """The float32 of an int32 pattern."""
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@device
+def to_bf16(x):
+    """float32 x as bfloat16."""
+    if INTERPRET:
+        bits = bits_of(x)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = from_bits(tl.where(x != x, (bits & -65536) | 0x400000, rounded))
+    return x.to(tl.bfloat16)
+
+
+@device
+def _fp8_code(x, EXPONENT_BIAS: tl.constexpr, MANTISSA: tl.constexpr):
+    """The code of float32 x, |x| at most the format's largest: |x| + 2^(e + 23 - m) has units of 2^(e - m), those of m bits at e."""
+    magnitude = from_bits(bits_of(x) & 0x7FFFFFFF)
+    power = from_bits(bits_of(x) & 0x7F800000)
+    power = tl.maximum(power, 2.0 ** (1 - EXPONENT_BIAS)) * 2.0 ** (23 - MANTISSA)
+    rounded = (magnitude + power) - power
+    code = bits_of(rounded * 2.0 ** (EXPONENT_BIAS - 127)) >> (23 - MANTISSA)
+    code = tl.where(x != x, 0x7F, code | ((bits_of(x) >> 24) & 0x80))
+    return code.to(tl.uint8)
+
+
+@device
+def _clamped(x, LARGEST: tl.constexpr):
+    """x within +-LARGEST; NaN stays."""
+    return tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
+
+
+@device
+def to_e4m3(x, SATURATE: tl.constexpr = True):
+    """float32 x as E4M3: beyond 448 the largest number or, without SATURATE, NaN where it rounds beyond; NaN is code 0x7f."""
+    over = tl.abs(x) > 464.0
+    x = _clamped(x, 448.0)
+    if not SATURATE:
+        x = tl.where(over, float("nan"), x)
+    if INTERPRET:
+        return _fp8_code(x, 7, 3).to(tl.float8e4nv, bitcast=True)
+    return x.to(tl.float8e4nv)
+
+
+@device
+def to_e5m2(x, SATURATE: tl.constexpr = True):
+    """float32 x as E5M2: beyond 57344 the largest number or, without SATURATE, infinity where it rounds beyond; NaN is code 0x7f."""
+    over = tl.abs(x) >= 61440.0
+    sign = (bits_of(x) >> 24) & 0x80
+    x = _clamped(x, 57344.0)
+    code = _fp8_code(x, 15, 2) if INTERPRET else x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    if not SATURATE:
+        code = tl.where(over, (sign | 0x7C).to(tl.uint8), code)
+    return code.to(tl.float8e5, bitcast=True)
+
+
+@device
+def to_e5m6(x):
+    """float32 x on the E5M6 grid, as float16: truncated to float16, cut by four bits, one unit added by the rule of TileKernels.
+
+    It has no hardware: the same integer operations everywhere (`numerics.formats` says what they mean).
+    """
+    sign = (bits_of(x) >> 16) & 0x8000
+    bits = bits_of(_clamped(x, 65024.0)) & 0x7FFFFFFF
+    exponent = bits >> 23
+    significand = (bits & 0x7FFFFF) | 0x800000
+    subnormal = significand >> tl.minimum(126 - tl.minimum(exponent, 113), 24)
+    half = tl.where(exponent >= 113, (bits >> 13) - (112 << 10), subnormal)
+    code = half >> 4
+    code = (code + tl.where((code & 1) + (bits & 0x1FFFF) > 0x10000, 1, 0)) << 4
+    code = tl.where(x != x, 0x7E00, code) | sign
+    return code.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@device
+def narrow(x, FORMAT: tl.constexpr, SATURATE: tl.constexpr = True):
+    """float32 x as the element type named FORMAT, an `ir` dtype: f32, f16, bf16, f8e4m3, f8e5m2 or e5m6."""
+    if FORMAT == "bf16":
+        return to_bf16(x)
+    elif FORMAT == "f8e4m3":
+        return to_e4m3(x, SATURATE)
+    elif FORMAT == "f8e5m2":
+        return to_e5m2(x, SATURATE)
+    elif FORMAT == "e5m6":
+        return to_e5m6(x)
+    elif FORMAT == "f16":
+        return x.to(tl.float16)
+    else:
+        return x
+
+
+@device
+def widen(x, FORMAT: tl.constexpr):
+    """The exact value of x, loaded from a tensor of the dtype FORMAT, as float32 (float64 is rounded to it)."""
+    if FORMAT == "e8m0":
+        code = x.to(tl.int32)
+        return from_bits(tl.where(code == 0, 0x400000, tl.where(code == 255, 0x7FC00000, code << 23)))
+    elif INTERPRET and FORMAT == "f8e4m3":
+        code = x.to(tl.uint8, bitcast=True).to(tl.int32)
+        magnitude = from_bits((code & 0x7F) << 20) * 2.0**120
+        magnitude = tl.where((code & 0x7F) == 0x7F, float("nan"), magnitude)
+        return from_bits(bits_of(magnitude) | ((code & 0x80) << 24))
+    elif INTERPRET and FORMAT == "f8e5m2":
+        code = x.to(tl.uint8, bitcast=True).to(tl.int32)
+        magnitude = from_bits((code & 0x7F) << 21) * 2.0**112
+        special = from_bits(tl.where((code & 0x7F) == 0x7C, 0x7F800000, 0x7FC00000))
+        magnitude = tl.where((code & 0x7F) >= 0x7C, special, magnitude)
+        return from_bits(bits_of(magnitude) | ((code & 0x80) << 24))
+    else:
+        return x.to(tl.float32)
+
+
+@device
+def exp(x):
+    """e^x in float32 within 2 units in the last place, for every x: x = n ln 2 + r by Cody and Waite, then 2^n times e^r.
+
+    `tl.exp` alone multiplies x by log2 e in float32, which costs |x| units in the last place.
+    """
+    n = tl.floor(tl.minimum(tl.maximum(x, -150.0), 129.0) * 1.4426950408889634 + 0.5)
+    r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, x))  # 0.693359375 has 9 bits: its product with n is exact
+    half = tl.floor(n * 0.5)
+    low = from_bits((half.to(tl.int32) + 127) << 23)
+    high = from_bits(((n - half).to(tl.int32) + 127) << 23)
+    return tl.where(x > 89.0, float("inf"), tl.where(x < -104.0, 0.0, tl.exp(r) * low * high))
+
+
+@device
+def sigmoid(x):
+    """1 / (1 + e^-x) in float32, the division IEEE."""
+    return tl.div_rn(1.0, 1.0 + exp(-x))
+
+
+@device
+def silu(x):
+    """x / (1 + e^-x) in float32, the division IEEE."""
+    return tl.div_rn(x, 1.0 + exp(-x))

@@ -1,0 +1,169 @@
+"""Tile and block quantisation: codes of x and one scale for each tile, by any scale rule.
+
+Formula       amax of a tile -> scale s and factor by `ScaleRule` (ir/quantization.py); code = cast(x / s) or cast(x * factor)
+Layout        x, codes [..., rows, columns] row-major; scales [..., tile rows, tile columns] row-major float32. A tile that reaches over the
+              edge of its matrix is cut there. With `counts`, tiles that span rows restart at each group; unused scales are 0.
+Accumulation  none: amax is the largest bit pattern of |x|, so that NaN counts as the largest and no order matters; divisions are IEEE
+Compared to   numpy_ref, bit for bit; floor: one read of x, one write of codes and scales
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ....ir.ops.quant import Quantize
+from ....ir.types import DType
+from ....numerics.formats import FORMATS
+from ..arithmetic import bits_of, from_bits, narrow, widen
+from ..jit import device
+from ..registry import Declined, Launch, Slot, kernel
+from ..targets import Target
+from ..tiles import LARGEST_BLOCK, ceil_div, power_of_two, warps
+
+
+@device
+def group_rows(t, COUNTS, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
+    """First row, and the row after the last, of tile row t where tiles of HEIGHT rows restart at each group; both 0 past the last tile."""
+    group = tl.arange(0, GROUPS)
+    counts = tl.load(COUNTS + group, mask=group < groups, other=0).to(tl.int64)
+    tiles = (counts + HEIGHT - 1) // HEIGHT
+    ends = tl.cumsum(counts, axis=0)
+    tile = t - (tl.cumsum(tiles, axis=0) - tiles)
+    mine = (tile >= 0) & (tile < tiles)
+    start = tl.sum(tl.where(mine, ends - counts + tile * HEIGHT, 0), axis=0)
+    stop = tl.sum(tl.where(mine, tl.minimum(ends, ends - counts + (tile + 1) * HEIGHT), 0), axis=0)
+    return start, stop
+
+
+@device
+def power_of_two_above(scale):
+    """Float32 scale up to a power of two by its bits, the exponent within 1..254."""
+    bits = bits_of(scale)
+    exponent = ((bits >> 23) & 0xFF) + tl.where((bits & 0x7FFFFF) != 0, 1, 0)
+    return from_bits(tl.minimum(tl.maximum(exponent, 1), 254) << 23)
+
+
+@device
+def power_of_two_log2(scale):
+    """2^ceil(log2 scale), the logarithm rounded to float32; infinity and NaN stay."""
+    finite = (scale < float("inf")) & (scale > 0)
+    exponent = tl.ceil(tl.log2(tl.where(finite, scale, 1.0).to(tl.float64)).to(tl.float32)).to(tl.int32)
+    half = exponent >> 1
+    power = from_bits((half + 127) << 23) * from_bits((exponent - half + 127) << 23)
+    return tl.where(finite, power, scale)
+
+
+@device
+def scale_of(amax, FLOOR: tl.constexpr, LARGEST: tl.constexpr, SOURCE: tl.constexpr, SCALE: tl.constexpr,
+             APPLY: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """The stored scale of a tile and the factor that x is divided (APPLY "divide") or multiplied by: `numerics.scale.scales_of`."""
+    amax = tl.where(amax < FLOOR, FLOOR, amax)
+    largest = tl.full(amax.shape, LARGEST, tl.float32)
+    one = tl.full(amax.shape, 1.0, tl.float32)
+    multiplier = tl.div_rn(largest, amax)
+    if UNIT:
+        multiplier = tl.where(multiplier > SOURCE, SOURCE, multiplier)
+    if POW2 == "mantissa-mask":
+        multiplier = from_bits(bits_of(multiplier) & -8388608)
+    if SCALE == "1/(max/amax)":
+        scale = tl.div_rn(one, multiplier)
+    elif SCALE == "amax/max":
+        scale = tl.div_rn(amax, largest)
+    else:
+        scale = amax * tl.div_rn(one, largest)
+    if POW2 == "ceil-bits":
+        scale = power_of_two_above(scale)
+    elif POW2 == "ceil-log2":
+        scale = power_of_two_log2(scale)
+    if APPLY == "divide":
+        factor = scale
+    elif APPLY == "multiply" and POW2 != "ceil-bits" and POW2 != "ceil-log2":
+        factor = multiplier
+    else:
+        factor = tl.div_rn(one, scale)
+    if UNIT:
+        special = (amax == 0.0) | ~(amax < float("inf"))
+        scale = tl.where(special, 1.0, scale)
+        factor = tl.where(special, 1.0, factor)
+    return scale, factor
+
+
+@triton.jit
+def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, tile_columns,
+                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+                    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, GROUPS: tl.constexpr,
+                    SOURCE: tl.constexpr, FORMAT: tl.constexpr, CLAMP: tl.constexpr,
+                    FLOOR: tl.constexpr, LARGEST: tl.constexpr, SOURCE_MAX: tl.constexpr,
+                    SCALE: tl.constexpr, APPLY: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    # One program: DOWN x ACROSS tiles of HEIGHT x WIDTH, of which BLOCK_H x BLOCK_W are the powers of two above.
+    first, matrix = tl.program_id(0).to(tl.int64) * DOWN, tl.program_id(2).to(tl.int64)
+    i = tl.arange(0, DOWN * BLOCK_H)
+    j = tl.arange(0, ACROSS * BLOCK_W)
+    column_tile = tl.program_id(1) * ACROSS + j // BLOCK_W
+    column = column_tile * WIDTH + j % BLOCK_W
+    if GROUPS > 0:
+        start, stop = group_rows(first, COUNTS, groups, HEIGHT, GROUPS)
+        row = start + i
+    else:
+        row = (first + i // BLOCK_H) * HEIGHT + i % BLOCK_H
+        stop = rows
+    inside = ((i % BLOCK_H < HEIGHT) & (row < stop))[:, None] & ((j % BLOCK_W < WIDTH) & (column < columns))[None, :]
+    at = (matrix * rows + row)[:, None] * columns + column[None, :]
+    x = widen(tl.load(X + at, mask=inside, other=0.0), SOURCE)
+    tiled = tl.reshape(x, (DOWN, BLOCK_H, ACROSS, BLOCK_W))
+    magnitude = bits_of(tiled) & 0x7FFFFFFF
+    amax = from_bits(tl.max(tl.max(magnitude, axis=3), axis=1))
+    scale, factor = scale_of(amax, FLOOR, LARGEST, SOURCE_MAX, SCALE, APPLY, POW2, UNIT)
+    factor = tl.broadcast_to(factor[:, None, :, None], (DOWN, BLOCK_H, ACROSS, BLOCK_W))
+    scaled = tl.div_rn(tiled, factor) if APPLY == "divide" else tiled * factor
+    codes = narrow(tl.reshape(scaled, (DOWN * BLOCK_H, ACROSS * BLOCK_W)), FORMAT, CLAMP)
+    tl.store(CODES + at, codes, mask=inside)
+    if GROUPS > 0:
+        scale = tl.where(start < stop, scale, 0.0)
+    down = first + tl.arange(0, DOWN)[:, None]
+    across = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)[None, :]
+    tl.store(SCALES + (matrix * tile_rows + down) * tile_columns + across, scale, mask=(down < tile_rows) & (across < tile_columns))
+
+
+def tiling(height: int, width: int, grouped: bool) -> tuple[int, int, int, int]:
+    """Tiles per program down and across, and the powers of two over their height and width: about 4096 elements together."""
+    block_h, block_w = power_of_two(height), power_of_two(width)
+    more = max(1, 4096 // (block_h * block_w))
+    if grouped or height > 1:
+        return 1, more, block_h, block_w
+    return more, 1, block_h, block_w
+
+
+@kernel(Quantize)
+def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: Slot, scales: Slot) -> Launch | Declined:
+    height, width = op.tile
+    if power_of_two(height) * power_of_two(width) > LARGEST_BLOCK:
+        return Declined(f"tiles of {height} x {width} elements, expected at most {LARGEST_BLOCK} in a tile")
+    if x.dtype is DType.f64:
+        return Declined("x is f64, which has to be rounded to odd first where the codes are narrower than f32")
+    grouped = counts is not None and height > 1
+    matrices = 1 if height == 1 else x.size // max(1, x.shape[-2] * x.shape[-1])
+    rows, columns = x.size // max(1, x.shape[-1] * matrices), x.shape[-1]
+    tile_rows, tile_columns = scales.size // max(1, scales.shape[-1] * matrices), scales.shape[-1]
+    down, across, block_h, block_w = tiling(height, width, grouped)
+    rule = op.rule
+    return Launch(
+        quantize_kernel,
+        grid=(ceil_div(tile_rows, down), ceil_div(tile_columns, across), matrices),
+        arguments={
+            **{"X": x, "CODES": codes, "SCALES": scales, "COUNTS": counts if counts is not None and grouped else scales},
+            **{"rows": rows, "columns": columns, "tile_rows": tile_rows, "tile_columns": tile_columns},
+            "groups": counts.size if counts is not None and grouped else 0,
+        },
+        constants={
+            **{"HEIGHT": height, "WIDTH": width, "DOWN": down, "ACROSS": across, "BLOCK_H": block_h, "BLOCK_W": block_w},
+            "GROUPS": power_of_two(counts.size) if counts is not None and grouped else 0,
+            **{"SOURCE": x.dtype.name, "FORMAT": op.dtype.name, "CLAMP": rule.clamp},
+            "FLOOR": rule.floor,
+            "LARGEST": FORMATS[op.dtype.name].max if rule.max is None else rule.max,
+            "SOURCE_MAX": FORMATS[x.dtype.name if x.dtype in (DType.bf16, DType.f16) else "f32"].max,
+            **{"SCALE": rule.scale, "APPLY": rule.apply, "POW2": rule.pow2, "UNIT": rule.nonfinite == "unit"},
+        },
+        num_warps=warps(down * across * block_h * block_w),
+    )

@@ -1,0 +1,146 @@
+"""Block-scaled matrix product of FP8 operands, both K-major: c[m, n] = sum_k (a[m, k] * its scale) (b[n, k] * its scale).
+
+Layout        a [M, K], b [N, K] codes; scales row-major float32 over tiles [ta, T] of a and [tb, T] of b; c [M, N]
+Accumulation  one tensor-core sum p over T elements of K, then promotion into float32 registers, by the op's formula:
+              deepgemm  acc = fma(sa * sb, p, acc)
+              cublas    acc = fma(p * s1, s2, acc), s1 the scale that is per row (that of a if both are)
+              unfused   acc = acc + (p * sa) * sb, each operation rounded
+              On Hopper p has 13 fraction bits (DeepSeek-V3 report, section 3.5.2), in the interpreter it is a float32 sum;
+              c is rounded once
+Compared to   numpy_ref within gamma(K + 4) sum |a||b|; exactly where all sums are small integers and scales powers of two
+CDNA3 reads E4M3 with bias 8 and has no -0: stored codes count half there, so -0 is cleared and the scale is times 4 (FNUZ). A target
+without FP8 instructions widens codes to BF16, which is exact (DEQUANTIZE).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ....ir.ops.quant import ScaledMatmul
+from ....ir.types import DType
+from ..arithmetic import INTERPRET, narrow, to_bf16, widen
+from ..jit import device
+from ..registry import Declined, Launch, Slot, kernel
+from ..targets import Target
+from ..tiles import ceil_div, scaled_gemm
+
+
+@device
+def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of the program's tile: GROUP rows of tiles are walked column by column, so that both operands stay in the L2 cache."""
+    width = GROUP * tiles_n
+    first = program // width * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return first + program % width % height, program % width // height
+
+
+@device
+def operand(codes, FORMAT: tl.constexpr, FNUZ: tl.constexpr, DEQUANTIZE: tl.constexpr):
+    """Codes as the matrix instruction takes them; for the interpreter, which misreads NaN, as the numbers that they are."""
+    if INTERPRET:
+        return widen(codes, FORMAT)
+    elif DEQUANTIZE:
+        return to_bf16(widen(codes, FORMAT))
+    elif FNUZ:
+        pattern = codes.to(tl.uint8, bitcast=True)
+        return tl.where(pattern == 0x80, 0, pattern).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
+    else:
+        return codes
+
+
+@device
+def promote(partial, a_scale, b_scale, accumulator, FORMULA: tl.constexpr, A_FIRST: tl.constexpr):
+    """The accumulator [M, N] with the partial sum added, scaled by a_scale [M] and b_scale [N] or one number."""
+    a, b = a_scale[:, None], b_scale
+    if len(b_scale.shape) == 1:
+        b = b_scale[None, :]
+    if FORMULA == "deepgemm":
+        return tl.fma(partial, a * b, accumulator)
+    elif FORMULA == "cublas":
+        if A_FIRST:
+            return tl.fma(partial * a, b, accumulator)
+        else:
+            return tl.fma(partial * b, a, accumulator)
+    else:
+        return accumulator + (partial * a) * b
+
+
+@triton.jit
+def scaled_matmul_kernel(A, SA, B, SB, C, m, n, k, steps,
+                         TILE_A: tl.constexpr, TILE_B: tl.constexpr, FORMULA: tl.constexpr, FORMAT_A: tl.constexpr, FORMAT_B: tl.constexpr,
+                         OUT: tl.constexpr, FNUZ: tl.constexpr, DEQUANTIZE: tl.constexpr,
+                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
+    # Rows beyond the edge wrap around and are not stored: loads along M and N need no mask.
+    i = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)) % m
+    j = (column_tile * BLOCK_N + tl.arange(0, BLOCK_N)) % n
+    inner = tl.arange(0, BLOCK_K)
+    a_at = A + i.to(tl.int64)[:, None] * k + inner[None, :]
+    b_at = B + j.to(tl.int64)[None, :] * k + inner[:, None]
+    sa_at = SA + (i // TILE_A).to(tl.int64) * steps
+    if TILE_B % BLOCK_N == 0:
+        sb_at = SB + (column_tile * BLOCK_N // TILE_B).to(tl.int64) * steps
+    else:
+        sb_at = SB + (j // TILE_B).to(tl.int64) * steps
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(steps):
+        left = k - step * BLOCK_K
+        a = operand(tl.load(a_at, mask=inner[None, :] < left, other=0.0), FORMAT_A, FNUZ, DEQUANTIZE)
+        b = operand(tl.load(b_at, mask=inner[:, None] < left, other=0.0), FORMAT_B, FNUZ, DEQUANTIZE)
+        partial = tl.dot(a, b)
+        a_scale, b_scale = tl.load(sa_at + step), tl.load(sb_at + step)
+        if FNUZ:
+            a_scale = a_scale * 4.0
+        accumulator = promote(partial, a_scale, b_scale, accumulator, FORMULA, TILE_A == 1 or TILE_B != 1)
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = row.to(tl.int64)[:, None] * n + column[None, :]
+    tl.store(C + at, narrow(accumulator, OUT), mask=(row < m)[:, None] & (column < n)[None, :])
+
+
+FP8 = (DType.f8e4m3, DType.f8e5m2)
+
+
+def declined(a: Slot, b: Slot, a_tile: tuple[int, int], b_tile: tuple[int, int], interval: int, target: Target) -> Declined | None:
+    """Why operands so quantised do not suit a kernel that promotes once per tile along K; None where they do."""
+    step = a_tile[1]
+    if step != b_tile[1] or step & (step - 1) or not 32 <= step <= 256:
+        return Declined(f"tiles of {a_tile[1]} and {b_tile[1]} along K, expected one power of two from 32 to 256")
+    if interval != step:
+        return Declined(f"promotion every {interval} elements of K, expected every {step}, where the scales change")
+    if a.dtype not in FP8 or b.dtype not in FP8:
+        return Declined(f"operands of {a.dtype} and {b.dtype}, expected FP8")
+    if target.fp8 == "fnuz" and (a.dtype, b.dtype) != (DType.f8e4m3, DType.f8e4m3):
+        return Declined(f"operands of {a.dtype} and {b.dtype}, expected f8e4m3 on {target.name}: its E5M2 has another bias")
+    return None
+
+
+@kernel(ScaledMatmul)
+def scaled_matmul(op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: Slot, b_scales: Slot, c: Slot) -> Launch | Declined:
+    accumulation = op.accumulation
+    interval = op.a_tile[1] if accumulation.arithmetic == "float32" else accumulation.interval
+    if accumulation.arithmetic == "exact":
+        return Declined("exact accumulation, which no matrix instruction has")
+    if reason := declined(a, b, op.a_tile, op.b_tile, interval, target):
+        return reason
+    if op.a_tile[0] > 1 and len(a.shape) > 2:
+        return Declined(f"tiles of {op.a_tile[0]} rows over a stack of matrices, expected tiles of one row")
+    m, n, k = c.size // max(1, c.shape[-1]), c.shape[-1], a.shape[-1]
+    tile = scaled_gemm(m, n, op.a_tile[1], target)
+    return Launch(
+        scaled_matmul_kernel,
+        grid=(ceil_div(m, tile.m) * ceil_div(n, tile.n),),
+        arguments={"A": a, "SA": a_scales, "B": b, "SB": b_scales, "C": c, "m": m, "n": n, "k": k, "steps": ceil_div(k, tile.k)},
+        constants={
+            **{"TILE_A": op.a_tile[0], "TILE_B": op.b_tile[0], "FORMULA": accumulation.formula},
+            **{"FORMAT_A": a.dtype.name, "FORMAT_B": b.dtype.name, "OUT": op.out.name},
+            **{"FNUZ": target.fp8 == "fnuz", "DEQUANTIZE": target.fp8 == "none"},
+            **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group},
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        fusion=accumulation.formula != "unfused",
+    )

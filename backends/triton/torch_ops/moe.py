@@ -1,0 +1,52 @@
+"""The gate, and the way to the experts and back. Nothing waits for the GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ....ir.ops import moe as ops
+from ....ir.types import DType
+from ..tensors import rounded, widen
+from .registry import torch_op
+from .shape import plain
+
+Tensor = torch.Tensor
+
+
+@torch_op(ops.Route, operands="wide")
+def route(op: ops.Route, logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    scores = 1 / (1 + torch.exp(-logits)) if op.score == "sigmoid" else torch.softmax(logits, -1)
+    choice = scores if bias is None else scores + bias
+    if op.top_groups < op.groups:
+        grouped = choice.reshape(len(choice), op.groups, -1)
+        best = torch.sort(grouped, dim=-1, descending=True).values
+        score = best[..., 0] if op.group_score == "max" else best[..., :2].sum(-1)
+        kept = torch.sort(score, dim=-1, descending=True, stable=True).indices[:, : op.top_groups]
+        outside = torch.ones(score.shape, dtype=torch.bool, device=score.device).scatter(1, kept, False)
+        choice = grouped.masked_fill(outside[..., None], -torch.inf).reshape(choice.shape)
+    ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, : op.top_k]
+    weights = scores.gather(1, ids)
+    if op.normalize:
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return ids.to(torch.int32), weights * op.scale
+
+
+@torch_op(ops.Dispatch)
+def dispatch(op: ops.Dispatch, *operands: Tensor) -> tuple[Tensor | tuple[Tensor], ...]:
+    *xs, ids = operands
+    slots = ids.reshape(-1).to(torch.int64)
+    order = torch.sort(slots, stable=True).indices
+    counts = torch.zeros(op.experts, dtype=torch.int32, device=ids.device).index_add(0, slots, torch.ones_like(slots, dtype=torch.int32))
+    tokens = order // max(1, ids.shape[1])
+    return *(plain(x).index_select(0, tokens).view(x.dtype) for x in xs), counts, (order.to(torch.int32),)
+
+
+@torch_op(ops.Combine)
+def combine(op: ops.Combine, rows: Tensor, handle: tuple[Tensor], weights: Tensor) -> Tensor:
+    wide = torch.float64 if op.rows.dtype is DType.f64 else torch.float32
+    order = handle[0].to(torch.int64)
+    row_of = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device)).reshape(weights.shape)
+    result = torch.zeros((len(weights), rows.shape[1]), dtype=wide, device=rows.device)
+    for slot in range(weights.shape[1]):  # in the order of slots, which is part of the op's meaning
+        result = result + widen(plain(rows).index_select(0, row_of[:, slot]).view(rows.dtype), wide) * widen(weights[:, slot, None], wide)
+    return rounded(result, op.result.dtype)
