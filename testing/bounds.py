@@ -54,7 +54,10 @@ SIGMOID = LIBRARY + 2
 
 Error = Callable[..., Any]
 ERRORS: dict[type[Op], Error] = {}
-"""E of each op that computes: (op, precision, y, *operands), all arrays float64 or integer, gives what broadcasts to y."""
+"""E of each op that computes: (op, precision, y, *operands), all arrays float64 or integer, gives what broadcasts to y.
+
+Of an op with several results y is the tuple of them, and so is E.
+"""
 
 EXACT: set[type[Op]] = {
     *(elementwise.Cast, elementwise.Neg, elementwise.Abs, elementwise.Floor, elementwise.Relu, elementwise.Maximum, elementwise.Minimum),
@@ -62,7 +65,7 @@ EXACT: set[type[Op]] = {
     *(elementwise.And, elementwise.Or, elementwise.Not, elementwise.Where),
     *(shape.Reshape, shape.Transpose, shape.Broadcast, shape.Slice, shape.Concat, shape.Pad, shape.Take, shape.Gather, shape.Scatter),
     *(shape.CacheAppend, reduce.Max, reduce.Min, reduce.Any, reduce.All, reduce.ArgMax, reduce.TopK, reduce.Sort, reduce.Histogram),
-    *(quant.Quantize, quant.Dequantize, moe.Dispatch),
+    *(quant.Quantize, quant.Dequantize, moe.Dispatch, moe.Redispatch),
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
 }
 """Ops that compute nothing that could be rounded differently: two implementations agree bit for bit."""
@@ -96,16 +99,24 @@ def bound(op: Op, operands: Sequence[Data], results: Sequence[Data], precision: 
         wide = [exact(x) for x in operands]
         if isinstance(op, moe.Route):
             return _route(op, precision, results, *wide)
-        (y,) = unrounded(op, operands)
-        return (permitted(op.result.tensor, y, error(op, precision, y, wide)),)
+        ys = unrounded(op, operands)
+        each = zip(op.results, ys, errors(op, precision, ys, wide), strict=True)
+        return tuple(permitted(value.tensor, y, e) for value, y, e in each)
 
 
 def error(op: Op, precision: Precision, y: Floats, operands: Sequence[Any]) -> Floats:
-    """E of an op of one result. It covers the error of y too, which is itself computed, in float64."""
-    if not op.result.dtype.is_float:
-        return np.zeros(np.shape(y))
+    """E of an op of one result."""
+    (e,) = errors(op, precision, (y,), operands)
+    return e
+
+
+def errors(op: Op, precision: Precision, ys: Sequence[Floats], operands: Sequence[Any]) -> tuple[Floats, ...]:
+    """E of each result. It covers the error of y too, which is itself computed, in float64."""
+    if not op.results[0].dtype.is_float:
+        return tuple(np.zeros(np.shape(y)) for y in ys)
     both = Precision(precision.unit + FLOAT64.unit, precision.tiny)
-    return np.broadcast_to(np.asarray(ERRORS[type(op)](op, both, y, *operands), np.float64), np.shape(y))
+    found = (ERRORS[type(op)](op, both, ys[0], *operands),) if len(ys) == 1 else ERRORS[type(op)](op, both, ys, *operands)
+    return tuple(np.broadcast_to(np.asarray(e, np.float64), np.shape(y)) for y, e in zip(ys, found, strict=True))
 
 
 def permitted(type: Tensor, y: Floats, e: Floats) -> Floats:
@@ -238,7 +249,7 @@ def rope(op: norm.Rope, p: Precision, y: Floats, x: Floats, cos: Floats, sin: Fl
 # ---- softmax and what contains one: its exponents d = x - max x <= 0 are off by u |d|, which e^d turns into a relative error
 
 
-def _softmax(p: Precision, x: Floats, axis: int = -1, before: Any = 0.0) -> tuple[Floats, Floats]:
+def softmax_error(p: Precision, x: Floats, axis: int = -1, before: Any = 0.0) -> tuple[Floats, Floats]:
     """softmax(x) along an axis and its relative error, x being off by `before`; a row that is -inf throughout gives 0."""
     top = x.max(axis, keepdims=True, initial=-np.inf)
     d = np.where(np.isneginf(x), 0.0, x - np.where(np.isfinite(top), top, 0.0))
@@ -252,14 +263,14 @@ def _softmax(p: Precision, x: Floats, axis: int = -1, before: Any = 0.0) -> tupl
 @error_of(reduce.Softmax)
 def softmax(op: reduce.Softmax, p: Precision, y: Floats, x: Floats) -> Any:
     """Relative: that of each exponential, their weighted mean for the sum, the n - 1 sums, the division."""
-    values, relative = _softmax(p, x, op.axis)
+    values, relative = softmax_error(p, x, op.axis)
     return values * relative + p.tiny
 
 
 def _log_sum(p: Precision, x: Floats, axis: int) -> tuple[Floats, Floats, Floats]:
     """x - max x, log sum e^(x - max x), and the absolute error of the latter."""
     d = x - x.max(axis, keepdims=True)
-    y, _ = _softmax(p, x, axis)
+    y, _ = softmax_error(p, x, axis)
     log = np.log(np.exp(d).sum(axis, keepdims=True))
     relative = (y * (p.unit * np.abs(d) + p.gamma(LIBRARY))).sum(axis, keepdims=True) + p.gamma(x.shape[axis])
     return d, log, relative + p.gamma(LIBRARY) * np.abs(log)
@@ -287,18 +298,26 @@ def cross_entropy(op: loss.CrossEntropy, p: Precision, y: Floats, logits: Floats
 @error_of(attention.Attention)
 def attend(op: attention.Attention, p: Precision, y: Floats, q: Floats, k: Floats, v: Floats, mask: Array | None = None) -> Any:
     """See `_attend`, per head."""
-    *lead, heads, queries, _ = q.shape
-    keys = k.shape[-2]
-    seen = np.ones((queries, keys), np.bool)
-    masks = np.broadcast_to(np.zeros(()) if mask is None else mask, (*lead, heads, queries, keys))
+    added = masked_scores(op, q, k, mask)
     result = np.empty_like(y)
-    for head in np.ndindex(*lead, heads):
-        shared = (*head[:-1], head[-1] * k.shape[-3] // heads)
-        added = np.where(masks[head], 0.0, -np.inf) if masks.dtype == np.bool else masks[head]
-        if op.causal:
-            added = np.where(np.tril(seen), added, -np.inf)
-        result[head] = _attend(p, q[head], k[shared], v[shared], op.scale, added)
+    for head in np.ndindex(*q.shape[:-2]):
+        shared = (*head[:-1], head[-1] * k.shape[-3] // q.shape[-3])
+        result[head] = _attend(p, q[head], k[shared], v[shared], op.scale, added[head])
     return result
+
+
+def masked_scores(op: attention.Attention | attention.AttentionBackward, q: Floats, k: Floats, mask: Array | None) -> Floats:
+    """What the mask and causality add to the scores [..., Hq, S, L]."""
+    shape = (*q.shape[:-1], k.shape[-2])
+    given = np.broadcast_to(np.zeros(()) if mask is None else mask, shape)
+    added = np.where(given, 0.0, -np.inf) if given.dtype == np.bool else given
+    return np.where(np.tril(np.ones(shape[-2:], np.bool)), added, -np.inf) if op.causal else added
+
+
+def score_error(p: Precision, q: Floats, k: Floats, scale: float, scores: Floats) -> Floats:
+    """The absolute error of the scores of one head: a sum of Dk products, scaled (by a rounded factor) and added to."""
+    finite = np.where(np.isfinite(scores), np.abs(scores), 0.0)
+    return p.gamma(q.shape[-1] + 2) * abs(scale) * (np.abs(q) @ np.abs(k).T) + p.unit * finite
 
 
 @error_of(attention.AttentionDecode)
@@ -314,13 +333,11 @@ def decode(op: attention.AttentionDecode, p: Precision, y: Floats, q: Floats, k:
 def _attend(p: Precision, q: Floats, k: Floats, v: Floats, scale: float, added: Floats) -> Floats:
     """q [S, Dk], k [L, Dk], v [L, Dv], `added` to the scores; [S, Dv].
 
-    A score is a sum of Dk products, scaled (by a rounded factor) and added to: its absolute error is a relative one of its probability. The
-    weighted sum over L keys takes L roundings; as many again are granted to the rescaling of an online softmax, at most 10 for each block
-    of 16 keys.
+    The absolute error of a score is a relative one of its probability. The weighted sum over L keys takes L roundings; as many again are
+    granted to the rescaling of an online softmax, at most 10 for each block of 16 keys.
     """
     scores = q @ k.T * scale + added
-    before = p.gamma(q.shape[-1] + 2) * abs(scale) * (np.abs(q) @ np.abs(k).T) + p.unit * np.where(np.isfinite(scores), np.abs(scores), 0.0)
-    y, relative = _softmax(p, scores, before=before)
+    y, relative = softmax_error(p, scores, before=score_error(p, q, k, scale, scores))
     return (y * (relative + p.gamma(2 * k.shape[0] + 1))) @ np.abs(v)
 
 
@@ -339,7 +356,7 @@ def _route(op: moe.Route, p: Precision, results: Sequence[Data], logits: Floats,
     """Ids agree where every choice is decided by more than the error; so do weights, up to theirs, given the ids of `results`."""
     p = Precision(p.unit + FLOAT64.unit, p.tiny)
     if op.score == "softmax":
-        scores, relative = _softmax(p, logits)
+        scores, relative = softmax_error(p, logits)
     else:
         scores, relative = 1 / (1 + np.exp(-logits)), np.full_like(logits, p.gamma(SIGMOID))
     choice, e = scores, relative * scores + p.tiny
@@ -373,3 +390,6 @@ def _undecided(scores: Floats, e: Floats, k: int, *, ordered: bool) -> NDArray[n
     ranked, errors = (np.take_along_axis(x, order, -1) for x in (scores, e))
     gaps = ranked[:, :-1] - ranked[:, 1:] <= errors[:, :-1] + errors[:, 1:]
     return np.asarray(gaps[:, (0 if ordered else max(k - 1, 0)) : k].any(-1))
+
+
+from . import bounds_backward  # noqa: E402, F401 - it fills ERRORS, by `error_of`

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from ..ir.core import OPS, Op, Symbol
-from ..ir.ops.attention import Attention, AttentionDecode
+from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
 from ..ir.ops.elementwise import (
     Abs,
@@ -36,14 +36,15 @@ from ..ir.ops.elementwise import (
     Sin,
     Sqrt,
     SwiGLU,
+    SwiGLUBackward,
     Tanh,
     Where,
 )
-from ..ir.ops.linalg import GroupedMatmul, Matmul
-from ..ir.ops.loss import BalanceLoss, CrossEntropy
-from ..ir.ops.moe import Combine, Dispatch, Route
-from ..ir.ops.norm import RmsNorm, Rope
-from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, Quantize, ScaledMatmul
+from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
+from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
+from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route, RouteBackward
+from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
+from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.reduce import All, Any, ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
 from ..ir.ops.shape import Broadcast, CacheAppend, Concat, Gather, IndexAdd, Pad, Reshape, Scatter, Slice, Take, Transpose
 from ..ir.quantization import Accumulation, ScaleRule
@@ -117,6 +118,8 @@ ELEMENTWISE = [
     sample(Where, "bool[4, 7]", "bf16[4, 7]", ("f32[]", constantly(-math.inf)), tag="or -inf"),
     sample(Where, "bool[4, 7]", "i64[4, 7]", "i64[]"),
     *(sample(SwiGLU, f"{dtype}[2, 3, 129]", f"{dtype}[2, 3, 129]") for dtype in ("f32", "bf16")),
+    *(sample(SwiGLUBackward, *[f"{dtype}[2, 3, 129]"] * 3) for dtype in ("f32", "bf16")),
+    sample(SwiGLUBackward, ("f32[9]", wide), "f32[9]", "f32[9]", tag="of large gates"),
     *(sample(Cast, (f"{source}[3, 1, 67]", wide), dtype=target)
       for source in ("f32", "bf16", "f16", "f64") for target in (DType.f32, DType.bf16, DType.f16, DType.f64, DType.f8e4m3, DType.f8e5m2)),
     *(sample(Cast, (f"{source}[5, 7]", wide), dtype=DType.f32) for source in ("f8e4m3", "f8e5m2", "e5m6")),
@@ -188,6 +191,10 @@ PRODUCTS = [
     *(sample(GroupedMatmul, f"{dtype}[23, 35]", f"{dtype}[5, 9, 35]", ("i32[5]", counts(20)), transpose_b=True, tag="with spare rows")
       for dtype in ("f32", "bf16")),
     sample(GroupedMatmul, "f32[rows<=14, 35]", "f32[3, 35, 9]", ("i32[3]", counts(12)), tag="of a ragged number of rows"),
+    *(sample(GroupedMatmulWgrad, f"{dtype}[23, 35]", f"{dtype}[23, 9]", ("i32[5]", counts(20))) for dtype in ("f32", "bf16")),
+    sample(GroupedMatmulWgrad, "bf16[23, 3]", "bf16[23, 1]", ("i64[2]", counts(23)), out=DType.bf16, tag="rounded"),
+    sample(GroupedMatmulWgrad, "f32[rows<=14, 3]", "f32[rows<=14, 9]", ("i32[3]", counts(12)), tag="of a ragged number of rows"),
+    sample(GroupedMatmulWgrad, "f32[0, 3]", "f32[0, 9]", ("i32[3]", constantly(0)), tag="of no rows"),
     sample(GroupedMatmul, "f32[0, 35]", "f32[3, 35, 9]", ("i32[3]", constantly(0)), tag="of no rows"),
 ]  # fmt: skip
 
@@ -195,6 +202,9 @@ NORMS = [
     *(sample(RmsNorm, f"{dtype}[2, 3, 193]", f"{dtype}[193]", eps=1e-6) for dtype in ("f32", "bf16")),
     sample(RmsNorm, "bf16[4, 1, 33]", "f32[33]", eps=1e-5, tag="with a wider weight"),
     sample(RmsNorm, ("f32[3, 9]", constantly(0.0)), "f32[9]", eps=1e-6, tag="of zeros"),
+    *(sample(RmsNormBackward, f"{dtype}[2, 3, 193]", f"{dtype}[193]", f"{dtype}[2, 3, 193]", eps=1e-6) for dtype in ("f32", "bf16")),
+    sample(RmsNormBackward, "bf16[4, 1, 33]", "f32[33]", "bf16[4, 1, 33]", eps=1e-5, tag="with a wider weight"),
+    sample(RmsNormBackward, ("f32[3, 9]", constantly(0.0)), "f32[9]", "f32[3, 9]", eps=1e-6, tag="of zeros"),
     *(sample(Rope, f"{dtype}[2, 5, 3, 10]", "f32[5, 5]", "f32[5, 5]", interleaved=i) for dtype in ("f32", "bf16") for i in (False, True)),
     sample(Rope, "f32[2, 5, 1, 6]", "f32[2, 5, 3]", "f32[2, 5, 3]", interleaved=True, tag="with a table per sequence"),
 ]
@@ -202,6 +212,10 @@ NORMS = [
 
 def _attention(dtype: str, heads: int, kv: int, queries: int, keys: int) -> tuple[str, str, str]:
     return f"{dtype}[2, {heads}, {queries}, 11]", f"{dtype}[2, {kv}, {keys}, 11]", f"{dtype}[2, {kv}, {keys}, 7]"
+
+
+def _backward(dtype: str, heads: int, kv: int, queries: int, keys: int) -> tuple[str, ...]:
+    return *_attention(dtype, heads, kv, queries, keys), *[f"{dtype}[2, {heads}, {queries}, 7]"] * 2
 
 
 ATTENTION = [
@@ -212,6 +226,11 @@ ATTENTION = [
     sample(Attention, *_attention("bf16", 4, 2, 5, 9), ("bool[2, 1, 5, 9]", coin_but_first), scale=0.3, tag="with a mask of bools"),
     sample(Attention, *_attention("f32", 2, 2, 5, 5), ("bool[5, 5]", coin_but_first), scale=0.3, causal=True, tag="masked twice"),
     sample(Attention, "f32[1, 3, 4]", "f32[1, 3, 4]", "f32[1, 3, 4]", tag="without a batch"),
+    *(sample(AttentionBackward, *_backward(dtype, 4, 2, 5, 9), scale=0.3) for dtype in ("f32", "bf16")),
+    *(sample(AttentionBackward, *_backward(dtype, 3, 3, 9, 9), scale=0.3, causal=True) for dtype in ("f32", "bf16")),
+    sample(AttentionBackward, *_backward("f32", 4, 1, 9, 5), scale=0.3, causal=True, tag="of more queries than keys"),
+    sample(AttentionBackward, *_backward("f32", 2, 2, 5, 9), ("f32[5, 9]", closed), scale=0.3, tag="with a mask added"),
+    sample(AttentionBackward, *_backward("f32", 2, 2, 5, 5), ("bool[5, 5]", coin_but_first), scale=0.3, causal=True, tag="masked twice"),
     *(sample(AttentionDecode, f"{dtype}[3, 4, 11]", f"{dtype}[3, 9, 2, 11]", f"{dtype}[3, 9, 2, 7]", ("i64[3]", integers(0, 9)), scale=0.3)
       for dtype in ("f32", "bf16")),
     sample(AttentionDecode, "f32[2, 5, 11]", "f32[2, 9, 1, 11]", "f32[2, 9, 1, 7]", ("i64[2]", constantly(8)), scale=0.3, tag="of all"),
@@ -228,13 +247,27 @@ EXPERTS = [
     sample(Dispatch, "f32[4, 3]", ("i32[4, 1]", constantly(5)), experts=9, tag="to one expert"),
     sample(Dispatch, "f32[0, 3]", "i32[0, 2]", experts=3, tag="of no tokens"),
     *(sample(Combine, f"{dtype}[33, 19]", ("bundle{i32[33]}", permutation), "f32[11, 3]") for dtype in ("f32", "bf16")),
+    *(sample(RouteBackward, "f32[13, 24]", ("i32[13, 6]", choices(24)), "f32[13, 6]", score=score, normalize=normalize, scale=2.5)
+      for score in ("sigmoid", "softmax") for normalize in (True, False)),
+    sample(RouteBackward, "f32[1, 5]", ("i64[1, 5]", choices(5)), "f32[1, 5]", tag="of all"),
+    *(sample(Redispatch, f"{dtype}[11, 19]", ("bundle{i32[33]}", permutation)) for dtype in ("f32", "bf16")),
+    sample(Redispatch, "f8e4m3[11, 19]", "f32[11, 1]", ("bundle{i32[33]}", permutation), tag="with scales"),
+    sample(Redispatch, "f32[0, 3]", ("bundle{i32[0]}", permutation), tag="of no tokens"),
+    *(sample(CombineBackward, f"{dtype}[33, 19]", f"{dtype}[33, 19]", ("bundle{i32[33]}", permutation), "f32[11, 3]")
+      for dtype in ("f32", "bf16")),
+    sample(CombineBackward, "bf16[8, 1]", "bf16[8, 1]", ("bundle{i32[8]}", permutation), "bf16[1, 8]", tag="from one token"),
     sample(Combine, "bf16[8, 1]", ("bundle{i32[8]}", permutation), "bf16[1, 8]", tag="into one token"),
-]
+]  # fmt: skip
 
 LOSSES = [
     *(sample(CrossEntropy, f"{dtype}[9, 131]", ("i64[9]", labels(131, -100))) for dtype in ("f32", "bf16")),
     sample(CrossEntropy, ("f32[5, 7]", wide), ("i64[5]", labels(7, 0)), ignore=0, tag="that ignores 0"),
     sample(CrossEntropy, "f32[3, 5]", ("i64[3]", constantly(-100)), tag="of no token"),
+    *(sample(CrossEntropyBackward, f"{dtype}[9, 131]", ("i64[9]", labels(131, -100)), "f32[]") for dtype in ("f32", "bf16")),
+    sample(CrossEntropyBackward, ("f32[5, 7]", wide), ("i64[5]", labels(7, 0)), "f32[]", ignore=0, tag="that ignores 0"),
+    sample(CrossEntropyBackward, "f32[3, 5]", ("i64[3]", constantly(-100)), "f32[]", tag="of no token"),
+    sample(BalanceLossBackward, "f32[12, 9]", ("i32[12, 3]", choices(9)), "f32[]", sequences=3),
+    sample(BalanceLossBackward, "f32[10, 7]", ("i64[10, 2]", choices(7)), "f32[]", sequences=1, score="softmax"),
     sample(BalanceLoss, "f32[12, 9]", ("i32[12, 3]", choices(9)), sequences=3),
     sample(BalanceLoss, "f32[10, 7]", ("i64[10, 2]", choices(7)), sequences=1, score="softmax"),
 ]
@@ -273,6 +306,13 @@ QUANTISED = [
              accumulation=Accumulation(arithmetic=arithmetic)) for arithmetic in ("float32", "exact", "tensor-core")),
     sample(GroupedScaledMatmul, "f8e4m3[23, 200]", ("f32[23, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
            ("i32[3]", counts(20)), tag="with spare rows"),
+    sample(GroupedScaledMatmul, "f8e5m2[23, 20]", ("f32[8, 5]", positive), "f8e4m3[3, 9, 20]", ("f32[3, 1, 1]", positive),
+           ("i32[3]", counts(20)), x_tile=(4, 4), out=DType.f32, tag="in tiles of several rows"),
+    *(sample(GroupedScaledMatmulWgrad, "f8e4m3[23, 5]", ("f32[6, 5]", positive), "f8e5m2[23, 9]", ("f32[6, 9]", positive),
+             ("i32[3]", counts(20)), a_tile=(7, 1), b_tile=(7, 1), accumulation=Accumulation(arithmetic=arithmetic), tag="with spare rows")
+      for arithmetic in ("float32", "exact", "tensor-core")),
+    sample(GroupedScaledMatmulWgrad, "f8e4m3[300, 5]", ("f32[4, 5]", positive), "f8e4m3[300, 9]", ("f32[4, 1]", positive),
+           ("i32[2]", counts(300)), b_tile=(128, 128), out=DType.bf16, tag="in blocks"),
 ]  # fmt: skip
 
 SAMPLES: tuple[Sample, ...] = (

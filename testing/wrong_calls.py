@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..ir.core import OPS, Op
-from ..ir.ops.attention import Attention, AttentionDecode
+from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
-from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, Unary, Where
-from ..ir.ops.linalg import GroupedMatmul, Matmul
-from ..ir.ops.loss import BalanceLoss, CrossEntropy
-from ..ir.ops.moe import Combine, Dispatch, Route
-from ..ir.ops.norm import RmsNorm, Rope
-from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, Quantize, ScaledMatmul
+from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
+from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
+from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
+from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route, RouteBackward
+from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
+from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.reduce import All, Any, ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
 from ..ir.ops.shape import Broadcast, CacheAppend, Concat, Gather, IndexAdd, Pad, Reshape, Scatter, Slice, Take, Transpose
 from ..ir.types import DType
@@ -33,6 +33,7 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
     wrong(Where, "bool[3]", "f32[3]", "i32[3]", message="dtypes differ: f32[3] and i32[3]"),
     wrong(Where, "f32[3]", "f32[3]", "f32[3]", message="expected a bool tensor, found f32[3]"),
     wrong(SwiGLU, "f32[3, 4]", "f32[4, 3]", message="shapes do not broadcast: [3, 4] and [4, 3]"),
+    wrong(SwiGLUBackward, "f32[3]", "f32[3]", "f32[1]", message="types differ: gate is f32[3], up f32[3] and dy f32[1]"),
     # shape
     wrong(Reshape, "f32[2, 3]", shape=(4,), message="f32[2, 3] has 6 elements, but shape [4] has 4"),
     wrong(Reshape, "f32[rows<=6]", shape=(6,), message="reshape needs a static shape, found f32[rows<=6]"),
@@ -75,7 +76,14 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
     wrong(Matmul, "f32[2, 3]", "bf16[3, 5]", message="dtypes differ: f32[2, 3] and bf16[3, 5]"),
     wrong(Matmul, "f32[3]", "f32[3, 5]", message="expected matrices, found f32[3] and f32[3, 5]"),
     wrong(GroupedMatmul, "f32[6, 3]", "f32[2, 3, 5]", "i32[3]", message="counts are i32[3], expected one for each of 2 groups"),
+    wrong(GroupedMatmulWgrad, "f32[6, 3]", "f32[5, 4]", "i32[3]", message="expected a [R, M] and b [R, N], found f32[6, 3] and f32[5, 4]"),
     # norms and attention
+    wrong(RmsNormBackward, "f32[2, 3]", "f32[3]", "bf16[2, 3]", eps=1e-6, message="dy is bf16[2, 3], expected f32[2, 3]"),
+    wrong(
+        AttentionBackward,
+        *("f32[2, 5, 4]", "f32[2, 7, 4]", "f32[2, 7, 3]", "f32[2, 5, 3]", "f32[2, 5, 4]"),
+        message="dout is f32[2, 5, 4], expected f32[2, 5, 3]",
+    ),
     wrong(RmsNorm, "f32[2, 3]", "f32[2]", eps=1e-6, message="weight is f32[2], expected [3]"),
     wrong(
         Rope,
@@ -114,9 +122,23 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         message="the handle is bundle{i32[5]}, expected bundle{i32[6]}",
     ),
     wrong(Combine, "f32[6, 3]", "bundle{i32[6]}", "f32[3, 3]", message="weights are f32[3, 3], but there are 6 rows"),
+    wrong(RouteBackward, "f32[3, 8]", "i32[3, 2]", "f32[3, 8]", message="dweights are f32[3, 8], expected f32[3, 2]"),
+    wrong(
+        Redispatch,
+        *("f32[4, 3]", "bundle{i32[6]}"),
+        message="the handle orders 6 rows, which are not the same number for each of 4 tokens",
+    ),
+    wrong(Redispatch, "f32[4, 3]", "bundle{f32[8]}", message="the handle is bundle{f32[8]}, expected bundle{i32[rows]}"),
+    wrong(
+        CombineBackward,
+        *("f32[6, 3]", "f32[3, 3]", "bundle{i32[6]}", "f32[3, 2]"),
+        message="sent is f32[3, 3], expected f32[6, 3]",
+    ),
     # losses
     wrong(CrossEntropy, "f32[3, 8]", "i64[4]", message="expected logits [T, V] and labels [T], found f32[3, 8] and i64[4]"),
     wrong(BalanceLoss, "f32[6, 8]", "i32[6, 2]", sequences=4, message="6 tokens are not 4 equal sequences"),
+    wrong(CrossEntropyBackward, "f32[3, 8]", "i64[3]", "f32[3]", message="dloss is f32[3], expected f32[]"),
+    wrong(BalanceLossBackward, "f32[6, 8]", "i32[6, 2]", "bf16[]", sequences=2, message="dloss is bf16[], expected f32[]"),
     # quantisation
     wrong(Quantize, "f32[3, 8]", dtype=DType.bf16, message="expected one of f8e4m3, f8e5m2, e5m6, found bf16"),
     wrong(Quantize, "f32[3, 8]", tile=(0, 4), message="a tile is [rows, columns], both 1 or more, found [0, 4]"),
@@ -134,6 +156,17 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         GroupedScaledMatmul,
         *("f8e4m3[3, 20]", "f32[3, 1]", "f8e4m3[2, 5, 20]", "f32[2, 1, 1]", "i32[3]"),
         message="counts are i32[3], expected one for each of 2 groups",
+    ),
+    wrong(
+        GroupedScaledMatmul,
+        *("f8e4m3[4, 20]", "f32[2, 1]", "f8e4m3[2, 5, 20]", "f32[2, 1, 1]", "i32[2]"),
+        x_tile=(2, 128),
+        message="scales of f8e4m3[4, 20] in tiles of [2, 128], restarting at each of 2 groups, are f32[4, 1], found f32[2, 1]",
+    ),
+    wrong(
+        GroupedScaledMatmulWgrad,
+        *("f8e4m3[300, 3]", "f32[3, 3]", "f8e4m3[300, 5]", "f32[4, 5]", "i32[2]"),
+        message="scales of f8e4m3[300, 3] in tiles of [128, 1], restarting at each of 2 groups, are f32[4, 3], found f32[3, 3]",
     ),
     # control
     wrong(Param, path="w", result_types=(), message="a weight is one tensor, found 0 results"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 
 from ...ir.ops import attention as ops
@@ -14,27 +17,52 @@ SCORES = 1 << 19
 
 @reference(ops.Attention, operands="blocks")
 def attention(op: ops.Attention, wide: np.dtype[np.floating], q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    result = np.empty((*q.shape[:-1], v.shape[-1]), wide)
+    for at, key, value in _blocks(op, wide, q, k, v):
+        result[at.head][at.rows] = weighted(_scores(op, at, widen(q[at.head][at.rows], wide), key, mask), value)
+    return result
+
+
+class _Block(NamedTuple):
+    """Some queries of one head."""
+
+    head: tuple[int, ...]
+    """The index of the query head, batch included."""
+    shared: tuple[int, ...]
+    """The index of its key head."""
+    rows: slice
+    seen: int
+    """How many keys the last of these queries can see."""
+    shape: tuple[int, ...]
+    """That of the scores of all heads."""
+
+
+def _blocks(
+    op: ops.Attention | ops.AttentionBackward, wide: np.dtype[np.floating], q: Array, k: Array, v: Array
+) -> Iterator[tuple[_Block, Array, Array]]:
+    """Every block with the keys and values that it sees, which are widened once for each key head."""
     *lead, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[-3:-1]
-    every = (*lead, heads, queries, keys)
-    masks = None if mask is None else np.broadcast_to(mask, every)
-    result = np.empty((*q.shape[:-1], v.shape[-1]), wide)
     block = max(1, SCORES // max(1, keys))
     for *batch, kv_head in np.ndindex(*lead, kv_heads):
-        key, value = (widen(x[(*batch, kv_head)], wide) for x in (k, v))
+        shared = (*batch, kv_head)
+        key, value = (widen(x[shared], wide) for x in (k, v))
         for h in range(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads):
-            head = (*batch, h)
             for start in range(0, queries, block):
                 rows = slice(start, min(start + block, queries))
                 seen = min(keys, rows.stop) if op.causal else keys
-                scores = np.matmul(widen(q[head][rows], wide), key[:seen].T)
-                scores *= op.scale
-                if masks is not None:
-                    _apply(masks[head][rows, :seen], scores)
-                if op.causal:
-                    np.copyto(scores, -np.inf, where=np.arange(seen) > np.arange(rows.start, rows.stop)[:, None])
-                result[head][rows] = weighted(scores, value[:seen])
-    return result
+                yield _Block((*batch, h), shared, rows, seen, (*q.shape[:-1], keys)), key[:seen], value[:seen]
+
+
+def _scores(op: ops.Attention | ops.AttentionBackward, at: _Block, q: Array, key: Array, mask: Array | None) -> Array:
+    """q k^T * scale of one block, masked."""
+    scores = np.matmul(q, key.T)
+    scores *= op.scale
+    if mask is not None:
+        _apply(np.broadcast_to(mask, at.shape)[at.head][at.rows, : at.seen], scores)
+    if op.causal:
+        np.copyto(scores, -np.inf, where=np.arange(at.seen) > np.arange(at.rows.start, at.rows.stop)[:, None])
+    return scores
 
 
 def _apply(mask: Array, scores: Array) -> None:
@@ -44,17 +72,49 @@ def _apply(mask: Array, scores: Array) -> None:
         scores += widen(mask, scores.dtype)
 
 
-def weighted(scores: Array, v: Array) -> Array:
-    """softmax(scores) v for scores [n, L], which it overwrites, and v [L, D]; 0 for a row that is -inf throughout."""
+def _exponentials(scores: Array) -> Array:
+    """e^(scores - max scores) along the last axis, in place of `scores`; their sum, 1 for a row that is -inf throughout."""
     largest = scores.max(-1, keepdims=True, initial=-np.inf)
     largest[np.isneginf(largest)] = 0
     scores -= largest
     np.exp(scores, out=scores)
     total = scores.sum(-1, keepdims=True)
     total[total == 0] = 1
+    return total
+
+
+def weighted(scores: Array, v: Array) -> Array:
+    """softmax(scores) v for scores [n, L], which it overwrites, and v [L, D]; 0 for a row that is -inf throughout."""
+    total = _exponentials(scores)
     result = np.matmul(scores, v)
     result /= total
     return result
+
+
+@reference(ops.AttentionBackward, operands="blocks")
+def attention_backward(
+    op: ops.AttentionBackward,
+    wide: np.dtype[np.floating],
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    dout: Array,
+    mask: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    dq, dk, dv = (np.zeros(x.shape, wide) for x in (q, k, v))
+    for at, key, value in _blocks(op, wide, q, k, v):
+        query, gradient, result = (widen(x[at.head][at.rows], wide) for x in (q, dout, out))
+        p = _scores(op, at, query, key, mask)
+        p /= _exponentials(p)
+        ds = np.matmul(gradient, value.T)
+        ds -= np.einsum("nd,nd->n", gradient, result)[:, None]
+        ds *= p
+        ds *= op.scale
+        np.matmul(ds, key, out=dq[at.head][at.rows])
+        dk[at.shared][: at.seen] += np.matmul(ds.T, query)
+        dv[at.shared][: at.seen] += np.matmul(p.T, gradient)
+    return dq, dk, dv
 
 
 @reference(ops.AttentionDecode, operands="blocks")

@@ -92,7 +92,7 @@ def convert(x: Array, source: DType, target: DType) -> Array:
 def _toward_zero(x: Array, target: DType) -> Array:
     """Truncated; what lies beyond the range becomes its end, NaN becomes 0."""
     limits = np.iinfo(STORAGE[target])
-    result = x.astype(limits.dtype)
+    result = np.asarray(x.astype(limits.dtype))  # of a scalar astype makes a scalar, which takes no assignment
     above = x >= float(limits.max) + (1.0 if limits.bits < 64 else 0.0)  # float(2^63 - 1) is 2^63 already
     result[above] = limits.max
     result[x <= float(limits.min) - (1.0 if limits.bits < 32 else 0.0)] = limits.min
@@ -156,3 +156,17 @@ def pow(op: ops.Pow, a: Array, b: Array) -> Array:
     if a.dtype.kind != "f" and b.size and (least := b.min()) < 0:
         raise DscError(f"exponent {least} of an integer, expected 0 or more")
     return np.power(a, b)
+
+
+@reference(ops.SwiGLUBackward)
+def swiglu_backward(op: ops.SwiGLUBackward, gate: Array, up: Array, dy: Array) -> tuple[Array, Array]:
+    s = sigmoid(op, gate)
+    dup = gate * s
+    dup *= dy
+    dgate = np.subtract(1, s, dtype=s.dtype)
+    dgate *= gate
+    dgate += 1
+    dgate *= s
+    dgate *= up
+    dgate *= dy
+    return dgate, dup

@@ -39,6 +39,21 @@ def multiply_groups(x: Array, w: Array, counts: Array, transpose_b: bool, wide: 
     return result
 
 
+@reference(ops.GroupedMatmulWgrad, operands="blocks")
+def grouped_matmul_wgrad(op: ops.GroupedMatmulWgrad, wide: np.dtype[np.floating], a: Array, b: Array, counts: Array) -> Array:
+    return multiply_groups_of_rows(a, b, counts, wide)
+
+
+def multiply_groups_of_rows(a: Array, b: Array, counts: Array, wide: np.dtype[np.floating]) -> Array:
+    """`grouped_matmul_wgrad` in dtype `wide`."""
+    ends = check_counts(counts, len(a))
+    result = np.zeros((len(counts), a.shape[1], b.shape[1]), wide)
+    for group in np.flatnonzero(counts):
+        rows = slice(ends[group] - counts[group], ends[group])
+        np.matmul(widen(a[rows], wide).T, widen(b[rows], wide), out=result[group])
+    return result
+
+
 def check_counts(counts: Array, rows: int) -> Array:
     """Where each group ends, as int64. `DscError` where a count is negative or all groups together have more than `rows` rows."""
     ends = np.cumsum(counts, dtype=np.int64)

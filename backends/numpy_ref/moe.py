@@ -37,6 +37,24 @@ def _keep_groups(op: ops.Route, choice: Array) -> Array:
     return np.where(outside, -np.inf, grouped).reshape(tokens, experts)
 
 
+@reference(ops.RouteBackward)
+def route_backward(op: ops.RouteBackward, logits: Array, ids: Array, dweights: Array) -> Array:
+    require_inside(ids, logits.shape[1], "expert")
+    ids = ids.astype(np.int64, copy=False)
+    scores = sigmoid(op, logits) if op.score == "sigmoid" else normalized(logits)
+    chosen = dweights * op.scale
+    if op.normalize:
+        p = np.take_along_axis(scores, ids, 1)
+        total = p.sum(1, keepdims=True) + 1e-20
+        chosen -= (chosen * p).sum(1, keepdims=True) / total
+        chosen /= total
+    ds = np.zeros_like(scores)
+    np.put_along_axis(ds, ids, chosen, 1)
+    if op.score == "sigmoid":
+        return ds * (scores * (1 - scores))
+    return (ds - (ds * scores).sum(1, keepdims=True)) * scores
+
+
 @reference(ops.Dispatch, operands="stored")
 def dispatch(op: ops.Dispatch, *operands: Array) -> tuple[Array | tuple[Array], ...]:
     *xs, ids = operands
@@ -62,3 +80,21 @@ def combine(op: ops.Combine, wide: np.dtype[np.floating], rows: Array, handle: t
         term *= weights[:, slot, None]
         result += term
     return result
+
+
+@reference(ops.Redispatch, operands="stored")
+def redispatch(op: ops.Redispatch, *operands: Array | tuple[Array]) -> tuple[Array, ...] | Array:
+    *xs, (order,) = operands
+    require_inside(order, len(order), "slot")
+    tokens = order // max(1, len(order) // max(1, len(xs[0])))
+    rows = tuple(x.take(tokens, axis=0) for x in xs)
+    return rows if len(rows) > 1 else rows[0]
+
+
+@reference(ops.CombineBackward)
+def combine_backward(op: ops.CombineBackward, rows: Array, sent: Array, handle: tuple[Array], weights: Array) -> tuple[Array, Array]:
+    (order,) = handle
+    require_inside(order, len(order), "slot")
+    dweights = np.empty(weights.size, rows.dtype)
+    dweights[order] = np.einsum("rh,rh->r", rows, sent)
+    return sent * weights.reshape(weights.size)[order, None], dweights.reshape(weights.shape)

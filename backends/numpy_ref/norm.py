@@ -20,6 +20,23 @@ def rms_norm(op: ops.RmsNorm, x: Array, weight: Array) -> Array:
     return result
 
 
+@reference(ops.RmsNormBackward)
+def rms_norm_backward(op: ops.RmsNormBackward, x: Array, weight: Array, dy: Array) -> tuple[Array, Array]:
+    scale = np.asarray(np.einsum("...i,...i->...", x, x))
+    scale /= x.shape[-1]
+    scale += op.eps
+    np.sqrt(scale, out=scale)
+    normed = x / scale[..., None]
+    dweight = np.einsum("ri,ri->i", *(v.reshape(-1, x.shape[-1]) for v in (dy, normed)))
+    dx = dy * weight
+    along = np.asarray(np.einsum("...i,...i->...", dx, normed))
+    along /= x.shape[-1]
+    normed *= along[..., None]
+    dx -= normed
+    dx /= scale[..., None]
+    return dx, dweight
+
+
 @reference(ops.Rope)
 def rope(op: ops.Rope, x: Array, cos: Array, sin: Array) -> Array:
     half = x.shape[-1] // 2

@@ -11,7 +11,7 @@ from ...ir.types import bound
 from ...numerics import scale, tensorcore
 from ...numerics.formats import FORMATS
 from ..arrays import STORAGE, Array
-from .linalg import check_counts, multiply_groups
+from .linalg import check_counts, multiply_groups, multiply_groups_of_rows
 from .registry import reference
 
 
@@ -44,16 +44,34 @@ def scaled_matmul(op: ops.ScaledMatmul, wide: np.dtype[Any], a: Array, a_scales:
 def grouped_scaled_matmul(
     op: ops.GroupedScaledMatmul, wide: np.dtype[Any], x: Array, x_scales: Array, w: Array, w_scales: Array, counts: Array
 ) -> Array:
-    ends = check_counts(counts, len(x))
-    tiles = op.x_tile, op.w_tile
+    used, groups = int(check_counts(counts, len(x))[-1]), counts.tolist()
+    rows, factors = _used(x, x_scales, op.x_tile, used, groups)
     if wide == np.float64 and op.accumulation.arithmetic == "float32":
-        rows, matrices = scale.dequantize(x, x_scales, op.x_tile, dtype=wide), scale.dequantize(w, w_scales, op.w_tile, dtype=wide)
-        return multiply_groups(rows, matrices, counts, True, wide)
-    used = int(ends[-1])
-    found = tensorcore.grouped_scaled_matmul(
-        x[:used], x_scales[:used], w, w_scales, counts.tolist(), *tiles, op.accumulation, STORAGE[op.out]
-    )
+        values, matrices = scale.dequantize(rows, factors, op.x_tile, groups, wide), scale.dequantize(w, w_scales, op.w_tile, dtype=wide)
+        found = multiply_groups(values, matrices, counts, True, wide)
+    else:
+        found = tensorcore.grouped_scaled_matmul(rows, factors, w, w_scales, groups, op.x_tile, op.w_tile, op.accumulation, STORAGE[op.out])
     return found if used == len(x) else np.concatenate([found, np.zeros((len(x) - used, found.shape[1]), found.dtype)])
+
+
+@reference(ops.GroupedScaledMatmulWgrad, operands="blocks")
+def grouped_scaled_matmul_wgrad(
+    op: ops.GroupedScaledMatmulWgrad, wide: np.dtype[Any], a: Array, a_scales: Array, b: Array, b_scales: Array, counts: Array
+) -> Array:
+    used, groups = int(check_counts(counts, len(a))[-1]), counts.tolist()
+    a, a_scales = _used(a, a_scales, op.a_tile, used, groups)
+    b, b_scales = _used(b, b_scales, op.b_tile, used, groups)
+    if wide == np.float64 and op.accumulation.arithmetic == "float32":
+        rows = (scale.dequantize(x, s, tile, groups, wide) for x, s, tile in ((a, a_scales, op.a_tile), (b, b_scales, op.b_tile)))
+        return multiply_groups_of_rows(*rows, counts, wide)
+    tiles = op.a_tile[::-1], op.b_tile[::-1]
+    return tensorcore.grouped_scaled_matmul_k(a.T, a_scales.T, b.T, b_scales.T, groups, *tiles, op.accumulation, STORAGE[op.out])
+
+
+def _used(x: Array, scales: Array, tile: tuple[int, int], used: int, groups: list[int]) -> tuple[Array, Array]:
+    """The rows that belong to a group, and the scales of their tiles: an op keeps room for more of both."""
+    rows = x[:used]
+    return rows, scales[: scale.scale_shape(rows.shape, tile, groups)[0]]
 
 
 def _padded(scales: Array, shape: tuple[Any, ...]) -> Array:

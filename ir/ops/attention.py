@@ -1,4 +1,4 @@
-"""Attention over a whole sequence, and of one new token over a cache."""
+"""Attention over a whole sequence and its gradients, and attention of one new token over a cache."""
 
 from __future__ import annotations
 
@@ -42,6 +42,37 @@ class Attention(Op):
         """Of the lower triangle only where causal, as FlashAttention counts."""
         pairs = self.q.tensor.size // max(1, bound(self.q.shape[-1])) * bound(self.k.shape[-2])
         full = 2 * pairs * (bound(self.q.shape[-1]) + bound(self.v.shape[-1]))
+        return full // 2 if self.causal else full
+
+
+@op("attention_backward")
+class AttentionBackward(Op):
+    """The gradients of `attention` by q, k and v, given its result `out` and the gradient `dout`. Probabilities are computed again.
+
+    With P = softmax(q k^T * scale + mask) and D the sum of dout * out over Dv: dS = P * (dout v^T - D), dq = scale dS k,
+    dk = scale dS^T q, dv = P^T dout, the latter two summed over the query heads that share a key head, all in float32 and rounded
+    once (FlashAttention-2, arXiv 2307.08691, section 2.3.2). Shapes and `mask` are those of `attention`.
+    """
+
+    q: Value
+    k: Value
+    v: Value
+    out: Value
+    dout: Value
+    mask: Value | None = None
+    scale: float = 1.0
+    causal: bool = False
+
+    def infer(self) -> tuple[Type, ...]:
+        expected = Attention(self.q, self.k, self.v, self.mask, self.scale, self.causal).result.type
+        for name, given in (("out", self.out), ("dout", self.dout)):
+            require(given.type == expected, f"{name} is {given.type}, expected {expected}")
+        return self.q.type, self.k.type, self.v.type
+
+    def flops(self) -> int:
+        """Five products, of the lower triangle only where causal."""
+        pairs = self.q.tensor.size // max(1, bound(self.q.shape[-1])) * bound(self.k.shape[-2])
+        full = 2 * pairs * (3 * bound(self.q.shape[-1]) + 2 * bound(self.v.shape[-1]))
         return full // 2 if self.causal else full
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..core import Op, Trait, Value, family, op
+from ..core import Builder, Op, Trait, Value, family, op
 from ..errors import require
 from ..types import DType, Tensor, Type
+from .control import Literal
 from .rules import broadcast, elementwise, promote, require_bool, require_float
 
 E, C = Trait.ELEMENTWISE, Trait.CHEAP
@@ -267,3 +268,31 @@ class SwiGLU(Op):
     def infer(self) -> tuple[Type, ...]:
         require_float(self.gate, self.up)
         return elementwise(self.gate, self.up)
+
+
+@op("swiglu_backward", E, C)
+class SwiGLUBackward(Op):
+    """The gradients of `swiglu` by gate and up: with s = sigmoid(gate), dy * up * s * (1 + gate * (1 - s)) and dy * gate * s.
+
+    All three operands have one type, as have both results.
+    """
+
+    gate: Value
+    up: Value
+    dy: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require_float(self.gate)
+        same = self.gate.type == self.up.type == self.dy.type
+        require(same, f"types differ: gate is {self.gate.type}, up {self.up.type} and dy {self.dy.type}")
+        return self.gate.type, self.up.type
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        gate, up, dy = (b.emit(Cast(x, DType.f32)).result for x in (self.gate, self.up, self.dy))
+        one = b.emit(Literal((1.0,), (), DType.f32)).result
+        s = b.emit(Sigmoid(gate)).result
+        slope = b.emit(Add(b.emit(Mul(gate, b.emit(Sub(one, s)).result)).result, one)).result
+        through = b.emit(Mul(b.emit(Mul(dy, up)).result, s)).result
+        dgate = b.emit(Mul(through, slope)).result
+        dup = b.emit(Mul(dy, b.emit(Mul(gate, s)).result)).result
+        return tuple(b.emit(Cast(x, self.gate.dtype)).result for x in (dgate, dup))

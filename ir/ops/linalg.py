@@ -60,3 +60,29 @@ class GroupedMatmul(Op):
 
     def flops(self) -> int:
         return 2 * self.result.tensor.size * bound(self.x.shape[1])
+
+
+@op("grouped_matmul_wgrad")
+class GroupedMatmulWgrad(Op):
+    """For each group e the product of its rows, c[e, m, n] = sum over rows r of group e of a[r, m] b[r, n].
+
+    a[R, M], b[R, N] give [E, M, N]: the gradient of `grouped_matmul` by w[E, N, K] with a = dy and b = x, by w[E, K, N] with the
+    two exchanged. Groups are as in `grouped_matmul`; rows past the sum of the counts do not count, and an empty group gives 0.
+    """
+
+    a: Value
+    b: Value
+    counts: Value
+    out: DType = DType.f32
+
+    def infer(self) -> tuple[Type, ...]:
+        a, b = self.a.tensor, self.b.tensor
+        require_float(self.a, self.b)
+        require_int(self.counts)
+        require(a.rank == b.rank == 2 and a.shape[0] == b.shape[0], f"expected a [R, M] and b [R, N], found {a} and {b}")
+        require(a.dtype is b.dtype, f"dtypes differ: {a} and {b}")
+        require(self.counts.tensor.rank == 1, f"counts are {self.counts.type}, expected one number for each group")
+        return (Tensor(self.out, (self.counts.shape[0], a.shape[1], b.shape[1])),)
+
+    def flops(self) -> int:
+        return 2 * self.a.tensor.size * bound(self.b.shape[1])

@@ -1,4 +1,4 @@
-"""Training losses, all f32 scalars."""
+"""Training losses, all f32 scalars, and their gradients."""
 
 from __future__ import annotations
 
@@ -32,6 +32,27 @@ class CrossEntropy(Op):
         return 5 * self.logits.tensor.size
 
 
+@op("cross_entropy_backward")
+class CrossEntropyBackward(Op):
+    """The gradient of `cross_entropy` by the logits, dloss being that of the loss: dloss * (softmax(logits) - onehot(label)) / n.
+
+    n is how many tokens count; the rows of those that do not are 0. logits [T, V], labels i64[T], dloss f32[] -> like logits.
+    """
+
+    logits: Value
+    labels: Value
+    dloss: Value
+    ignore: int = -100
+
+    def infer(self) -> tuple[Type, ...]:
+        loss = CrossEntropy(self.logits, self.labels, self.ignore).result.type
+        require(self.dloss.type == loss, f"dloss is {self.dloss.type}, expected {loss}")
+        return (self.logits.type,)
+
+    def flops(self) -> int:
+        return 6 * self.logits.tensor.size
+
+
 @op("balance_loss")
 class BalanceLoss(Op):
     """The sequence-wise balance loss without its factor alpha, averaged over sequences (DeepSeek-V3 report, equations 17 to 20).
@@ -57,3 +78,26 @@ class BalanceLoss(Op):
 
     def flops(self) -> int:
         return 5 * self.logits.tensor.size
+
+
+@op("balance_loss_backward")
+class BalanceLossBackward(Op):
+    """The gradient of `balance_loss` by the logits; how often an expert was chosen has none. Like logits, f32[sequences * S, E].
+
+    With s the scores, p_i = s_i / sum_j s_j and df_i = dloss f_i / (S * sequences): dp = df, ds_i = (dp_i - sum_j dp_j p_j) / sum_j s_j
+    for sigmoid scores, then times s_i (1 - s_i); for softmax scores p_i (dp_i - sum_j dp_j p_j).
+    """
+
+    logits: Value
+    ids: Value
+    dloss: Value
+    sequences: int
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+
+    def infer(self) -> tuple[Type, ...]:
+        loss = BalanceLoss(self.logits, self.ids, self.sequences, self.score).result.type
+        require(self.dloss.type == loss, f"dloss is {self.dloss.type}, expected {loss}")
+        return (self.logits.type,)
+
+    def flops(self) -> int:
+        return 9 * self.logits.tensor.size

@@ -1,4 +1,4 @@
-"""Mixture of experts: choose experts, send tokens to them, bring the results back."""
+"""Mixture of experts: choose experts, send tokens to them, bring the results back; and the same for gradients."""
 
 from __future__ import annotations
 
@@ -49,6 +49,34 @@ class Route(Op):
 
     def flops(self) -> int:
         return 5 * self.logits.tensor.size
+
+
+@op("route_backward")
+class RouteBackward(Op):
+    """The gradient of the gate's weights by the logits, for the experts that were chosen; the choice itself and the bias have none.
+
+    logits f32[T, E], the ids [T, k] of `route` and dweights f32[T, k] give f32[T, E]. With p the scores of the chosen, S = sum p + 1e-20
+    and w = p / S where `normalize`: dp = scale (dw - sum dw w) / S, else dp = scale dw. ds is dp at the chosen and 0 elsewhere;
+    then ds_i s_i (1 - s_i) for sigmoid scores, s_i (ds_i - sum_j ds_j s_j) for softmax.
+    """
+
+    logits: Value
+    ids: Value
+    dweights: Value
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    normalize: bool = True
+    scale: float = 1.0
+
+    def infer(self) -> tuple[Type, ...]:
+        logits, ids, dweights = self.logits.tensor, self.ids.tensor, self.dweights.tensor
+        require_int(self.ids)
+        require(logits.rank == 2 and logits.dtype is DType.f32, f"logits are {logits}, expected f32[tokens, experts]")
+        require(ids.rank == 2 and ids.shape[0] == logits.shape[0], f"expected ids [T, k] for logits {logits}, found {ids}")
+        require(dweights == Tensor(DType.f32, ids.shape), f"dweights are {dweights}, expected {Tensor(DType.f32, ids.shape)}")
+        return (logits,)
+
+    def flops(self) -> int:
+        return 7 * self.logits.tensor.size
 
 
 @op("dispatch", Trait.ROUTING)
@@ -111,3 +139,49 @@ class Combine(Op):
 
     def flops(self) -> int:
         return 2 * self.rows.tensor.size
+
+
+@op("redispatch")
+class Redispatch(Op):
+    """Tokens to expert rows once more, by the handle of an earlier `dispatch`: row r of each result is row order[r] / k of its x.
+
+    Every x [T, H] (codes and their scales travel together) gives rows [T*k, H]. With it the gradient of `combine` reaches the experts.
+    """
+
+    xs: tuple[Value, ...]
+    handle: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require(len(self.xs) > 0, "redispatch needs at least one x")
+        fields = self.handle.bundle.fields
+        known = len(fields) == 1 and isinstance(fields[0], Tensor) and fields[0].rank == 1 and fields[0].dtype is DType.i32
+        require(known, f"the handle is {self.handle.type}, expected bundle{{i32[rows]}}")
+        (rows,) = next(self.handle.bundle.tensors()).shape
+        tokens = self.xs[0].shape[0]
+        for x in self.xs:
+            require(x.tensor.rank == 2 and x.shape[0] == tokens, f"expected every x as [T, H], found {self.xs[0].type} and {x.type}")
+        divides = isinstance(rows, int) and isinstance(tokens, int) and (rows % tokens == 0 if tokens else rows == 0)
+        require(divides, f"the handle orders {rows} rows, which are not the same number for each of {tokens} tokens")
+        return tuple(Tensor(x.dtype, (rows, x.shape[1])) for x in self.xs)
+
+
+@op("combine_backward")
+class CombineBackward(Op):
+    """The gradients of `combine` by rows and weights, from the rows it combined and the gradient of its result, sent to them.
+
+    With `sent` the gradient of the tokens after `redispatch`, both [T*k, H], and row r being slot s of token t: drows[r] = weights[t, s] *
+    sent[r], dweights[t, s] = sum over H of rows[r] * sent[r] in float32. The results are like rows and like weights.
+    """
+
+    rows: Value
+    sent: Value
+    handle: Value
+    weights: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        Combine(self.rows, self.handle, self.weights)
+        require(self.sent.type == self.rows.type, f"sent is {self.sent.type}, expected {self.rows.type}")
+        return self.rows.type, self.weights.type
+
+    def flops(self) -> int:
+        return 3 * self.rows.tensor.size

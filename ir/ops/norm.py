@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..core import Builder, Op, Trait, Value, op
 from ..errors import require
-from ..types import DType, Type
+from ..types import DType, Tensor, Type
 from .control import Literal
 from .elementwise import Add, Cast, Mul, Rsqrt, Sub
-from .reduce import Mean
+from .reduce import Mean, Sum
 from .rules import broadcast, require_float, show, static
 from .shape import Concat, Reshape, Slice
 
@@ -37,6 +37,39 @@ class RmsNorm(Op):
         weight = b.emit(Cast(self.weight, DType.f32)).result
         normed = b.emit(Mul(b.emit(Mul(x, scale)).result, weight)).result
         return b.emit(Cast(normed, self.x.dtype)).results
+
+
+@op("rms_norm_backward")
+class RmsNormBackward(Op):
+    """The gradients of `rms_norm` by x and by the weight: with r = rsqrt(mean(x^2) + eps), n = x r and g = dy * weight,
+
+    dx = r (g - n mean(g n)), like x, and dweight = sum over all rows of dy n, in float32 (float64 where x is).
+    """
+
+    x: Value
+    weight: Value
+    dy: Value
+    eps: float
+
+    def infer(self) -> tuple[Type, ...]:
+        normed = RmsNorm(self.x, self.weight, self.eps).result.type
+        require(self.dy.type == normed, f"dy is {self.dy.type}, expected {normed}")
+        wide = DType.f64 if self.x.dtype is DType.f64 else DType.f32
+        return normed, Tensor(wide, self.weight.shape)
+
+    def flops(self) -> int:
+        return 11 * self.x.tensor.size
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        x, weight, dy = (b.emit(Cast(v, DType.f32)).result for v in (self.x, self.weight, self.dy))
+        mean = b.emit(Mean(b.emit(Mul(x, x)).result, axes=(-1,), keepdims=True)).result
+        eps = b.emit(Literal((self.eps,), (), DType.f32)).result
+        r = b.emit(Rsqrt(b.emit(Add(mean, eps)).result)).result
+        n, g = b.emit(Mul(x, r)).result, b.emit(Mul(dy, weight)).result
+        along = b.emit(Mean(b.emit(Mul(g, n)).result, axes=(-1,), keepdims=True)).result
+        dx = b.emit(Mul(r, b.emit(Sub(g, b.emit(Mul(n, along)).result)).result)).result
+        dweight = b.emit(Sum(b.emit(Mul(dy, n)).result, axes=tuple(range(x.tensor.rank - 1)))).result
+        return b.emit(Cast(dx, self.x.dtype)).result, b.emit(Cast(dweight, self.results[1].dtype)).result
 
 
 @op("rope", Trait.CHEAP)

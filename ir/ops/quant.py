@@ -45,7 +45,8 @@ def check_scales(codes: Tensor, scales: Tensor, tile: tuple[int, int], groups: i
     check_tile(codes, tile)
     require(codes.dtype in CODES, f"expected codes in {', '.join(map(str, CODES))}, found {codes}")
     expected = Tensor(DType.f32, scale_shape(codes.shape, tile, groups))
-    require(scales == expected, f"scales of {codes} in tiles of {list(tile)} are {expected}, found {scales}")
+    restarting = f", restarting at each of {groups} groups," if groups and tile[0] > 1 else ""
+    require(scales == expected, f"scales of {codes} in tiles of {list(tile)}{restarting} are {expected}, found {scales}")
 
 
 @op("quantize")
@@ -124,7 +125,8 @@ class ScaledMatmul(Op):
 class GroupedScaledMatmul(Op):
     """Row r of x[R, K] times the matrix of its group, w[E, N, K], both quantised, gives [R, N]: `grouped_matmul` of scaled operands.
 
-    The first counts[0] rows are group 0, the next counts[1] rows group 1, ...; rows past the sum of the counts give 0.
+    The first counts[0] rows are group 0, the next counts[1] rows group 1, ...; rows past the sum of the counts give 0. Tiles of x
+    that span several rows restart at each group, as those of `quantize` with the same counts do.
     """
 
     x: Value
@@ -139,8 +141,7 @@ class GroupedScaledMatmul(Op):
 
     def infer(self) -> tuple[Type, ...]:
         x, w = self.x.tensor, self.w.tensor
-        require(self.x_tile[0] == 1, f"tiles of x span one row, for its rows belong to different groups; found {list(self.x_tile)}")
-        check_scales(x, self.x_scales.tensor, self.x_tile)
+        check_scales(x, self.x_scales.tensor, self.x_tile, _groups(self.counts))
         check_scales(w, self.w_scales.tensor, self.w_tile)
         require_int(self.counts)
         require(x.rank == 2 and w.rank == 3, f"expected x [R, K] and w [E, N, K], found {x} and {w}")
@@ -150,6 +151,35 @@ class GroupedScaledMatmul(Op):
 
     def flops(self) -> int:
         return 2 * self.result.tensor.size * bound(self.x.shape[1])
+
+
+@op("grouped_scaled_matmul_wgrad")
+class GroupedScaledMatmulWgrad(Op):
+    """For each group e, c[e, m, n] = sum over rows r of group e of (a[r, m] * its scale) (b[r, n] * its scale), summed in float32.
+
+    `grouped_matmul_wgrad` of quantised operands: a[R, M] and b[R, N], their tiles restarting at each group as those of `quantize` with the
+    same counts do, give [E, M, N]. It is the weight gradient of the experts in FP8 (DeepSeek-V3 report, section 3.3).
+    """
+
+    a: Value
+    a_scales: Value
+    b: Value
+    b_scales: Value
+    counts: Value
+    a_tile: tuple[int, int] = (128, 1)
+    b_tile: tuple[int, int] = (128, 1)
+    accumulation: Accumulation = FLOAT32
+    out: DType = DType.f32
+
+    def infer(self) -> tuple[Type, ...]:
+        a, b, groups = self.a.tensor, self.b.tensor, _groups(self.counts)
+        check_scales(a, self.a_scales.tensor, self.a_tile, groups)
+        check_scales(b, self.b_scales.tensor, self.b_tile, groups)
+        require(a.rank == b.rank == 2 and a.shape[0] == b.shape[0], f"expected a [R, M] and b [R, N], found {a} and {b}")
+        return (Tensor(self.out, (self.counts.shape[0], a.shape[1], b.shape[1])),)
+
+    def flops(self) -> int:
+        return 2 * self.a.tensor.size * bound(self.b.shape[1])
 
 
 def _groups(counts: Value | None) -> int:

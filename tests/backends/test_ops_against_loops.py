@@ -11,10 +11,10 @@ import pytest
 from dsc import backends
 from dsc.backends.arrays import Array, widen
 from dsc.ir.ops.attention import Attention, AttentionDecode
-from dsc.ir.ops.linalg import GroupedMatmul
+from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad
 from dsc.ir.ops.loss import BalanceLoss
-from dsc.ir.ops.moe import Combine, Dispatch, Route
-from dsc.ir.ops.quant import Dequantize, GroupedScaledMatmul, ScaledMatmul
+from dsc.ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route
+from dsc.ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
 from dsc.ir.ops.shape import CacheAppend, Scatter
 from dsc.testing.bounds import bound
 from dsc.testing.samples import samples
@@ -152,12 +152,51 @@ def scaled_matmul(op: ScaledMatmul, a: Array, a_scales: Array, b: Array, b_scale
 
 
 def grouped_scaled_matmul(op: GroupedScaledMatmul, x: Array, x_scales: Array, w: Array, w_scales: Array, counts: Array) -> list:
-    rows = dequantised(x, x_scales, op.x_tile)
-    result, start = np.zeros((len(x), w.shape[1])), 0
-    for e, count in enumerate(numbers(counts)):
-        result[start : start + count] = rows[start : start + count] @ dequantised(w[e], w_scales[e], op.w_tile).T
+    groups = by_group(x, x_scales, op.x_tile, counts)
+    found = [rows @ dequantised(w[e], w_scales[e], op.w_tile).T for e, rows in enumerate(groups)]
+    return np.concatenate([*found, np.zeros((len(x) - sum(map(len, found)), w.shape[1]))]).tolist()
+
+
+def grouped_scaled_matmul_wgrad(op: GroupedScaledMatmulWgrad, a: Array, a_scales: Array, b: Array, b_scales: Array, counts: Array) -> list:
+    pairs = zip(by_group(a, a_scales, op.a_tile, counts), by_group(b, b_scales, op.b_tile, counts), strict=True)
+    return np.stack([left.T @ right for left, right in pairs]).tolist()
+
+
+def by_group(x: Array, scales: Array, tile: tuple[int, int], counts: Array) -> list[Array]:
+    """The dequantised rows of each group; tiles restart at each."""
+    found, start, scale_start = [], 0, 0
+    for count in numbers(counts):
+        tiles = -(-count // tile[0])
+        rows = dequantised(x[start : start + count], scales[scale_start : scale_start + tiles], tile)
+        found.append(rows.reshape(count, x.shape[1]))
+        start, scale_start = start + count, scale_start + tiles
+    return found
+
+
+def grouped_matmul_wgrad(op: GroupedMatmulWgrad, a: Array, b: Array, counts: Array) -> list:
+    result, start, left, right = [], 0, numbers(a), numbers(b)
+    for count in numbers(counts):
+        rows = range(start, start + count)
+        result.append([[math.fsum(left[r][m] * right[r][n] for r in rows) for n in range(b.shape[1])] for m in range(a.shape[1])])
         start += count
-    return result.tolist()
+    return result
+
+
+def redispatch(op: Redispatch, *operands: Array | tuple[Array]) -> tuple[list, ...] | list:
+    *xs, (order,) = operands
+    slots = numbers(order)
+    rows = tuple([numbers(x)[slot // (len(slots) // len(x))] for slot in slots] for x in xs)
+    return rows if len(rows) > 1 else rows[0]
+
+
+def combine_backward(op: CombineBackward, rows: Array, sent: Array, handle: tuple[Array], weights: Array) -> tuple[list, list]:
+    table, k = numbers(weights), weights.shape[1]
+    dweights = [[0.0] * k for _ in table]
+    drows = []
+    for slot, row, gradient in zip(numbers(handle[0]), numbers(rows), numbers(sent), strict=True):
+        drows.append([table[slot // k][slot % k] * g for g in gradient])
+        dweights[slot // k][slot % k] = math.fsum(x * g for x, g in zip(row, gradient, strict=True))
+    return drows, dweights
 
 
 def scatter(op: Scatter, x: Array, indices: Array, updates: Array) -> list:
@@ -179,6 +218,10 @@ LOOPS = {
     Dequantize: dequantize,
     ScaledMatmul: scaled_matmul,
     GroupedScaledMatmul: grouped_scaled_matmul,
+    GroupedScaledMatmulWgrad: grouped_scaled_matmul_wgrad,
+    GroupedMatmulWgrad: grouped_matmul_wgrad,
+    Redispatch: redispatch,
+    CombineBackward: combine_backward,
     Scatter: scatter,
 }
 
