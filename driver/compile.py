@@ -186,11 +186,15 @@ def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: st
 
 
 def memory(module: Module) -> dict[str, Any]:
-    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds."""
+    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds.
+
+    The peak is of what a function makes itself, its results and the functions that it calls included, its parameters not:
+    `total_bytes` is weights, inputs and the peak of @main.
+    """
     by_dtype: dict[str, int] = {}
     for tensor in weights_of(module).values():
         by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + tensor.bytes
-    functions = {}
+    functions: dict[str, dict[str, Any]] = {}
     for func in module.funcs:
         live = live_bytes(module, func)
         at = func.ops[live.at].id if func.ops else ""
@@ -201,6 +205,7 @@ def memory(module: Module) -> dict[str, Any]:
         "weight_bytes": sum(by_dtype.values()),
         "input_bytes": sum(p.type.bytes for p in main.params),
         "output_bytes": sum(r.type.bytes for r in main.results),
+        "total_bytes": sum(by_dtype.values()) + sum(p.type.bytes for p in main.params) + functions[main.name]["peak_bytes"],
         "functions": functions,
     }
 

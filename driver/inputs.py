@@ -92,15 +92,16 @@ def _load(file: Path) -> dict[str, np.ndarray]:
     require(file.is_file(), f"{file}: no such file")
     with file.open("rb") as stream:
         start = stream.read(6)
-    require(start != b"\x93NUMPY", f"{file}: expected an .npz file with an array for each input, found one bare array")
-    require(start[:2] == b"PK", f"{file}: expected an .npz file with an array for each input, found something else")
-    try:
-        with np.load(file, allow_pickle=False) as loaded:
+        found = "one bare array" if start == b"\x93NUMPY" else "something else"
+        require(start[:2] == b"PK", f"{file}: expected an .npz file with an array for each input, found {found}")
+        stream.seek(0)
+        try:
+            loaded = np.load(stream, allow_pickle=False)
             return {name: loaded[name] for name in loaded.files}
-    except ValueError as error:
-        raise DscError(f"{file}: expected plain arrays: {error}") from None
-    except Exception as error:  # zipfile and zlib raise their own kinds for a damaged archive
-        raise DscError(f"{file}: damaged: {error}") from None
+        except ValueError as error:
+            raise DscError(f"{file}: expected plain arrays: {error}") from None
+        except Exception as error:  # zipfile and zlib raise their own kinds for a damaged archive
+            raise DscError(f"{file}: damaged: {error}") from None
 
 
 def _fit(param: Value, given: Any) -> np.ndarray:

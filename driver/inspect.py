@@ -78,6 +78,7 @@ def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
         f"weights  {size(value['weight_bytes'])} ({held})",
         f"inputs   {size(value['input_bytes'])}",
         f"results  {size(value['output_bytes'])}",
+        f"in all   {size(value['total_bytes'])} (weights, inputs, and the peak of @{module.main.name})",
         "",
         table(("function", "ops", "peak of live values", "reached at"), rows),
     ]
