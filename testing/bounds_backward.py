@@ -12,7 +12,7 @@ import numpy as np
 from ..backends.arrays import Array
 from ..backends.numpy_ref.run import unrounded
 from ..ir.ops import attention, elementwise, linalg, loss, moe, norm, quant
-from .bounds import FLOAT64, LIBRARY, RSQRT, SIGMOID, Floats, Precision, error_of, masked_scores, score_error, softmax_error
+from .bounds import LIBRARY, RSQRT, SIGMOID, Floats, Precision, error_of, masked_scores, score_error, softmax_error
 
 
 @error_of(elementwise.SwiGLUBackward)
@@ -75,10 +75,9 @@ def grouped_matmul_wgrad(op: linalg.GroupedMatmulWgrad, p: Precision, y: Floats,
 
 @error_of(quant.GroupedScaledMatmulWgrad)
 def grouped_scaled_matmul_wgrad(op: quant.GroupedScaledMatmulWgrad, p: Precision, y: Floats, *operands: Array) -> Any:
-    """Like grouped_matmul_wgrad, each product with two more roundings for the scales; an exact sum is one in float64."""
-    if op.accumulation.arithmetic == "tensor-core":
+    """Like grouped_matmul_wgrad, each product with two more roundings for the scales."""
+    if op.accumulation.arithmetic != "float32":
         return 0.0
-    p = p if op.accumulation.arithmetic == "float32" else FLOAT64
     *given, counts = operands
     (magnitude,) = unrounded(op, (*map(np.abs, given), counts))
     return p.gamma(counts.astype(np.float64) + 2)[:, None, None] * magnitude
