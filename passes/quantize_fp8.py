@@ -47,6 +47,8 @@ class QuantizeFp8(Pass):
 
     after:
 
+        module { stage=quantized, recipe="deepseek-v3" }
+
         func @f(%x: bf16[8, 256]) {
           %w: bf16[384, 256] = param("up_proj.weight")                                 @ f#1 F
           %xq: f8e4m3[8, 256], %xs: f32[8, 2] = quantize(%x)                           @ f#2.1 F
