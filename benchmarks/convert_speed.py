@@ -3,7 +3,7 @@
 Writes a checkpoint of about 3 GB in BF16 into a temporary folder (one dense layer, one MoE layer with 16 experts, a small vocabulary),
 converts it to FP8 and back, and removes everything. Each conversion is a process of its own, bound to one core; this one reads its RssAnon
 from /proc every 10 milliseconds. To be reached: 150 MB of BF16 a second, in either direction, and less than 1 GB. The files have just been
-written, so they are read from the page cache; what is written is synchronised to the disk and is part of the time, so leave the machine idle.
+written, so they come from the page cache; what is written is synchronised to the disk within the time. Leave the machine idle meanwhile.
 
     python benchmarks/convert_speed.py
 """
