@@ -91,9 +91,8 @@ def probes() -> Iterator[None]:
 
 
 def test_options_are_fields() -> None:
-    (found,) = parse_pipeline(
-        'probe{budget-gb=80, recipe="a,b", tile=[128, 1], parts=[mlp, 60, "x y"], dtype=bf16, mode=solver, eager=true}'
-    )
+    text = 'probe{budget-gb=80, recipe="a,b", tile=[128, 1], parts=[mlp, 60, "x y"], dtype=bf16, mode=solver, eager=true}'
+    (found,) = parse_pipeline(text)
     assert found == Probe(80.0, "a,b", (128, 1), ("mlp", "60", "x y"), DType.bf16, "solver", True)
     assert isinstance(found, Probe)
     assert isinstance(found.budget_gb, float)
