@@ -57,27 +57,41 @@ def _clamped(x, LARGEST: tl.constexpr):
 
 
 @device
+def _e4m3_code(x, SATURATE: tl.constexpr):
+    over = tl.abs(x) > 464.0
+    code = _fp8_code(_clamped(x, 448.0), 7, 3)
+    return code if SATURATE else tl.where(over, 0x7F, code).to(tl.uint8)
+
+
+@device
+def _e5m2_code(x, SATURATE: tl.constexpr):
+    over = tl.abs(x) >= 61440.0
+    code = _fp8_code(_clamped(x, 57344.0), 15, 2)
+    return code if SATURATE else tl.where(over, ((bits_of(x) >> 24) & 0x80) | 0x7C, code).to(tl.uint8)
+
+
+@device
 def to_e4m3(x, SATURATE: tl.constexpr = True):
     """float32 x as E4M3: beyond 448 the largest number or, without SATURATE, NaN where it rounds beyond; NaN is code 0x7f."""
+    if INTERPRET:
+        return _e4m3_code(x, SATURATE).to(tl.float8e4nv, bitcast=True)
     over = tl.abs(x) > 464.0
     x = _clamped(x, 448.0)
     if not SATURATE:
         x = tl.where(over, float("nan"), x)
-    if INTERPRET:
-        return _fp8_code(x, 7, 3).to(tl.float8e4nv, bitcast=True)
     return x.to(tl.float8e4nv)
 
 
 @device
 def to_e5m2(x, SATURATE: tl.constexpr = True):
     """float32 x as E5M2: beyond 57344 the largest number or, without SATURATE, infinity where it rounds beyond; NaN is code 0x7f."""
-    over = tl.abs(x) >= 61440.0
-    sign = (bits_of(x) >> 24) & 0x80
-    x = _clamped(x, 57344.0)
-    code = _fp8_code(x, 15, 2) if INTERPRET else x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    if INTERPRET:
+        return _e5m2_code(x, SATURATE).to(tl.float8e5, bitcast=True)
+    code = _clamped(x, 57344.0).to(tl.float8e5)
     if not SATURATE:
-        code = tl.where(over, (sign | 0x7C).to(tl.uint8), code)
-    return code.to(tl.float8e5, bitcast=True)
+        infinite = ((bits_of(x) >> 24) & 0x80) | 0x7C
+        code = tl.where(tl.abs(x) >= 61440.0, infinite, code.to(tl.uint8, bitcast=True)).to(tl.uint8).to(tl.float8e5, bitcast=True)
+    return code
 
 
 @device
@@ -100,13 +114,17 @@ def to_e5m6(x):
 
 @device
 def narrow(x, FORMAT: tl.constexpr, SATURATE: tl.constexpr = True):
-    """float32 x as the element type named FORMAT, an `ir` dtype: f32, f16, bf16, f8e4m3, f8e5m2 or e5m6."""
+    """float32 x as what a slot of `format` FORMAT holds: a dtype (not e8m0), or FP8 `_bytes`."""
     if FORMAT == "bf16":
         return to_bf16(x)
     elif FORMAT == "f8e4m3":
         return to_e4m3(x, SATURATE)
     elif FORMAT == "f8e5m2":
         return to_e5m2(x, SATURATE)
+    elif FORMAT == "f8e4m3_bytes":
+        return _e4m3_code(x, SATURATE)
+    elif FORMAT == "f8e5m2_bytes":
+        return _e5m2_code(x, SATURATE)
     elif FORMAT == "e5m6":
         return to_e5m6(x)
     elif FORMAT == "f16":
@@ -117,16 +135,16 @@ def narrow(x, FORMAT: tl.constexpr, SATURATE: tl.constexpr = True):
 
 @device
 def widen(x, FORMAT: tl.constexpr):
-    """The exact value of x, loaded from a tensor of the dtype FORMAT, as float32 (float64 is rounded to it)."""
+    """The exact value of x, loaded from a slot of `format` FORMAT, as float32 (float64 is rounded to it)."""
     if FORMAT == "e8m0":
         code = x.to(tl.int32)
         return from_bits(tl.where(code == 0, 0x400000, tl.where(code == 255, 0x7FC00000, code << 23)))
-    elif INTERPRET and FORMAT == "f8e4m3":
+    elif FORMAT == "f8e4m3_bytes" or (INTERPRET and FORMAT == "f8e4m3"):
         code = x.to(tl.uint8, bitcast=True).to(tl.int32)
         magnitude = from_bits((code & 0x7F) << 20) * 2.0**120
         magnitude = tl.where((code & 0x7F) == 0x7F, float("nan"), magnitude)
         return from_bits(bits_of(magnitude) | ((code & 0x80) << 24))
-    elif INTERPRET and FORMAT == "f8e5m2":
+    elif FORMAT == "f8e5m2_bytes" or (INTERPRET and FORMAT == "f8e5m2"):
         code = x.to(tl.uint8, bitcast=True).to(tl.int32)
         magnitude = from_bits((code & 0x7F) << 21) * 2.0**112
         special = from_bits(tl.where((code & 0x7F) == 0x7C, 0x7F800000, 0x7FC00000))

@@ -8,7 +8,7 @@ tensor is touched, so one description serves the executor on a GPU, the interpre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -45,7 +45,7 @@ class Slot:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     as_bytes: bool = False
-    """Whether the kernel sees bytes whatever the dtype: for codes that it takes apart itself."""
+    """Whether the kernel sees bytes: FP8 codes that it takes apart itself."""
 
     @property
     def size(self) -> int:
@@ -57,9 +57,15 @@ class Slot:
         """Its type in a kernel's signature."""
         return "*u8" if self.as_bytes else POINTERS[self.dtype]
 
-    def bytes(self) -> Slot:
-        """The same memory as bytes."""
-        return Slot(self.kind, self.index, self.dtype, self.shape, self.strides, True)
+    @property
+    def format(self) -> str:
+        """What `arithmetic.widen` and `narrow` are told of its elements: the dtype, with `_bytes` where FP8 is handled as bytes."""
+        return f"{self.dtype.name}_bytes" if self.as_bytes else self.dtype.name
+
+    def on(self, target: Target) -> Slot:
+        """The slot as `target` takes it: as bytes where it is FP8 and the target has no such type."""
+        fp8 = self.dtype in (DType.f8e4m3, DType.f8e5m2)
+        return replace(self, as_bytes=True) if fp8 and target.fp8 == "none" else self
 
 
 Slots: TypeAlias = "Slot | tuple[Slots, ...]"

@@ -56,13 +56,16 @@ class Gemm:
     group: int = 8
 
 
-def scaled_gemm(m: int, n: int, k_step: int, target: Target) -> Gemm:
-    """The tile of a block-scaled FP8 product [m, k] x [n, k].
+def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target) -> Gemm:
+    """The tile of a block-scaled FP8 product [m, k] x [n, k], scaled every `k_step` elements of k.
 
     On Hopper m is never below 64: a narrower tile leaves the warp-group instruction, which changes speed and the bits of the result. Of
     the tiles that do not spill there, 128 x 128 on 8 warps has the least operand traffic, 64 x 128 on 4 fills the machine sooner: it is
-    taken where the larger one would leave more than half of the units idle.
+    taken where the larger one would leave more than half of the units idle. Where rows are not aligned to 16 bytes, copies cannot run
+    ahead of the product: operands wait in registers, and the tile is smaller.
     """
+    if k % 16:
+        return Gemm(64, 64, k_step, 8, 2)
     if target.backend == "hip":
         return Gemm(64 if m <= 64 else 128, 128, k_step, 8, 2)
     if target.name == "sm_90":

@@ -100,17 +100,17 @@ def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, 
     first, matrix = tl.program_id(0).to(tl.int64) * DOWN, tl.program_id(2).to(tl.int64)
     i = tl.arange(0, DOWN * BLOCK_H)
     j = tl.arange(0, ACROSS * BLOCK_W)
-    column_tile = tl.program_id(1) * ACROSS + j // BLOCK_W
-    column = column_tile * WIDTH + j % BLOCK_W
+    column = (tl.program_id(1) * ACROSS + j // BLOCK_W) * WIDTH + j % BLOCK_W
+    down = i // BLOCK_H * HEIGHT + i % BLOCK_H
     if GROUPS > 0:
         start, stop = group_rows(first, COUNTS, groups, HEIGHT, GROUPS)
-        row = start + i
     else:
-        row = (first + i // BLOCK_H) * HEIGHT + i % BLOCK_H
-        stop = rows
-    inside = ((i % BLOCK_H < HEIGHT) & (row < stop))[:, None] & ((j % BLOCK_W < WIDTH) & (column < columns))[None, :]
-    at = (matrix * rows + row)[:, None] * columns + column[None, :]
-    x = widen(tl.load(X + at, mask=inside, other=0.0), SOURCE)
+        start, stop = first * HEIGHT, rows
+    inside = ((i % BLOCK_H < HEIGHT) & (start + down < stop))[:, None] & ((j % BLOCK_W < WIDTH) & (column < columns))[None, :]
+    # 64-bit arithmetic once per program, 32-bit per element: an address takes one register instead of two.
+    origin = (matrix * rows + start) * columns
+    at = down[:, None] * columns + column[None, :]
+    x = widen(tl.load(X + origin + at, mask=inside, other=0.0), SOURCE)
     tiled = tl.reshape(x, (DOWN, BLOCK_H, ACROSS, BLOCK_W))
     magnitude = bits_of(tiled) & 0x7FFFFFFF
     amax = from_bits(tl.max(tl.max(magnitude, axis=3), axis=1))
@@ -118,12 +118,13 @@ def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, 
     factor = tl.broadcast_to(factor[:, None, :, None], (DOWN, BLOCK_H, ACROSS, BLOCK_W))
     scaled = tl.div_rn(tiled, factor) if APPLY == "divide" else tiled * factor
     codes = narrow(tl.reshape(scaled, (DOWN * BLOCK_H, ACROSS * BLOCK_W)), FORMAT, CLAMP)
-    tl.store(CODES + at, codes, mask=inside)
+    tl.store(CODES + origin + at, codes, mask=inside)
     if GROUPS > 0:
         scale = tl.where(start < stop, scale, 0.0)
-    down = first + tl.arange(0, DOWN)[:, None]
-    across = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)[None, :]
-    tl.store(SCALES + (matrix * tile_rows + down) * tile_columns + across, scale, mask=(down < tile_rows) & (across < tile_columns))
+    tile_row = first + tl.arange(0, DOWN)[:, None]
+    tile_column = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)[None, :]
+    there = (tile_row < tile_rows) & (tile_column < tile_columns)
+    tl.store(SCALES + (matrix * tile_rows + tile_row) * tile_columns + tile_column, scale, mask=there)
 
 
 def tiling(height: int, width: int, grouped: bool) -> tuple[int, int, int, int]:
@@ -137,6 +138,7 @@ def tiling(height: int, width: int, grouped: bool) -> tuple[int, int, int, int]:
 
 @kernel(Quantize)
 def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: Slot, scales: Slot) -> Launch | Declined:
+    x, codes = x.on(target), codes.on(target)
     height, width = op.tile
     if power_of_two(height) * power_of_two(width) > LARGEST_BLOCK:
         return Declined(f"tiles of {height} x {width} elements, expected at most {LARGEST_BLOCK} in a tile")
@@ -159,7 +161,7 @@ def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: 
         constants={
             **{"HEIGHT": height, "WIDTH": width, "DOWN": down, "ACROSS": across, "BLOCK_H": block_h, "BLOCK_W": block_w},
             "GROUPS": power_of_two(counts.size) if counts is not None and grouped else 0,
-            **{"SOURCE": x.dtype.name, "FORMAT": op.dtype.name, "CLAMP": rule.clamp},
+            **{"SOURCE": x.format, "FORMAT": codes.format, "CLAMP": rule.clamp},
             "FLOOR": rule.floor,
             "LARGEST": FORMATS[op.dtype.name].max if rule.max is None else rule.max,
             "SOURCE_MAX": FORMATS[x.dtype.name if x.dtype in (DType.bf16, DType.f16) else "f32"].max,

@@ -41,6 +41,6 @@ def rms_norm(op: RmsNorm, target: Target, x: Slot, weight: Slot, y: Slot) -> Lau
         rms_norm_kernel,
         grid=(ceil_div(rows, tile.rows),),
         arguments={"X": x, "W": weight, "Y": y, "rows": rows, "eps": op.eps},
-        constants={"COLUMNS": columns, "ROWS": tile.rows, "WIDTH": tile.width, "FORMAT": x.dtype.name, "WEIGHT": weight.dtype.name},
+        constants={"COLUMNS": columns, "ROWS": tile.rows, "WIDTH": tile.width, "FORMAT": x.format, "WEIGHT": weight.format},
         num_warps=tile.num_warps,
     )

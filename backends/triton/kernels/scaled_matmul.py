@@ -128,15 +128,16 @@ def scaled_matmul(op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: 
         return reason
     if op.a_tile[0] > 1 and len(a.shape) > 2:
         return Declined(f"tiles of {op.a_tile[0]} rows over a stack of matrices, expected tiles of one row")
+    a, b = a.on(target), b.on(target)
     m, n, k = c.size // max(1, c.shape[-1]), c.shape[-1], a.shape[-1]
-    tile = scaled_gemm(m, n, op.a_tile[1], target)
+    tile = scaled_gemm(m, n, k, op.a_tile[1], target)
     return Launch(
         scaled_matmul_kernel,
         grid=(ceil_div(m, tile.m) * ceil_div(n, tile.n),),
         arguments={"A": a, "SA": a_scales, "B": b, "SB": b_scales, "C": c, "m": m, "n": n, "k": k, "steps": ceil_div(k, tile.k)},
         constants={
             **{"TILE_A": op.a_tile[0], "TILE_B": op.b_tile[0], "FORMULA": accumulation.formula},
-            **{"FORMAT_A": a.dtype.name, "FORMAT_B": b.dtype.name, "OUT": op.out.name},
+            **{"FORMAT_A": a.format, "FORMAT_B": b.format, "OUT": c.format},
             **{"FNUZ": target.fp8 == "fnuz", "DEQUANTIZE": target.fp8 == "none"},
             **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group},
         },

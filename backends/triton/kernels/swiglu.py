@@ -35,6 +35,6 @@ def swiglu(op: SwiGLU, target: Target, gate: Slot, up: Slot, y: Slot) -> Launch 
         swiglu_kernel,
         grid=(ceil_div(y.size, BLOCK),),
         arguments={"G": gate, "U": up, "Y": y, "size": y.size},
-        constants={"GATE": gate.dtype.name, "UP": up.dtype.name, "FORMAT": y.dtype.name, "BLOCK": BLOCK},
+        constants={"GATE": gate.format, "UP": up.format, "FORMAT": y.format, "BLOCK": BLOCK},
         num_warps=warps(BLOCK),
     )
