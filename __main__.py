@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from signal import SIGTERM, signal
+
 
 def main() -> None:
     """Run the command that the arguments say."""
-    from .driver.cli import main as cli
-
+    try:
+        from .driver.cli import main as cli
+        from .driver.cli import terminated
+    except KeyboardInterrupt:
+        sys.exit(130)
+    signal(SIGTERM, terminated)
     cli()
 
 

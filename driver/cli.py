@@ -1,6 +1,7 @@
 """The `dsc` command: its errors, its exit codes, and how options are shared. The commands themselves are in commands.py.
 
-Exit codes: 0 done (for diff: the same), 1 different (diff only), 2 an error, 130 interrupted.
+Exit codes: 0 done (for diff: the same), 1 different (diff only), 2 an error; as a shell has them for signals, 130 interrupted, 141
+nobody reads on, 143 terminated.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -23,7 +25,7 @@ class Group(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, no_args_is_help=True)
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dsc", prog_name="dsc")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -45,26 +47,22 @@ inputs_option = click.option("--inputs", metavar="FILE.npz", help="An array for 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its code."""
-    from . import commands  # noqa: F401 - attaches the commands to the group
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]  # it may stand before or after the command
     try:
-        code = cli.main(given, prog_name="dsc", standalone_mode=False, obj=("dsc", *given))
+        from . import commands  # noqa: F401 - attaches the commands to the group
+
+        code = cli.main(given or ["--help"], prog_name="dsc", standalone_mode=False, obj=("dsc", *given))
         sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.ctx.get_help() if error.ctx else error)
-        sys.exit(0)
+    except (BrokenPipeError, SystemExit):  # the reader has gone, which click meets by exiting: say nothing more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 141
     except click.ClickException as error:
         _fail(error.format_message(), debug, hint=error.ctx if isinstance(error, click.UsageError) else None)
-    except (KeyboardInterrupt, click.Abort):
-        print("\ndsc: interrupted; nothing half-written was left behind", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say nothing more
-        sys.exit(0)
+    except (KeyboardInterrupt, click.Abort) as error:  # click makes the one the other, and ends the line that was begun
+        print("dsc: interrupted; nothing half-written was left behind", file=sys.stderr)
+        sys.exit(143 if isinstance(error.__cause__ or error, Terminated) else 130)
     except DscError as error:
         _fail(str(error), debug)
     except OSError as error:
@@ -74,9 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"out of memory{f': {error}' if str(error) else ''}", debug)
     except Exception as error:
         _fail(f"internal error: {type(error).__name__}: {error} (dsc --debug {shlex.join(given)} shows where)", debug)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, debug: bool, hint: click.Context | None = None) -> None:
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end. It is met as Ctrl-C is: what was begun is cleared away."""
+
+
+def terminated(number: int, frame: object) -> None:
+    """The handler of SIGTERM."""
+    raise Terminated
+
+
+def _fail(message: str, debug: bool, hint: click.Context | None = None) -> NoReturn:
     if debug:
         traceback.print_exc()
     if hint:
