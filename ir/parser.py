@@ -89,10 +89,12 @@ class _Tree(Transformer[Token, Any]):
         updates: list[Any] = next((r.children for r in rest if hasattr(r, "data")), [])
         return _Func(name, params, updates, [r for r in rest if isinstance(r, _Stmt)], rest[-1])
 
-    def param(self, name: Token, type: Type | DscError) -> tuple[Token, Type | DscError]:
+    def binder(self, name: Token, type: Type | DscError) -> tuple[Token, Type | DscError]:
         return name, type
 
-    binder = param
+    def usual_binder(self, token: Token) -> tuple[Token, Type | DscError]:
+        name, _, type = token.partition(": ")
+        return Token("VALUE", name, line=token.line, column=token.column), _usual_tensor(type)
 
     def update(self, name: Token, result: Token) -> tuple[Token, Token]:
         return name, result
@@ -115,9 +117,6 @@ class _Tree(Transformer[Token, Any]):
     def tensor(self, name: Token, *dims: Any) -> Type | DscError:
         fault = next((d for d in dims if isinstance(d, DscError)), None)
         return fault or _tensor(name, tuple(d for d in dims if d is not None))
-
-    def usual_tensor(self, token: Token) -> Type | DscError:
-        return _usual_tensor(str(token))
 
     def bundle(self, *types: Any) -> Type | DscError:
         return next((t for t in types if isinstance(t, DscError)), Bundle(tuple(t for t in types if t)))
@@ -336,7 +335,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-_UNSAID = ("COMMENT", "__IGNORE_0", "TENSOR", "PLACE")
+_UNSAID = ("COMMENT", "__IGNORE_0", "BINDER", "PLACE")
 """Terminals that a message does not list: ignored ones, and those that stand for a sequence of others."""
 
 _WORDS: dict[str, str] = {
@@ -356,7 +355,8 @@ def _syntax(error: UnexpectedInput, text: str) -> Diagnostic:
     allowed: Iterable[str] = getattr(error, "accepts", None) or getattr(error, "expected", None) or getattr(error, "allowed", None) or ()
     expected = ", ".join(sorted({spelled(name) for name in allowed if name not in _UNSAID}))
     if isinstance(error, UnexpectedToken) and error.token.type != "$END":
-        return Diagnostic(error.line, error.column, f"found {str(error.token)!r}, expected {expected}")
+        found = error.token.partition(":")[0] if error.token.type == "BINDER" else str(error.token)
+        return Diagnostic(error.line, error.column, f"found {found!r}, expected {expected}")
     if isinstance(error, UnexpectedCharacters):
         at = error.pos_in_stream or 0
         if text[at : at + 1] == '"':
