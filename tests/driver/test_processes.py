@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 DSC = [sys.executable, "-m", "dsc"]
+INTERRUPTED = {130, -signal.SIGINT}
+"""To a shell both are 130: Python sends itself the signal where the interrupt passed through code that it ran for an import."""
 
 
 def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -68,8 +70,8 @@ main()
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_while_writing(scale: Path, tmp_path: Path, sent: signal.Signals, code: int, old: bool) -> None:
+@pytest.mark.parametrize(("sent", "codes"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, {143})])
+def test_interrupted_while_writing(scale: Path, tmp_path: Path, sent: signal.Signals, codes: set[int], old: bool) -> None:
     """Nothing of the new artifact is left, and an older one is as it was."""
     folder = tmp_path / "folder"
     if old:
@@ -83,7 +85,7 @@ def test_interrupted_while_writing(scale: Path, tmp_path: Path, sent: signal.Sig
     assert len(drafts) == 1, "the draft does not lie beside its place"
     process.send_signal(sent)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == code
+    assert process.returncode in codes
     assert "Traceback" not in err
     assert err.strip() == "dsc: interrupted; nothing half-written was left behind"
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
@@ -103,7 +105,7 @@ def test_interrupted_while_tracing(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
         if process.returncode == 0:
             break  # it was quicker than the signal
-        assert process.returncode == 130
+        assert process.returncode in INTERRUPTED
         assert err.strip() == "dsc: interrupted; nothing half-written was left behind"
         assert list(tmp_path.iterdir()) == []
 
