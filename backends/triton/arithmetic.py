@@ -1,9 +1,9 @@
 """Device functions that kernels share: exact casts to and from narrow formats, and float32 functions whose error is known.
 
 A cast rounds once, to nearest even, and saturates FP8, as `numerics.formats.round_to` does to the bit. A GPU's conversions do that by
-themselves; Triton's interpreter does not (BF16 truncates, FP8 rounds ties away from zero, loses carries and does not saturate, NaN and
-infinity become numbers), so there the code is computed from the bits. `INTERPRET` is a constant when a kernel is compiled: nothing of
-this remains in machine code.
+themselves; Triton's interpreter does not (BF16 truncates and loses subnormals, FP8 rounds ties away from zero, loses carries and does not
+saturate, NaN and infinity become numbers), so there the code is computed from the bits. `INTERPRET` is a constant when a kernel is
+compiled: nothing of this remains in machine code.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def to_bf16(x):
     """float32 x as bfloat16."""
     if INTERPRET:
         bits = bits_of(x)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = from_bits(tl.where(x != x, (bits & -65536) | 0x400000, rounded))
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(x != x, bits | 0x400000, rounded)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(tl.bfloat16)
 
 
@@ -150,6 +151,8 @@ def widen(x, FORMAT: tl.constexpr):
         special = from_bits(tl.where((code & 0x7F) == 0x7C, 0x7F800000, 0x7FC00000))
         magnitude = tl.where((code & 0x7F) >= 0x7C, special, magnitude)
         return from_bits(bits_of(magnitude) | ((code & 0x80) << 24))
+    elif INTERPRET and FORMAT == "bf16":
+        return from_bits(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
     else:
         return x.to(tl.float32)
 

@@ -84,7 +84,7 @@ def main() -> None:
         try:
             answer = compile_job(job)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -1,0 +1,140 @@
+"""Compiling ahead of time, with no GPU: the machine code is what it should be, and the cache and its workers hold.
+
+Every compilation runs in a worker process, so the interpreter of the other tests does not get in its way.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dsc.backends.triton import aot
+from dsc.backends.triton.targets import TARGETS, parse_targets, require_fp8
+from dsc.ir.core import Builder, Module
+from dsc.ir.errors import DscError
+from dsc.ir.ops.norm import RmsNorm
+from dsc.ir.ops.quant import Quantize, ScaledMatmul
+from dsc.ir.types import DType, Tensor
+
+pytestmark = pytest.mark.slow
+
+
+def program(m: int, n: int, k: int) -> Module:
+    """Norm, quantise, multiply: x [m, k] by a quantised weight [n, k]."""
+    b = Builder("main")
+    x = b.param("x", Tensor(DType.bf16, (m, k)))
+    weight = b.param("w", Tensor(DType.bf16, (k,)))
+    codes = b.param("b", Tensor(DType.f8e4m3, (n, k)))
+    scales = b.param("sb", Tensor(DType.f32, (-(-n // 128), -(-k // 128))))
+    a, sa = b.emit(Quantize(b.emit(RmsNorm(x, weight, 1e-6)).result)).results
+    return Module((b.finish(b.emit(ScaledMatmul(a, sa, codes, scales)).results),))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+def compiled(module: Module, target: str, cache: Path) -> dict[str, aot.Compiled]:
+    return {c.job.function: c for c in aot.compile_jobs(aot.jobs(module, parse_targets(target)), cache=cache)}
+
+
+def matmul_of(target: str, cache: Path, shape: tuple[int, int, int] = (4096, 4096, 7168)) -> aot.Compiled:
+    return compiled(program(*shape), target, cache)["scaled_matmul_kernel"]
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096, 7168), (64, 576, 7168), (1, 2112, 7168)])
+def test_hopper_multiplies_by_warp_groups(shape: tuple[int, int, int], cache: Path) -> None:
+    """QGMMA only, no spills, one multiply-add per output and promotion: below 64 rows Triton would leave the warp-group instruction."""
+    made = matmul_of("sm_90", cache, shape)
+    facts = made.facts
+    assert facts["spill_bytes"] == 0
+    assert {name.split(".")[0] for name in facts["matrix"]} == {"QGMMA"}
+    assert all("E4M3.E4M3" in name for name in facts["matrix"])
+    assert any("wgmma.mma_async" in name and "e4m3.e4m3" in name for name in facts["ptx_matrix"])
+    constants = made.job.constants
+    outputs = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * facts["num_warps"])
+    assert facts["float32"]["FFMA"] == outputs
+    assert facts["float32"]["FMUL"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [
+        ("sm_89", "QMMA.16832.F32.E4M3.E4M3"),
+        ("sm_100", "UTCQMMA"),
+        ("sm_120", "QMMA.16832.F32.E4M3.E4M3"),
+        ("gfx942", "v_mfma_f32_32x32x16_fp8_fp8"),
+        ("gfx950", "v_mfma_f32_32x32x64_f8f6f4"),
+    ],
+)
+def test_every_target_multiplies_fp8(target: str, instruction: str, cache: Path) -> None:
+    facts = matmul_of(target, cache).facts
+    assert set(facts["matrix"]) == {instruction}
+    assert facts["spill_bytes"] == 0
+
+
+def test_without_fp8_codes_are_widened_when_asked(cache: Path) -> None:
+    with pytest.raises(DscError, match="sm_80 has no FP8 matrix instruction; --allow-dequant"):
+        require_fp8(parse_targets("sm_90,sm_80"), allow_dequant=False)
+    require_fp8(parse_targets("sm_80"), allow_dequant=True)
+    assert set(matmul_of("sm_80", cache).facts["matrix"]) == {"HMMA.16816.F32.BF16"}
+
+
+def test_the_check_would_notice_a_slower_instruction(cache: Path) -> None:
+    """The negative control: 16 rows per tile leave the warp-group instruction, and the disassembly says so."""
+    (job,) = (j for j in aot.jobs(program(4096, 4096, 7168), parse_targets("sm_90")) if j.function == "scaled_matmul_kernel")
+    narrow = replace(job, constants={**job.constants, "BLOCK_M": 16}, options={**job.options, "num_warps": 4})
+    (made,) = aot.compile_jobs([narrow], cache=cache)
+    assert not any(name.startswith("QGMMA") for name in made.facts["matrix"])
+
+
+def test_files_and_table(cache: Path, tmp_path: Path) -> None:
+    made = list(compiled(program(64, 576, 7168), "sm_90", cache).values())
+    aot.write(made, tmp_path)
+    lines = (tmp_path / "sm_90" / "kernels.txt").read_text().splitlines()
+    assert len(lines) == 4
+    assert lines[0].split()[:4] == ["kernel", "ops", "warps", "registers"]
+    for c in made:
+        files = [tmp_path / "sm_90" / f"{c.job.name}.{ending}" for ending in ("py", "ptx", "cubin", "json")]
+        assert all(file.stat().st_size for file in files)
+        described = json.loads(files[3].read_text())
+        assert described["target"] == "sm_90"
+        assert described["registers"] > 0
+        assert f"def {c.job.function}" in files[0].read_text()
+
+
+def test_one_kernel_is_compiled_once_and_its_files_are_found_again(tmp_path: Path) -> None:
+    jobs = [j for j in aot.jobs(program(64, 576, 7168), parse_targets("sm_90")) if j.function == "rms_norm_kernel"]
+    assert len(jobs) == 1
+    with ThreadPoolExecutor(2) as threads:  # two writers of one key
+        first = list(threads.map(lambda _: aot.compile_jobs(jobs, cache=tmp_path)[0], range(2)))
+    assert first[0].folder == first[1].folder
+    assert [p.name for p in tmp_path.iterdir()] == [jobs[0].key]
+    assert aot.compile_jobs(jobs, cache=tmp_path)[0].cached
+    assert aot.jobs(program(64, 576, 1024), parse_targets("sm_90"))[0].key != jobs[0].key
+
+
+def test_a_hanging_compiler_is_ended_and_named(tmp_path: Path) -> None:
+    jobs = aot.jobs(program(64, 576, 7168), parse_targets("sm_90"))
+    with pytest.raises(DscError, match=r"3 of 3 kernels did not compile; sm_90 \w+: took longer than 0.01 s"):
+        aot.compile_jobs(jobs, cache=tmp_path, limit=0.01)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_compile_says_why(tmp_path: Path) -> None:
+    (job,) = (j for j in aot.jobs(program(64, 576, 7168), parse_targets("sm_90")) if j.function == "rms_norm_kernel")
+    broken = replace(job, constants={**job.constants, "WIDTH": 100})
+    with pytest.raises(DscError, match=r"sm_90 rms_norm_kernel_\w+: CompilationError: arange's range must be a power of 2$"):
+        aot.compile_jobs([broken], cache=tmp_path)
+
+
+def test_unknown_targets_list_the_known_ones() -> None:
+    with pytest.raises(DscError, match=f"unknown target 'sm_91'; known are {', '.join(TARGETS)}"):
+        parse_targets("sm_90,sm_91")
