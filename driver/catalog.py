@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import MISSING
+from importlib.util import find_spec
 from typing import Any
 
 from ..ir.core import OPS
@@ -20,6 +21,17 @@ def facets() -> dict[str, Mapping[str, Any]]:
     return {"reference": {cls.name: function for cls, function in REFERENCES.items()}}
 
 
+def triton_facets() -> dict[str, Mapping[str, Any]]:
+    """The launchers of kernels, and the torch functions that run the other ops on a GPU; nothing where triton is not installed."""
+    if find_spec("triton") is None:
+        return {}
+    from ..backends.triton.kernels import KERNELS
+    from ..backends.triton.torch_ops import TORCH
+
+    kernels = {cls.name: found.launcher for cls, found in KERNELS.items()}
+    return {"kernel": kernels, "torch": {cls.name: function for cls, function in TORCH.items()}}
+
+
 def describe_ops() -> tuple[list[dict[str, Any]], str]:
     """Every op in a line, as JSON and as text."""
     rows = cards()
@@ -30,10 +42,11 @@ def describe_ops() -> tuple[list[dict[str, Any]], str]:
 def describe_op(name: str) -> tuple[dict[str, Any], str]:
     """One op's card, as JSON and as text."""
     found = card(name)
-    places = {"declared": found.place} | {consumer: place(table[name]) for consumer, table in facets().items() if name in table}
+    consumers = facets() | triton_facets()
+    places = {"declared": found.place} | {consumer: place(table[name]) for consumer, table in consumers.items() if name in table}
     if found.fused:
         places["expand"] = place(OPS[name].expand)
-    missing = [consumer for consumer, table in facets().items() if name not in table]
+    missing = [consumer for consumer, table in consumers.items() if name not in table]
     lines = [found.form, "", found.text, ""]
     if found.traits:
         lines.append(f"traits     {', '.join(found.traits)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
+@click.option("--target", metavar="sm_90,gfx942,...", help="Also compile the kernels for these GPUs, none of which need be here.")
+@click.option("--allow-dequant", is_flag=True, help="For a target without FP8: kernels that widen FP8 to BF16.")
 @json_option
-def compile(source: str, out: Path, as_json: bool, **options: Any) -> int:
+def compile(source: str, out: Path, as_json: bool, target: str | None, allow_dequant: bool, **options: Any) -> int:
     """Compile SRC into an artifact folder.
 
     SRC is a shipped model (dsc models), a config.json, a checkpoint folder, file.py:factory (a function that returns a
@@ -38,14 +41,21 @@ def compile(source: str, out: Path, as_json: bool, **options: Any) -> int:
     \b
     dsc compile deepseek-v3 -o out
     dsc compile deepseek-v3 -o out --recipe deepseek-v3
+    dsc compile deepseek-v3 -o out --recipe deepseek-v3 --target sm_90,sm_100,gfx942
     dsc compile deepseek-v3-tiny -o out --mode decode --context 128
     dsc compile path/to/config.json -o out --set num_hidden_layers=4 --seq 512
     """
     from .compile import compile as build
+    from .kernels import compile_kernels, parse_targets
 
+    targets = parse_targets(target, allow_dequant) if target else ()  # first: a wrong name should not cost a compilation
     start = time.perf_counter()
     with progress("compiling") as step:
         made = build(source, out, command=click.get_current_context().obj, on_step=step, **options)
+    kernels: list[dict[str, Any]] = []
+    if targets:
+        with ExitStack() as stack:
+            kernels = compile_kernels(made.module, out, targets, lambda n: stack.enter_context(progress("compiling kernels", n)))
     seconds = time.perf_counter() - start
     from ..ir.walk import parameters
 
@@ -53,12 +63,20 @@ def compile(source: str, out: Path, as_json: bool, **options: Any) -> int:
     total, active = sum(c.total for c in counted), sum(c.active for c in counted)
     ops = made.manifest.passes[-1].ops
     if as_json:
-        emit_json({"out": str(out), "seconds": seconds, "parameters": total, "active": active, **made.manifest.model_dump(mode="json")})
+        numbers = {"seconds": seconds, "parameters": total, "active": active, "kernels": kernels}
+        emit_json({"out": str(out), **numbers, **made.manifest.model_dump(mode="json")})
         return 0
     made_of = f"{plural(len(made.module.funcs), 'function')}, {plural(ops, 'op')}, {count(total)} parameters"
     print(f"{source}: {made_of} ({count(active)} active per token)")
     rows = [(p.name, p.file if p.changed else "unchanged", f"{p.seconds:.2f} s", f"{p.ops:,}") for p in made.manifest.passes]
     print(table(("step", "result", "time", "ops"), rows, left=2))
+    if kernels:
+        lines = [
+            [k["target"], f"kernels/{k['target']}/kernels.txt", ", ".join(k["matrix"]) or "-"]
+            + [str(k[counts]) for counts in ("kernels", "cached", "spilling")]
+            for k in kernels
+        ]
+        print(table(("target", "table", "matrix instructions", "kernels", "cached", "spilling"), lines, left=3))
     print(f"{out}: compiled in {seconds:.1f} s")
     return 0
 

@@ -90,7 +90,7 @@ def _strided_meta(held: torch.Tensor) -> torch.Tensor:
 
 def _offset(buffer: torch.Tensor) -> int:
     """Bytes from the start of the arena; of an empty tensor, too, whose address is 0."""
-    return buffer.storage_offset() * buffer.element_size()
+    return int(buffer.storage_offset()) * buffer.element_size()
 
 
 @dataclass(frozen=True)

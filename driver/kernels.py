@@ -1,0 +1,53 @@
+"""`dsc compile --target`: machine code of every kernel that a program needs, beside its IR."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..ir.core import Module
+from ..ir.errors import require
+
+FOLDER = "kernels"
+
+
+def parse_targets(text: str, allow_dequant: bool = False) -> tuple[Any, ...]:
+    """`sm_90,gfx942` as targets. `DscError` for an unknown one, and for one without FP8 unless `allow_dequant`."""
+    require(find_spec("triton") is not None, "--target needs the package triton: pip install 'dsc[triton]'")
+    from ..backends.triton import targets
+
+    found = targets.parse_targets(text)
+    targets.require_fp8(found, allow_dequant)
+    return found
+
+
+def compile_kernels(
+    module: Module, out: Path, targets: Sequence[Any], on_count: Callable[[int], Callable[[str], None]]
+) -> list[dict[str, Any]]:
+    """Write `out/kernels/<target>/` for each target, and say per target how many kernels there are, how many were cached, how many spill.
+
+    `on_count` is told how many kernels there are, and gives a function to call with the name of each that is done.
+    """
+    from ..backends.triton import aot
+
+    jobs = aot.jobs(module, targets)
+    compiled = aot.compile_jobs(jobs, on_done=on_count(len(jobs)))
+    draft = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=out))
+    try:
+        aot.write(compiled, draft)
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        draft.rename(out / FOLDER)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    found = []
+    for target in targets:
+        mine = [c for c in compiled if c.job.target is target]
+        matrix = sorted({name for c in mine for name in c.facts["matrix"]})
+        spilled = sum(c.facts["spill_bytes"] > 0 for c in mine)
+        cached = sum(c.cached for c in mine)
+        found.append({"target": target.name, "kernels": len(mine), "cached": cached, "spilling": spilled, "matrix": matrix})
+    return found
