@@ -19,6 +19,7 @@ from ..ir.ops.shape import CacheAppend, Concat, Take
 from ..ir.types import DType, Tensor, bound
 from ..models.weights import NUMPY_DTYPES
 from ..numerics.formats import FORMATS, round_to
+from .ui import plural
 
 Inputs = Sequence[Any] | Mapping[str, Any] | str | Path | None
 
@@ -39,7 +40,7 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, 
         faults += [f"input {name} is not one of the program's: {', '.join(names)}" for name in inputs if name not in names]
         require(not faults, "\n".join(faults))
         inputs = [inputs[name] for name in names]
-    require(len(inputs) == len(params), f"@main takes {len(params)} inputs ({', '.join(names)}), found {len(inputs)}")
+    require(len(inputs) == len(params), f"@main takes {plural(len(params), 'input')} ({', '.join(names)}), found {len(inputs)}")
     fitted, faults = [], []
     for param, array in zip(params, inputs, strict=True):
         try:
