@@ -1,10 +1,10 @@
 """`dsc compile deepseek-v3` against `torch.export` of the same model as `transformers` writes it, both with all 61 layers.
 
-Each run is a process of its own, which first imports everything and exports a two-layer MLP to warm up; neither is counted. Counted are
-for dsc the whole command (reading the config, building the modules, tracing, simplifying, quantising, writing the artifact), for the other side
-`torch.export.export` alone: not strict, on the meta device, static shapes, BF16, one sequence of 4,096 tokens. The best of three runs
-counts, the sides taking turns. Memory is the largest resident set of the process. To be reached: a quarter of the time, no more memory,
-and 61 layers in at most 1.3 times the time of 4.
+Each run is a process of its own, which first imports everything and exports a two-layer MLP to warm up; neither is counted. Counted
+are for dsc the whole command (reading the config, building the modules, tracing, simplifying, quantising to FP8, writing the artifact),
+for the other side `torch.export.export` alone: not strict, on the meta device, static shapes, BF16, one sequence of 4,096 tokens. The
+best of three runs counts, the sides taking turns. Memory is the largest resident set of the process. To be reached: a quarter of the
+time, no more memory, and 61 layers in at most 1.3 times the time of 4.
 
     python benchmarks/compile_speed.py
 """

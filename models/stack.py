@@ -17,7 +17,7 @@ from ..ir.core import Func, Symbol, Value
 from ..ir.ops.control import Call
 from ..ir.types import Tensor
 from .aten.graph import pruned
-from .aten.rules import TORCH, Emitter, type_of
+from .aten.rules import TORCH, Emitter, ints, type_of
 from .exported import export, import_program
 
 
@@ -82,13 +82,13 @@ class _Blocks:
         return call.results if several else call.result
 
     def _make(self, block: nn.Module, types: list[Tensor]) -> tuple[Func, bool]:
-        inputs = tuple(torch.empty(t.shape, dtype=TORCH[t.dtype], device="meta") for t in types)
+        inputs = tuple(torch.empty(ints(t.shape), dtype=TORCH[t.dtype], device="meta") for t in types)
         program = export(block, inputs)
         b = Emitter(self._name(type(block).__name__))
         func = pruned(b, import_program(program, b))
         self.funcs.append(func)
         self.constants |= b.constants
-        return func, not program.call_spec.out_spec.is_leaf()  # type: ignore[union-attr]
+        return func, not program.call_spec.out_spec.is_leaf()
 
     def _name(self, class_name: str) -> str:
         words = class_name.replace("MoE", "Moe")

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar, TypeGuard
 
 from ..ir.core import Builder, Func, Module, Op, Value, users
-from ..ir.ops.control import Iota, Literal
-from ..ir.ops.elementwise import Add, Cast, Div, Mul, Ne, Not, Sigmoid, Silu, SwiGLU, Where
+from ..ir.ops.control import Iota
+from ..ir.ops.elementwise import Cast, Div, Mul, Silu, SwiGLU
 from ..ir.ops.linalg import GroupedMatmul
 from ..ir.ops.moe import Combine, Dispatch, Route
-from ..ir.ops.reduce import Histogram, Max, Softmax, Sort, Sum, TopK
-from ..ir.ops.shape import Broadcast, Gather, Reshape, Scatter, Take
-from ..ir.types import DType, Shape
+from ..ir.ops.reduce import Histogram, Sort, Sum, TopK
+from ..ir.ops.shape import Reshape, Scatter, Take
+from ..ir.types import DType
 from .manager import Pass, register
 from .rewrite import rebuild
+from .routers import Selection, Users, Weights, chooses_experts, number, selection, weights_of
 from .simplify import drop_unused
 
-Users = Mapping[Value, list[Op]]
 _EXACT_ROWS = 1 << 24  # counts below it survive the way through float32 that the histogram takes
-_EPS = 1e-20  # what `route` adds to the sum that it divides by
 
 
 @register
@@ -32,8 +31,11 @@ class RaiseMoe(Pass):
     A router is a sigmoid or softmax of the logits, an optional bias, an optional choice of groups (by their two best or their best
     score), the top k, and their weights, normalised and scaled or not: `route`. Experts are a sort of the chosen ids, a histogram of
     them, rows gathered in that order, grouped products, the inverse order and a weighted sum over slots: `dispatch`, the products,
-    `swiglu` where one reads silu(gate) * up, and `combine`. The result is the same, bit for bit; what only looks alike stays, and
-    says why. `swiglu` skips the rounding of silu, so below float32 it is lifted only where that is asked for: `raise-moe{swiglu=true}`.
+    `swiglu` where one reads silu(gate) * up, and `combine`. The arithmetic is the same, in the same order; what only looks alike
+    stays, and says why. (One corner differs: a router that masks other groups with 0 may pick one of their experts, with weight 0,
+    where a score itself underflows to 0.)
+
+    `swiglu` skips the rounding of silu, so below float32 it is lifted only where that is asked for: `raise-moe{swiglu=true}`.
 
     Before `raise-moe`:
 
@@ -89,23 +91,23 @@ class RaiseMoe(Pass):
 
     def _routers(self, func: Func) -> Func:
         read = users(func)
-        plans = dict[int, tuple[_Weights, int]]()
+        plans = dict[int, tuple[Weights, int]]()
         for index, op in enumerate(func.ops):
-            if isinstance(op, TopK) and _chooses_experts(op, read):
-                found = _selection(op)
+            if isinstance(op, TopK) and chooses_experts(op, read):
+                found = selection(op)
                 if isinstance(found, str):
                     self.decline(func, op, found)
                 else:
-                    weights = _weights(op, found, read)
-                    plans[index] = weights, func.ops.index(weights.value.owner) if weights.value.owner else -1
+                    weights = weights_of(op, found, read)
+                    plans[index] = weights, func.ops.index(weights.value.owner) if weights.value and weights.value.owner else -1
         position, lifted = count(), dict[int, Value]()
 
         def rule(op: Op, b: Builder) -> tuple[Value, ...] | None:
             index = next(position)
             if index in plans and isinstance(op, TopK):
                 weights, last = plans[index]
-                found = _selection(op)
-                assert isinstance(found, _Selection)  # it was, before its operands were rebuilt
+                found = selection(op)
+                assert isinstance(found, Selection)  # it was, before its operands were rebuilt
                 b.emit(op)
                 route = b.emit(found.route(op.k, weights, b))
                 ids = b.emit(Cast(route.results[0], op.results[1].dtype)).result
@@ -129,14 +131,12 @@ class RaiseMoe(Pass):
 
         def rule(op: Op, b: Builder) -> tuple[Value, ...] | None:
             plan = plans.get(next(position))
-            if plan is None:
+            if plan is None or not (isinstance(op, Take) or plan.sort in sent):
                 return None
             if isinstance(op, GroupedMatmul):
                 return (b.emit(op.copy(id="", x=self._swiglu(func, op, b), counts=sent[plan.sort].counts)).result,)
             if isinstance(op, Take):
-                sort = op.indices.owner.a.owner  # type: ignore[union-attr]
-                ids = _plain(sort.x.owner.x)  # type: ignore[union-attr]
-                dispatch = Dispatch((op.x,), ids, plan.experts, names=(op.result.name, "counts", "handle"))
+                dispatch = Dispatch((op.x,), _ids_behind(op), plan.experts, names=(op.result.name, "counts", "handle"))
                 sent[plan.sort] = b.emit(dispatch)
                 return (dispatch.results[0],)
             total = op.x.owner if isinstance(op, Cast) else op
@@ -158,147 +158,6 @@ class RaiseMoe(Pass):
                         func, x.owner, f"swiglu would skip the rounding of silu to {x.dtype}; raise-moe{{swiglu=true}} accepts that"
                     )
         return x
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """How a router chooses."""
-
-    scores: Value
-    logits: Value
-    score: str
-    bias: Value | None = None
-    groups: int = 1
-    top_groups: int = 1
-    group_score: str = "top2"
-
-    def route(self, top_k: int, weights: _Weights, b: Builder) -> Route:
-        """The op, over logits in float32: scores are computed in it from logits of any type."""
-        logits = self.logits if self.logits.dtype is DType.f32 else b.emit(Cast(self.logits, DType.f32)).result
-        grouping = {"groups": self.groups, "top_groups": self.top_groups, "group_score": self.group_score}
-        names = ("ids", "weights")
-        return Route(  # type: ignore[misc]
-            logits, self.bias, top_k, self.score, **grouping, normalize=weights.normalize, scale=weights.scale, names=names
-        )
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What becomes of the chosen scores, up to `value`."""
-
-    value: Value
-    normalize: bool = False
-    scale: float = 1.0
-
-
-def _chooses_experts(op: TopK, read: Users) -> bool:
-    """Whether what it picks is sorted, as grouped experts do, or it picks from scores."""
-    flat = [user for user in read.get(op.results[1], []) if isinstance(user, Reshape)]
-    if any(isinstance(user, Sort) for view in flat for user in read.get(view.result, [])):
-        return True
-    return op.x.tensor.rank == 2 and bool(flat) and not isinstance(_selection(op), str)
-
-
-def _selection(op: TopK) -> _Selection | str:
-    """The choice that ends in this top-k, or what is unlike a router's."""
-    choice, rank = op.x, op.x.tensor.rank
-    if rank != 2 or op.axis % rank != 1 or choice.dtype is not DType.f32:
-        return f"it picks along axis {op.axis} of {choice.type}, expected f32[tokens, experts]"
-    groups: tuple[int, int, str] = 1, 1, "top2"
-    fill = None
-    if isinstance(choice.owner, Where):
-        masked = _group_mask(choice.owner)
-        if isinstance(masked, str):
-            return masked
-        choice, fill, groups = choice.owner.b, _number(choice.owner.a), masked
-    bias = None
-    if isinstance(choice.owner, Add) and not _is_score(choice):
-        pair = choice.owner.a, choice.owner.b
-        choice, bias = pair if _is_score(pair[0]) else pair[::-1]
-        if bias.shape != choice.shape[1:] or bias.dtype is not DType.f32:
-            return f"the bias is {bias.type}, expected one float32 number for each expert of {choice.type}"
-    if not _is_score(choice):
-        return f"it picks from a {choice.owner.name if choice.owner else 'parameter'}, expected sigmoid or softmax of logits"
-    if fill == 0 and bias is not None:
-        return "other groups are masked with 0, which a biased score may fall below; expected -inf"
-    score = "sigmoid" if isinstance(choice.owner, Sigmoid) else "softmax"
-    return _Selection(choice, choice.owner.x, score, bias, *groups)
-
-
-def _is_score(value: Value) -> bool:
-    owner = value.owner
-    over_experts = isinstance(owner, Softmax) and owner.axis % owner.x.tensor.rank == 1
-    return (isinstance(owner, Sigmoid) or over_experts) and value.dtype is DType.f32
-
-
-def _group_mask(op: Where) -> tuple[int, int, str] | str:
-    """Groups, how many of them stay, and by which score, where `op` masks the experts of the other groups."""
-    other = "a mask stands before the choice that is not one of expert groups"
-    choice, keeps = op.b, op.condition.owner
-    if _number(op.a) not in (0.0, float("-inf")):
-        return f"{other}: it fills in {_number(op.a)}, expected -inf or 0"
-    if not (isinstance(keeps, Not) and isinstance(keeps.x.owner, Ne) and _number(keeps.x.owner.b) == 0):
-        return other
-    shapes, value = list[Shape](), keeps.x.owner.a
-    while isinstance(value.owner, (Reshape, Broadcast)):
-        shapes.append(value.shape)
-        value = value.owner.x
-    marks = value.owner
-    marked = isinstance(marks, Scatter) and marks.axis % 2 == 1 and _number(marks.x) == 0 and _number(marks.updates) == 1
-    if not (isinstance(marks, Scatter) and marked and isinstance(marks.indices.owner, TopK)):
-        return other
-    chosen = marks.indices.owner
-    tokens, experts = choice.shape
-    groups, size = chosen.x.shape[-1], 0
-    if isinstance(groups, int) and isinstance(experts, int):
-        size = experts // groups
-    spread = {(tokens, groups, 1), (tokens, groups, size), (tokens, experts), (tokens, groups)}
-    if not spread.issuperset(shapes) or groups * size != experts or marks.indices is not chosen.results[1]:  # type: ignore[operator]
-        return other
-    best = chosen.x.owner
-    if isinstance(best, Max) and _grouped_choice(best.x, choice, size) and [a % 3 for a in best.axes] == [2]:
-        return groups, chosen.k, "max"  # type: ignore[return-value]
-    if isinstance(best, Sum) and [a % 3 for a in best.axes] == [2] and isinstance(two := best.x.owner, TopK):
-        if two.k == 2 and two.axis in (-1, 2) and best.x is two.results[0] and _grouped_choice(two.x, choice, size):
-            return groups, chosen.k, "top2"  # type: ignore[return-value]
-    return "groups are not scored by their best or their two best experts"
-
-
-def _grouped_choice(value: Value, choice: Value, size: int) -> bool:
-    return isinstance(value.owner, Reshape) and value.owner.x is choice and value.tensor.rank == 3 and value.shape[2] == size
-
-
-def _weights(op: TopK, found: _Selection, read: Users) -> _Weights:
-    """Follow the chosen scores through normalisation and scaling, as far as `route` does the same."""
-    ids = op.results[1]
-    picked = [user.result for user in read.get(ids, []) if isinstance(user, Gather) and user.x is found.scores and user.axis % 2 == 1]
-    if not picked and found.bias is not None:
-        return _Weights(op.results[0])
-    value, normalize, scale = (picked or [op.results[0]])[0], False, 1.0
-    if found.bias is not None and value is op.results[0]:
-        return _Weights(value)
-    for user in read.get(value, []):
-        if isinstance(user, Div) and user.a is value and _is_sum_of(user.b, value, found.score):
-            value, normalize = user.result, True
-            break
-    for user in read.get(value, []):
-        factor = next((_number(v) for v in user.operands if v is not value and v.shape == ()), None) if isinstance(user, Mul) else None
-        if factor is not None:
-            value, scale = user.result, factor
-            break
-    return _Weights(value, normalize, scale)
-
-
-def _is_sum_of(value: Value, parts: Value, score: str) -> bool:
-    """Whether value is sum(parts) + 1e-20. Of softmax the sum alone will do: k of E cannot be less than 1 / E, which 1e-20 leaves as it is."""
-    total = value.owner
-    if isinstance(total, Add):
-        if _number(total.b) != _EPS:
-            return False
-        total = total.a.owner
-    elif score != "softmax":
-        return False
-    return isinstance(total, Sum) and total.x is parts and total.keepdims and [a % 2 for a in total.axes] == [1]
 
 
 @dataclass(frozen=True)
@@ -330,6 +189,8 @@ def _grouped(sort: Sort, read: Users) -> _Experts | str:
     if histogram is None or sort.descending or not (isinstance(flat, Reshape) and sort.x.tensor.rank == 1 and flat.x.tensor.rank == 2):
         return f"it sorts {sort.x.type}, expected flattened expert ids [tokens, k] in ascending order"
     tokens, k = flat.x.shape
+    if _least_bound(flat.x) != histogram.bins:
+        return f"it is not known that the expert ids are below {histogram.bins}, the number that is counted"
     if sort.x.tensor.size >= _EXACT_ROWS:
         return f"{sort.x.tensor.size} rows are not counted exactly in float32"
     order = sort.results[1]
@@ -358,7 +219,7 @@ def _combined(found: _WeightedSum, total: Sum) -> object:
 
 
 def _is_token(op: Op, k: object) -> TypeGuard[Div]:
-    return isinstance(op, Div) and _number(op.b) == k
+    return isinstance(op, Div) and number(op.b) == k
 
 
 def _casts(value: Value, read: Users) -> Iterator[Value]:
@@ -398,16 +259,29 @@ def _weighted_sum(total: Sum) -> _WeightedSum | str:
     flat = share.x.owner if isinstance(share, Take) and share.indices is inverse.indices else None
     if not (isinstance(flat, Reshape) and flat.x.shape == shape[:2] and flat.x.dtype is DType.f32):
         return f"rows are not multiplied by float32 weights {list(shape[:2])} in their order"
-    rows = weighted.a.owner.x if isinstance(weighted.a.owner, Cast) and weighted.a.owner.x.dtype.is_float else weighted.a
+    wide = weighted.a.owner
+    rows = wide.x if isinstance(wide, Cast) and wide.x.dtype.is_float and wide.x.dtype.bits <= 32 else weighted.a
     return _WeightedSum(rows, flat.x, inverse.indices)
 
 
+def _ids_behind(rows: Take) -> Value:
+    """The expert ids whose order rows are taken in."""
+    tokens = rows.indices.owner
+    sort = tokens.a.owner if isinstance(tokens, Div) else None
+    flat = sort.x.owner if isinstance(sort, Sort) else None
+    assert isinstance(flat, Reshape)  # it was, before its operands were rebuilt
+    return _plain(flat.x)
+
+
 def _plain(ids: Value) -> Value:
-    """Expert ids before a cast from whole numbers."""
-    return ids.owner.x if isinstance(ids.owner, Cast) and ids.owner.x.dtype.is_int else ids
+    """Expert ids before a cast from narrower whole numbers."""
+    owner = ids.owner
+    return owner.x if isinstance(owner, Cast) and owner.x.dtype.is_int and owner.x.dtype.bits <= ids.dtype.bits else ids
 
 
-def _number(value: Value) -> int | float | None:
-    """The number that a literal holds everywhere."""
-    owner = value.owner
-    return owner.values[0] if isinstance(owner, Literal) and len(set(owner.values)) == 1 else None
+def _least_bound(ids: Value) -> object:
+    """The number that expert ids stay below, where their origin says so."""
+    owner = _plain(ids).owner
+    if isinstance(owner, Route):
+        return owner.logits.shape[1]
+    return owner.x.shape[owner.axis] if isinstance(owner, TopK) and _plain(ids) is owner.results[1] else None

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...ir.core import Op, Value
+from ...ir.core import Value
 from ...ir.ops import elementwise as e
 from ...ir.types import DType
-from .rules import Emitter, Number, aten, promoted, unify, unsupported
+from .rules import Emitter, Number, OpClass, aten, promoted, unify, unsupported
 
 Operand = Value | Number
 
 
-def _arithmetic(b: Emitter, make: type[Op], x: Operand, y: Operand) -> Value:
+def _arithmetic(b: Emitter, make: OpClass, x: Operand, y: Operand) -> Value:
     """make(x, y) in torch's common dtype; a result of rank 0 and less than 32 bits is computed in float32, as its scalars are."""
     common = promoted(x, y)
     narrow_scalar = not b.shape and common.is_float and common.bits < 32
     left, right = unify(b, x, y, dtype=DType.f32 if narrow_scalar else common)
-    return b.cast(b.make(make(left, right)), common)  # type: ignore[call-arg]
+    return b.cast(b.make(make(left, right)), common)
 
 
 def _scaled(b: Emitter, y: Operand, alpha: Number) -> Operand:
@@ -30,9 +30,9 @@ def _scaled(b: Emitter, y: Operand, alpha: Number) -> Operand:
     return _arithmetic_of_shape(b, e.Mul, b.wide(y), alpha)
 
 
-def _arithmetic_of_shape(b: Emitter, make: type[Op], x: Operand, y: Operand) -> Value:
+def _arithmetic_of_shape(b: Emitter, make: OpClass, x: Operand, y: Operand) -> Value:
     left, right = unify(b, x, y)
-    return b.make(make(left, right))  # type: ignore[call-arg]
+    return b.make(make(left, right))
 
 
 @aten("add.Tensor", "add.Scalar")
@@ -165,11 +165,13 @@ def reciprocal(b: Emitter, x: Value) -> Value:
     return _arithmetic(b, e.Div, 1, x) if x.dtype.is_float else div(b, 1, x)
 
 
-def _unary(op: type[Op], *names: str) -> None:
+def _unary(op: OpClass, *names: str) -> None:
     @aten(*names)
     def rule(b: Emitter, x: Value) -> Value:
-        return b.make(op(b.cast(x, b.dtype)))  # type: ignore[call-arg]
+        return b.make(op(b.cast(x, b.dtype)))
 
+
+_op: OpClass
 
 for _op, *_names in (
     (e.Exp, "exp"),
@@ -188,10 +190,10 @@ for _op, *_names in (
     _unary(_op, *_names)
 
 
-def _comparison(op: type[Op], name: str, *more: str) -> None:
+def _comparison(op: OpClass, name: str, *more: str) -> None:
     @aten(f"{name}.Tensor", f"{name}.Scalar", *more)
     def rule(b: Emitter, x: Value, y: Operand) -> Value:
-        return b.make(op(*unify(b, x, y)))  # type: ignore[call-arg]
+        return b.make(op(*unify(b, x, y)))
 
 
 for _op, *_names in (
@@ -209,14 +211,14 @@ def _bools(b: Emitter, *operands: Operand) -> tuple[Value, ...]:
     return tuple(b.cast(x, DType.bool) if isinstance(x, Value) else b.number(bool(x), DType.bool) for x in operands)
 
 
-def _logical(op: type[Op], name: str) -> None:
+def _logical(op: OpClass, name: str) -> None:
     bitwise = (f"bitwise_{name}.Tensor", f"bitwise_{name}.Scalar", f"__{name}__.Tensor", f"__{name}__.Scalar")
 
     @aten(f"logical_{name}", *bitwise)
     def rule(b: Emitter, x: Value, y: Operand) -> Value:
         if b.dtype is not DType.bool:
             raise unsupported(f"a bitwise {name} of {x.type}", "bool")
-        return b.make(op(*_bools(b, x, y)))  # type: ignore[call-arg]
+        return b.make(op(*_bools(b, x, y)))
 
 
 for _op, _name in ((e.And, "and"), (e.Or, "or"), (e.Ne, "xor")):

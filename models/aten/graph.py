@@ -102,7 +102,7 @@ def _in_place(node: Node) -> bool:
 
 def _writes(node: Node) -> bool:
     """Whether the op changes the numbers of its first operand, rather than only how it is viewed (`detach_`, `t_`)."""
-    return _in_place(node) and torch.Tag.inplace_view not in node.target.tags  # type: ignore[union-attr]
+    return _in_place(node) and torch.Tag.inplace_view not in getattr(node.target, "tags", ())
 
 
 def _target(node: Node) -> Node:
@@ -148,7 +148,9 @@ class _Walk:
         raise TypeError("a graph without an output")
 
     def _write_to(self, root: Node) -> str:
-        (first, *_) = (node for node in self.nodes if node.op == "call_function" and _writes(node) and _storage(node.args[0]) == _storage(root))
+        (first, *_) = (
+            node for node in self.nodes if node.op == "call_function" and _writes(node) and _storage(node.args[0]) == _storage(root)
+        )
         return f"by {first.target} at {source_line(first)}"
 
     def read(self, node: Node) -> Any:
@@ -195,11 +197,12 @@ class _Walk:
 
     def _put_back(self, view: Node, whole: Any, value: Any) -> Any:
         """`whole` with `value` where the view looks at it."""
-        name, (_, *args) = str(view.target), view.args
+        name = _rule_name(view)
+        args: list[Any] = list(view.args[1:])
         self.b.out = None
         if view.target is operator.getitem:
             return tuple(value if i == args[0] else part for i, part in enumerate(whole))
-        if _writes(view) or name.startswith(_SAME) and value.type == whole.type:
+        if _writes(view) or (name.startswith(_SAME) and value.type == whole.type):
             return value
         if name == "aten.slice.Tensor":
             return slice_scatter(self.b, whole, value, *args)
@@ -212,7 +215,8 @@ class _Walk:
         if name == "aten.permute.default":
             return permuted(self.b, value, sorted(range(len(args[0])), key=lambda i: args[0][i] % len(args[0])))
         if isinstance(value, tuple) and name.startswith(("aten.split", "aten.chunk")):
-            return joined(self.b, value, args[1] if len(args) > 1 else view.kwargs.get("dim", 0))
+            axis: Any = args[1] if len(args) > 1 else view.kwargs.get("dim", 0)
+            return joined(self.b, value, axis)
         raise DscError(f"writing in place through {view.target} is not supported, at {source_line(view)}")
 
     def _at(self, path: str) -> None:
@@ -224,9 +228,10 @@ class _Walk:
         def value(arg: Node) -> Any:
             return self.read(arg)
 
-        args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+        args: Any = map_arg(node.args, value)
+        kwargs: Any = map_arg(node.kwargs, value)
         if node.target is operator.getitem:
-            return args[0][args[1]]  # type: ignore[index]
+            return args[0][args[1]]
         stack = node.meta.get("nn_module_stack") or {}
         self._at(list(stack.values())[-1][0] if stack else "")
         self.b.out = node.meta["val"]
@@ -245,7 +250,7 @@ class _Walk:
         """A rule must give what torch gives: its result's type is compared with torch's."""
         found, expected = (x if isinstance(x, (list, tuple)) else (x,) for x in (made, node.meta["val"]))
         for value, tensor in zip(found, expected, strict=False):
-            if isinstance(value, Complex) or isinstance(value, Value) and isinstance(value.type, Bundle):
+            if isinstance(value, Complex) or (isinstance(value, Value) and isinstance(value.type, Bundle)):
                 continue
             if value.type != type_of(tensor):
                 raise TypeError(f"the rule of {node.target} gives {value.type}, torch {type_of(tensor)}")
@@ -273,4 +278,3 @@ def pruned(b: Builder, results: Iterable[Value], updates: Mapping[int, int] | No
         numbers[component] = numbers.get(component, 0) + 1
         object.__setattr__(op, "id", f"{component}#{numbers[component]}")  # it has entered no function that anyone saw
     return Func(func.name, func.params, tuple(reversed(kept)), func.results, func.updates)
-

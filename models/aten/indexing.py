@@ -12,7 +12,7 @@ from ...ir.ops.moe import Route
 from ...ir.ops.reduce import ArgMax, Sort, TopK
 from ...ir.ops.shape import Broadcast, Concat, Gather, IndexAdd, Reshape, Scatter, Slice, Take, Transpose
 from ...ir.types import DType
-from .rules import Emitter, Number, aten, unify, unsupported
+from .rules import Emitter, Number, aten, ints, unify, unsupported
 from .shape import permuted, reshaped, sliced, swapped
 
 _KEEPS_SIGN = (Reshape, Transpose, Broadcast, Slice, Cast, Concat, Take, Gather, Div, Remainder, Add, Mul, Scatter)
@@ -35,9 +35,9 @@ def gather(b: Emitter, x: Value, dim: int, indices: Value, *, sparse_grad: bool 
 
 def _narrowed(b: Emitter, x: Value, like: Value, dim: int) -> Value:
     """x as far as `like` reaches along the other axes: torch reads no further."""
-    for axis, extent in enumerate(like.shape):
+    for axis, size in enumerate(ints(like.shape)):
         if axis != dim % x.tensor.rank:
-            x = sliced(b, x, axis, 0, extent)  # type: ignore[arg-type]
+            x = sliced(b, x, axis, 0, size)
     return x
 
 
@@ -50,13 +50,13 @@ def _scatter(b: Emitter, x: Value, indices: Value, updates: Value, dim: int) -> 
 
 @aten("scatter.value")
 def scatter_value(b: Emitter, x: Value, dim: int, indices: Value, value: Number) -> Value:
-    return _scatter(b, x, indices, b.filled(value, indices.shape, x.dtype), dim)  # type: ignore[arg-type]
+    return _scatter(b, x, indices, b.filled(value, indices.shape, x.dtype), dim)
 
 
 @aten("scatter.src")
 def scatter(b: Emitter, x: Value, dim: int, indices: Value, source: Value) -> Value:
-    for axis, extent in enumerate(indices.shape):
-        source = sliced(b, source, axis, 0, extent)  # type: ignore[arg-type]
+    for axis, size in enumerate(ints(indices.shape)):
+        source = sliced(b, source, axis, 0, size)
     return _scatter(b, x, indices, source, dim)
 
 
@@ -71,26 +71,26 @@ def index_add(b: Emitter, x: Value, dim: int, indices: Value, source: Value, *, 
 @aten("scatter_add")
 def scatter_add(b: Emitter, x: Value, dim: int, indices: Value, source: Value) -> Value:
     """Over the flattened tensor: each element of `indices` names one number of x."""
-    for axis, extent in enumerate(indices.shape):
-        source = sliced(b, source, axis, 0, extent)  # type: ignore[arg-type]
+    for axis, size in enumerate(ints(indices.shape)):
+        source = sliced(b, source, axis, 0, size)
     dim %= x.tensor.rank
     places: list[Value] = []
-    for axis, extent in enumerate(indices.shape):
+    for axis, size in enumerate(ints(indices.shape)):
         if axis == dim:
             places.append(indices)
         else:
-            column = b.make(Iota(extent, indices.dtype))  # type: ignore[arg-type]
-            places.append(reshaped(b, column, (extent, *(1,) * (len(indices.shape) - axis - 1))))  # type: ignore[arg-type]
-    flat = _flat_index(b, places, x.shape)  # type: ignore[arg-type]
-    count = prod(indices.shape)  # type: ignore[arg-type]
+            column = b.make(Iota(size, indices.dtype))
+            places.append(reshaped(b, column, (size, *(1,) * (len(indices.shape) - axis - 1))))
+    flat = _flat_index(b, places, ints(x.shape))
+    count = indices.tensor.size
     numbers = reshaped(b, x, (x.tensor.size,))
     summed = b.make(IndexAdd(numbers, reshaped(b, flat, (count,)), reshaped(b, source, (count,))))
-    return reshaped(b, summed, x.shape)  # type: ignore[arg-type]
+    return reshaped(b, summed, x.shape)
 
 
 @aten("one_hot")
 def one_hot(b: Emitter, x: Value, classes: int = -1) -> Value:
-    column = reshaped(b, x, (*x.shape, 1))  # type: ignore[arg-type]
+    column = reshaped(b, x, (*x.shape, 1))
     return b.cast(b.make(Eq(column, b.make(Iota(b.shape[-1], x.dtype)))), DType.i64)
 
 
@@ -117,10 +117,10 @@ def _one_axis(b: Emitter, x: Value, indices: Sequence[Value | None], what: str) 
         x = permuted(b, x, [*axes, *(i for i in range(x.tensor.rank) if i not in axes)])
         first = 0
     count = len(places)
-    extents: tuple[int, ...] = x.shape[first : first + count]  # type: ignore[assignment]
+    extents = ints(x.shape)[first : first + count]
     wrapped = [_from_front(b, i, extent) for (_, i), extent in zip(places, extents, strict=True)]
     merged = (*x.shape[:first], prod(extents), *x.shape[first + count :])
-    return reshaped(b, x, merged), _flat_index(b, wrapped, extents), first, count  # type: ignore[arg-type]
+    return reshaped(b, x, merged), _flat_index(b, wrapped, extents), first, count
 
 
 def _flat_index(b: Emitter, indices: Sequence[Value], extents: Sequence[int]) -> Value:
@@ -161,19 +161,18 @@ def _is_natural(x: Value) -> bool:
 def index_put(b: Emitter, x: Value, indices: Sequence[Value | None], values: Value, accumulate: bool = False) -> Value:
     given = [i for i in indices if i is not None]
     if len(given) == len(indices) == 1 and given[0].dtype is DType.bool and not values.shape and not accumulate:
-        mask = reshaped(b, given[0], (*given[0].shape, *(1,) * (x.tensor.rank - given[0].tensor.rank)))  # type: ignore[arg-type]
+        mask = reshaped(b, given[0], (*given[0].shape, *(1,) * (x.tensor.rank - given[0].tensor.rank)))
         new, old = unify(b, values, x, dtype=x.dtype)
         return b.make(Where(mask, new, old))
     if len(given) != len(indices):
         raise unsupported("writing at indices behind a slice", "indices of the leading axes")
     rows, flat, _, _ = _one_axis(b, x, indices, "writing at an index")
-    rest: tuple[int, ...] = rows.shape[1:]  # type: ignore[assignment]
-    count = prod(flat.shape)  # type: ignore[arg-type]
-    wide = b.stretch(b.cast(values, x.dtype), (*flat.shape, *rest))  # type: ignore[arg-type]
+    rest, count = ints(rows.shape)[1:], flat.tensor.size
+    wide = b.stretch(b.cast(values, x.dtype), (*flat.shape, *rest))
     updates, where = reshaped(b, wide, (count, *rest)), reshaped(b, flat, (count,))
     if accumulate:
         made = b.make(IndexAdd(rows, where, updates))
     else:
         column = reshaped(b, where, (count, *(1,) * len(rest)))
         made = b.make(Scatter(rows, b.stretch(column, (count, *rest)), updates, 0))
-    return reshaped(b, made, x.shape)  # type: ignore[arg-type]
+    return reshaped(b, made, x.shape)

@@ -11,7 +11,7 @@ from ...ir.ops.elementwise import Add, Mul, Sub
 from ...ir.ops.linalg import GroupedMatmul, Matmul
 from ...ir.ops.reduce import CumSum
 from ...ir.types import DType
-from .rules import Emitter, Number, aten, unify, unsupported, untransposed
+from .rules import Emitter, Number, aten, extent, unify, unsupported, untransposed
 from .shape import joined, reshaped, sliced, swapped
 
 
@@ -26,21 +26,21 @@ def product(b: Emitter, x: Value, w: Value, shape: Sequence[int], bias: Value | 
 
 @aten("linear")
 def linear(b: Emitter, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    rows = reshaped(b, x, (1, *x.shape)) if x.tensor.rank == 1 else x  # type: ignore[arg-type]
+    rows = reshaped(b, x, (1, *x.shape)) if x.tensor.rank == 1 else x
     return product(b, rows, swapped(b, weight, 0, 1), b.shape, bias)
 
 
 @aten("matmul", "mm", "bmm", "mv", "dot", "inner")
 def matmul(b: Emitter, x: Value, y: Value, bias: Value | None = None) -> Value:
     """A vector on the left is one row, on the right one column."""
-    left = reshaped(b, x, (1, *x.shape)) if x.tensor.rank == 1 else x  # type: ignore[arg-type]
-    right = reshaped(b, y, (*y.shape, 1)) if y.tensor.rank == 1 else y  # type: ignore[arg-type]
+    left = reshaped(b, x, (1, *x.shape)) if x.tensor.rank == 1 else x
+    right = reshaped(b, y, (*y.shape, 1)) if y.tensor.rank == 1 else y
     return product(b, left, right, b.shape, bias)
 
 
 @aten("outer", "ger")
 def outer(b: Emitter, x: Value, y: Value) -> Value:
-    return b.make(Mul(*unify(b, reshaped(b, x, (*x.shape, 1)), y)))  # type: ignore[arg-type]
+    return b.make(Mul(*unify(b, reshaped(b, x, (*x.shape, 1)), y)))
 
 
 @aten("addmm", "baddbmm", "addmv")
@@ -51,9 +51,7 @@ def addmm(b: Emitter, bias: Value, x: Value, y: Value, *, beta: Number = 1, alph
 
 
 @aten("_grouped_mm")
-def grouped_mm(
-    b: Emitter, x: Value, w: Value, offsets: Value | None = None, bias: Value | None = None, out_dtype: Any = None
-) -> Value:
+def grouped_mm(b: Emitter, x: Value, w: Value, offsets: Value | None = None, bias: Value | None = None, out_dtype: Any = None) -> Value:
     """Rows up to offsets[0] times w[0], then up to offsets[1] times w[1], ..."""
     if offsets is None or bias is not None or b.dtype is not x.dtype or (x.tensor.rank, w.tensor.rank) != (2, 3):
         raise unsupported(f"_grouped_mm of {x.type} and {w.type}", "x [R, K], w [E, K, N] and offsets, without a bias")
@@ -70,7 +68,7 @@ def _counts(b: Emitter, offsets: Value) -> Value:
     """How many rows each group has, from where each ends."""
     if isinstance(offsets.owner, CumSum):
         return offsets.owner.x
-    groups: int = offsets.shape[0]  # type: ignore[assignment]
+    groups = extent(offsets, 0)
     zero = b.make(Literal((0,), (1,), offsets.dtype))
     starts = joined(b, [zero, sliced(b, offsets, 0, 0, groups - 1)], 0) if groups > 1 else zero
     return b.make(Sub(offsets, starts))

@@ -22,7 +22,7 @@ def rms_norm(b: Emitter, x: Value, shape: Sequence[int], weight: Value | None = 
     """Over the last len(shape) axes. Without eps torch takes that of the type it computes in."""
     scale = b.filled(1, shape, x.dtype) if weight is None else weight
     epsilon = eps if eps is not None else 2.0**-52 if x.dtype is DType.f64 else _F32_EPS
-    rows = reshaped(b, x, (*x.shape[: x.tensor.rank - len(shape)], prod(shape)))  # type: ignore[arg-type]
+    rows = reshaped(b, x, (*x.shape[: x.tensor.rank - len(shape)], prod(shape)))
     made = b.make(RmsNorm(rows, reshaped(b, scale, (prod(shape),)), float(epsilon)))
     return b.cast(reshaped(b, made, b.shape), b.dtype)
 
@@ -65,7 +65,7 @@ def cross_entropy(
         raise unsupported("this cross_entropy", 'labels of classes, reduction="mean", no weight and no label_smoothing')
     rank = logits.tensor.rank
     last = permuted(b, logits, [0, *range(2, rank), 1]) if rank > 2 else logits
-    rows = reshaped(b, last, (prod(last.shape[:-1]), last.shape[-1]))  # type: ignore[arg-type]
+    rows = reshaped(b, last, (labels.tensor.size, last.shape[-1]))
     loss = b.make(CrossEntropy(rows, reshaped(b, labels, (labels.tensor.size,)), ignore_index))
     return b.cast(loss, b.dtype)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...ir.core import Op, Value
+from ...ir.core import Value
 from ...ir.ops import reduce as r
 from ...ir.ops.elementwise import Add, Cast, Div, Exp, Log, Mul, Neg, Sqrt, Sub
 from ...ir.types import DType
-from .rules import Emitter, Number, aten, unsupported
+from .rules import Emitter, Number, OpClass, aten, unsupported
 from .shape import reshaped
 
 Dims = int | Sequence[int] | None
@@ -21,9 +21,9 @@ def _axes(x: Value, dim: Dims) -> tuple[int, ...]:
     return tuple(d % x.tensor.rank for d in dims) if x.shape else ()
 
 
-def _reduce(b: Emitter, op: type[Op], x: Value, dim: Dims, keepdim: bool) -> Value:
+def _reduce(b: Emitter, op: OpClass, x: Value, dim: Dims, keepdim: bool) -> Value:
     axes = _axes(x, dim)
-    return b.make(op(x, axes=axes, keepdims=keepdim and bool(axes)))  # type: ignore[call-arg]
+    return b.make(op(x, axes=axes, keepdims=keepdim and bool(axes)))
 
 
 @aten("sum", "sum.dim_IntList")
@@ -139,15 +139,14 @@ def _float(b: Emitter, x: Value) -> Value:
 @aten("topk")
 def topk(b: Emitter, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Value, Value]:
     """In descending order, which torch leaves open where not `sorted`."""
-    if largest:
-        return b.emit(r.TopK(x, k, dim)).results  # type: ignore[return-value]
-    values, indices = b.emit(r.TopK(b.make(Neg(x)), k, dim)).results
-    return b.make(Neg(values)), indices
+    values, indices = b.emit(r.TopK(x if largest else b.make(Neg(x)), k, dim)).results
+    return values if largest else b.make(Neg(values)), indices
 
 
 @aten("sort", "sort.stable")
 def sort(b: Emitter, x: Value, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> tuple[Value, Value]:
-    return b.emit(r.Sort(x, dim, descending)).results  # type: ignore[return-value]
+    values, indices = b.emit(r.Sort(x, dim, descending)).results
+    return values, indices
 
 
 @aten("argsort", "argsort.stable")

@@ -20,7 +20,7 @@ from ...ir.errors import DscError, require
 from ...ir.ops.control import LITERAL_LIMIT, Constant, Literal
 from ...ir.ops.elementwise import Cast, Ne
 from ...ir.ops.shape import Broadcast, Transpose
-from ...ir.types import DType, Tensor
+from ...ir.types import Dim, DType, Tensor
 
 Number = int | float | bool
 
@@ -58,6 +58,8 @@ class Complex:
 
 
 Rule = Callable[..., Any]
+OpClass = Callable[..., Op]
+"""A declared op, called with its operands and attributes."""
 
 TABLE: dict[str, Rule] = {}
 """Every rule, by the torch op's full name: `aten.add.Tensor`."""
@@ -88,6 +90,16 @@ def type_of(tensor: torch.Tensor) -> Tensor:
     sizes = tuple(tensor.shape)
     require(all(type(size) is int for size in sizes), f"a shape must be static, found {list(sizes)}, which depends on data")
     return Tensor(dtype_of(tensor.dtype), sizes)
+
+
+def ints(shape: Sequence[Dim]) -> tuple[int, ...]:
+    """A shape of a traced program: its dimensions are static."""
+    return tuple(dim for dim in shape if isinstance(dim, int))
+
+
+def extent(x: Value, axis: int) -> int:
+    """How many elements x has along an axis."""
+    return ints(x.shape)[axis]
 
 
 def array_of(tensor: torch.Tensor) -> np.ndarray:
@@ -129,9 +141,9 @@ class Emitter(Builder):
         given = float(value) if dtype.is_float else int(value)
         return self.make(Literal((given,), (), dtype))
 
-    def filled(self, value: Number, shape: Sequence[int], dtype: DType) -> Value:
+    def filled(self, value: Number, shape: Sequence[Dim], dtype: DType) -> Value:
         """A literal of one number everywhere."""
-        return self.make(Literal((float(value) if dtype.is_float else int(value),), tuple(shape), dtype))
+        return self.make(Literal((float(value) if dtype.is_float else int(value),), ints(shape), dtype))
 
     def data(self, tensor: torch.Tensor, name: str) -> Value:
         """The numbers of the buffer `name`: a literal up to 4,096 of them, else an entry of the module's constants."""
@@ -156,9 +168,9 @@ class Emitter(Builder):
         """x in float32 where it is narrower: what a rule of several ops computes in, to round once as torch's kernel does."""
         return self.cast(x, DType.f32) if x.dtype.is_float and x.dtype.bits < 32 else x
 
-    def stretch(self, x: Value, shape: Sequence[int]) -> Value:
+    def stretch(self, x: Value, shape: Sequence[Dim]) -> Value:
         """x broadcast to `shape`."""
-        return x if x.shape == tuple(shape) else self.make(Broadcast(x, tuple(shape)))
+        return x if x.shape == tuple(shape) else self.make(Broadcast(x, ints(shape)))
 
 
 def _numbers(array: np.ndarray, dtype: DType) -> tuple[int | float, ...]:
@@ -178,7 +190,9 @@ def hint_of(path: str) -> str:
 
 def promoted(*operands: Value | Number) -> DType:
     """Torch's type promotion: dimensioned tensors before scalars, float before int before bool, then the wider."""
-    shown = [torch.empty((1,) * min(x.tensor.rank, 1), dtype=TORCH[x.dtype], device="meta") if isinstance(x, Value) else x for x in operands]
+    shown = [
+        torch.empty((1,) * min(x.tensor.rank, 1), dtype=TORCH[x.dtype], device="meta") if isinstance(x, Value) else x for x in operands
+    ]
     result = shown[0]
     for other in shown[1:]:
         common = torch.result_type(result, other)

@@ -10,8 +10,8 @@ from ...ir.core import Value
 from ...ir.ops.control import Iota
 from ...ir.ops.elementwise import Ge, Le, Sub, Where
 from ...ir.ops.shape import Concat, Pad, Reshape, Scatter, Slice, Take, Transpose
-from ...ir.types import DType
-from .rules import Emitter, Number, aten, promoted, unsupported
+from ...ir.types import Dim, DType
+from .rules import Emitter, Number, OpClass, aten, extent, ints, promoted, unsupported
 
 RESHAPES = (
     "view",
@@ -31,9 +31,9 @@ RESHAPES = (
 """Ops that keep the elements in row-major order, so that the result's shape says all of them."""
 
 
-def reshaped(b: Emitter, x: Value, shape: Sequence[int]) -> Value:
+def reshaped(b: Emitter, x: Value, shape: Sequence[Dim]) -> Value:
     """x under another shape; itself under its own."""
-    return x if x.shape == tuple(shape) else b.make(Reshape(x, tuple(shape)))
+    return x if x.shape == tuple(shape) else b.make(Reshape(x, ints(shape)))
 
 
 @aten(*RESHAPES)
@@ -54,9 +54,9 @@ def broadcast_tensors(b: Emitter, xs: Sequence[Value]) -> tuple[Value, ...]:
 @aten("repeat")
 def repeat(b: Emitter, x: Value, repeats: Sequence[int]) -> Value:
     """Tile: an axis of extent n repeated r times is [r, n] with the first stretched."""
-    old = (1,) * (len(repeats) - x.tensor.rank) + tuple(x.shape)
-    ones = reshaped(b, x, [size for extent in old for size in (1, extent)])
-    wide = b.stretch(ones, [size for times, extent in zip(repeats, old, strict=True) for size in (times, extent)])  # type: ignore[misc]
+    old = (1,) * (len(repeats) - x.tensor.rank) + ints(x.shape)
+    ones = reshaped(b, x, [size for old_size in old for size in (1, old_size)])
+    wide = b.stretch(ones, [size for pair in zip(repeats, old, strict=True) for size in pair])
     return reshaped(b, wide, b.shape)
 
 
@@ -64,8 +64,8 @@ def repeat(b: Emitter, x: Value, repeats: Sequence[int]) -> Value:
 def repeat_interleave(b: Emitter, x: Value, repeats: int, dim: int | None = None, *, output_size: int | None = None) -> Value:
     flat = reshaped(b, x, (x.tensor.size,)) if dim is None else x
     axis = (dim or 0) % flat.tensor.rank + 1
-    column = reshaped(b, flat, (*flat.shape[:axis], 1, *flat.shape[axis:]))  # type: ignore[arg-type]
-    return reshaped(b, b.stretch(column, (*flat.shape[:axis], repeats, *flat.shape[axis:])), b.shape)  # type: ignore[arg-type]
+    column = reshaped(b, flat, (*flat.shape[:axis], 1, *flat.shape[axis:]))
+    return reshaped(b, b.stretch(column, (*flat.shape[:axis], repeats, *flat.shape[axis:])), b.shape)
 
 
 def permuted(b: Emitter, x: Value, perm: Sequence[int]) -> Value:
@@ -99,8 +99,8 @@ def permute(b: Emitter, x: Value, dims: Sequence[int]) -> Value:
 @aten("movedim.int", "movedim.intlist")
 def movedim(b: Emitter, x: Value, source: int | Sequence[int], target: int | Sequence[int]) -> Value:
     rank = x.tensor.rank
-    pairs = [(source, target)] if isinstance(source, int) else list(zip(source, target, strict=True))  # type: ignore[arg-type]
-    placed = {t % rank: s % rank for s, t in pairs}  # type: ignore[operator]
+    sources, targets = ((axes,) if isinstance(axes, int) else axes for axes in (source, target))
+    placed = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
     rest = iter(i for i in range(rank) if i not in placed.values())
     return permuted(b, x, [placed[i] if i in placed else next(rest) for i in range(rank)])
 
@@ -113,7 +113,7 @@ def sliced(b: Emitter, x: Value, axis: int, start: int, stop: int, step: int = 1
 
 
 def _range(x: Value, dim: int, start: int | None, end: int | None, step: int) -> range:
-    return range(x.shape[dim])[slice(start, end, step)]  # type: ignore[arg-type]
+    return range(extent(x, dim))[slice(start, end, step)]
 
 
 @aten("slice.Tensor")
@@ -129,7 +129,7 @@ def narrow(b: Emitter, x: Value, dim: int, start: int, length: int) -> Value:
 
 @aten("select.int")
 def select(b: Emitter, x: Value, dim: int, index: int) -> Value:
-    index %= x.shape[dim]  # type: ignore[operator]
+    index %= extent(x, dim)
     return reshaped(b, sliced(b, x, dim, index, index + 1), b.shape)
 
 
@@ -178,7 +178,7 @@ def pad(b: Emitter, x: Value, pads: Sequence[int], mode: Any = "constant", value
     low = [0] * first + list(pads[-2::-2])
     high = [0] * first + list(pads[-1::-2])
     for axis, (before, after) in enumerate(zip(low, high, strict=True)):
-        x = sliced(b, x, axis, max(0, -before), x.shape[axis] - max(0, -after))  # type: ignore[operator]
+        x = sliced(b, x, axis, max(0, -before), extent(x, axis) - max(0, -after))
     grown = [tuple(max(0, p) for p in side) for side in (low, high)]
     return b.make(Pad(x, grown[0], grown[1], float(value or 0))) if any(grown[0] + grown[1]) else x
 
@@ -186,8 +186,8 @@ def pad(b: Emitter, x: Value, pads: Sequence[int], mode: Any = "constant", value
 @aten("flip")
 def flip(b: Emitter, x: Value, dims: Sequence[int]) -> Value:
     for dim in dims:
-        extent: int = x.shape[dim]  # type: ignore[assignment]
-        x = b.make(Take(x, b.make(Iota(extent, DType.i64, extent - 1, -1)), dim % x.tensor.rank))
+        size = extent(x, dim)
+        x = b.make(Take(x, b.make(Iota(size, DType.i64, size - 1, -1)), dim % x.tensor.rank))
     return x
 
 
@@ -195,11 +195,11 @@ def flip(b: Emitter, x: Value, dims: Sequence[int]) -> Value:
 def roll(b: Emitter, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) -> Value:
     if not dims:
         flat = reshaped(b, x, (x.tensor.size,))
-        return reshaped(b, roll(b, flat, shifts, (0,)), x.shape)  # type: ignore[arg-type]
+        return reshaped(b, roll(b, flat, shifts, (0,)), x.shape)
     for shift, dim in zip(shifts, dims, strict=True):
-        extent: int = x.shape[dim]  # type: ignore[assignment]
-        cut = -shift % extent
-        x = joined(b, [sliced(b, x, dim, cut, extent), sliced(b, x, dim, 0, cut)], dim) if cut else x
+        size = extent(x, dim)
+        cut = -shift % size
+        x = joined(b, [sliced(b, x, dim, cut, size), sliced(b, x, dim, 0, cut)], dim) if cut else x
     return x
 
 
@@ -207,16 +207,16 @@ def roll(b: Emitter, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) 
 def diff(b: Emitter, x: Value, n: int = 1, dim: int = -1, prepend: Value | None = None, append: Value | None = None) -> Value:
     whole = joined(b, [part for part in (prepend, x, append) if part is not None], dim)
     for _ in range(n):
-        extent: int = whole.shape[dim]  # type: ignore[assignment]
-        whole = b.make(Sub(sliced(b, whole, dim, 1, extent), sliced(b, whole, dim, 0, extent - 1)))
+        size = extent(whole, dim)
+        whole = b.make(Sub(sliced(b, whole, dim, 1, size), sliced(b, whole, dim, 0, size - 1)))
     return whole
 
 
-def _triangle(b: Emitter, x: Value, diagonal: int, op: type[Ge] | type[Le]) -> Value:
-    rows, columns = x.shape[-2:]
-    row = b.make(Iota(rows, DType.i64, diagonal))  # type: ignore[arg-type]
-    column = b.make(Iota(columns, DType.i64))  # type: ignore[arg-type]
-    kept = b.make(op(reshaped(b, column, (1, columns)), reshaped(b, row, (rows, 1))))  # type: ignore[arg-type]
+def _triangle(b: Emitter, x: Value, diagonal: int, op: OpClass) -> Value:
+    rows, columns = ints(x.shape)[-2:]
+    row = b.make(Iota(rows, DType.i64, diagonal))
+    column = b.make(Iota(columns, DType.i64))
+    kept = b.make(op(reshaped(b, column, (1, columns)), reshaped(b, row, (rows, 1))))
     return b.make(Where(kept, x, b.number(0, x.dtype)))
 
 
@@ -236,21 +236,20 @@ def slice_scatter(
 ) -> Value:
     """x with source in place of x[start:end:step]. Where x is a concat along that axis, its parts are kept apart."""
     dim %= x.tensor.rank
-    extent: int = x.shape[dim]  # type: ignore[assignment]
     span = _range(x, dim, start, end, step)
     if step == 1:
-        parts = [*_cut(b, x, dim, 0, span.start), source, *_cut(b, x, dim, span.stop, extent)]
+        parts = [*_cut(b, x, dim, 0, span.start), source, *_cut(b, x, dim, span.stop, extent(x, dim))]
         return joined(b, [part for part in parts if part.shape[dim]], dim)
     places = b.make(Iota(len(span), DType.i64, span.start, step))
     column = reshaped(b, places, (len(span), *(1,) * (x.tensor.rank - dim - 1)))
-    return b.make(Scatter(x, b.stretch(column, source.shape), source, dim))  # type: ignore[arg-type]
+    return b.make(Scatter(x, b.stretch(column, source.shape), source, dim))
 
 
 @aten("select_scatter")
 def select_scatter(b: Emitter, x: Value, source: Value, dim: int, index: int) -> Value:
     dim %= x.tensor.rank
-    index %= x.shape[dim]  # type: ignore[operator]
-    row = reshaped(b, source, (*x.shape[:dim], 1, *x.shape[dim + 1 :]))  # type: ignore[arg-type]
+    index %= extent(x, dim)
+    row = reshaped(b, source, (*x.shape[:dim], 1, *x.shape[dim + 1 :]))
     return slice_scatter(b, x, row, dim, index, index + 1)
 
 
@@ -259,9 +258,9 @@ def _cut(b: Emitter, x: Value, axis: int, start: int, stop: int) -> list[Value]:
     parts = x.owner.xs if isinstance(x.owner, Concat) and x.owner.axis % x.tensor.rank == axis else (x,)
     found, begin = [], 0
     for part in parts:
-        extent: int = part.shape[axis]  # type: ignore[assignment]
-        low, high = max(start, begin), min(stop, begin + extent)
+        end = begin + extent(part, axis)
+        low, high = max(start, begin), min(stop, end)
         if low < high:
             found.append(sliced(b, part, axis, low - begin, high - begin))
-        begin += extent
+        begin = end
     return found

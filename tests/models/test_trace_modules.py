@@ -178,7 +178,9 @@ def test_small_buffers_are_exact_in_text(dtype: torch.dtype) -> None:
         def __init__(self) -> None:
             super().__init__()
             numbers = torch.from_numpy(np.random.default_rng(0).standard_normal(256)).to(dtype)
-            self.register_buffer("numbers", torch.cat([numbers, numbers * 1e-6, numbers.new_tensor([0.0, -0.0, torch.inf])]), persistent=False)
+            self.register_buffer(
+                "numbers", torch.cat([numbers, numbers * 1e-6, numbers.new_tensor([0.0, -0.0, torch.inf])]), persistent=False
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.numbers + x

@@ -80,7 +80,10 @@ FAMILIES: dict[str, tuple[dict[str, Case], tuple[Tensor, ...]]] = {
     ),
     "functions": (
         {
-            **{name: lambda x, p, m, name=name: getattr(torch, name)(x) for name in ("exp", "sin", "cos", "tanh", "erf", "floor", "sigmoid")},
+            **{
+                name: lambda x, p, m, name=name: getattr(torch, name)(x)
+                for name in ("exp", "sin", "cos", "tanh", "erf", "floor", "sigmoid")
+            },
             **{name: lambda x, p, m, name=name: getattr(torch, name)(p) for name in ("log", "sqrt", "rsqrt")},
             "special_erf": lambda x, p, m: A.special_erf(x),
             "silu": lambda x, p, m: F.silu(x),
@@ -207,7 +210,15 @@ FAMILIES: dict[str, tuple[dict[str, Case], tuple[Tensor, ...]]] = {
             "scatter_add": lambda x, i, r: x.scatter_add(1, i, x[:2, :5]),
             "index_add": lambda x, i, r: (x.index_add(0, r, x[:3]), x.index_add(1, r, x[:, :3])),
             "one_hot": lambda x, i, r: F.one_hot(i, 6),
-            "index.Tensor": lambda x, i, r: (x[r], x[:, i], x[r, r], x[r[:, None], i[0]], x[[-1, 0]], x[None][:, r, r], x[:, None][r, :, r]),
+            "index.Tensor": lambda x, i, r: (
+                x[r],
+                x[:, i],
+                x[r, r],
+                x[r[:, None], i[0]],
+                x[[-1, 0]],
+                x[None][:, r, r],
+                x[:, None][r, :, r],
+            ),
             "_unsafe_index.Tensor": lambda x, i, r: A._unsafe_index.Tensor(x, [None, r]),
             "index_put": lambda x, i, r: (
                 A.index_put(x, [r], x[:3] * 2),
@@ -329,7 +340,9 @@ FAMILIES: dict[str, tuple[dict[str, Case], tuple[Tensor, ...]]] = {
         {
             "polar": lambda x, y: torch.view_as_real(torch.polar(x, y)),
             "complex": lambda x, y: torch.view_as_real(torch.complex(x, y) * torch.complex(y, x)),
-            "view_as_complex": lambda x, y: torch.view_as_real(torch.view_as_complex(x.unflatten(1, (3, 2)))[:, None].expand(4, 2, 3) * 2.0),
+            "view_as_complex": lambda x, y: torch.view_as_real(
+                torch.view_as_complex(x.unflatten(1, (3, 2)))[:, None].expand(4, 2, 3) * 2.0
+            ),
             "real": lambda x, y: A.real(torch.complex(x, y)),
             "imag": lambda x, y: A.imag(torch.complex(x, y)),
             "_conj": lambda x, y: torch.view_as_real(torch.complex(x, y).conj() * torch.complex(y, y).transpose(0, 1).reshape(4, 6)),
