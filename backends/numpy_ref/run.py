@@ -38,7 +38,8 @@ class Interpreter:
         takes = f"@{main.name} takes {len(main.params)} inputs"
         require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
         for param, given in zip(main.params, inputs, strict=True):
-            require(fits(given, param.type), f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
+            if not fits(given, param.type):
+                raise DscError(f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
         with np.errstate(all="ignore"):
             return _Run(self, module, weights, observe, {}, Counter()).call(main, "", inputs)
 
@@ -95,7 +96,8 @@ def _stored(value: Value, x: Any) -> Data:
 def checked(op: Op, results: tuple[Data, ...]) -> tuple[Data, ...]:
     """`results`, if each is of the type that the op's rule gives it."""
     for value, result in zip(op.results, results, strict=True):
-        require(fits(result, value.type), f"%{value.name}: expected {value.type}, found {describe(result)}")
+        if not fits(result, value.type):  # said only then: describing costs more than many an op
+            raise DscError(f"%{value.name}: expected {value.type}, found {describe(result)}")
     return results
 
 
@@ -153,8 +155,8 @@ class _Run:
     @staticmethod
     def source(what: str, op: Op, found: Data) -> tuple[Data, ...]:
         """What a weight or a constant brought, if it is of the declared type."""
-        expected = op.result.type
-        require(fits(found, expected), f"{what}: expected {expected}, found {describe(found)}")
+        if not fits(found, op.result.type):
+            raise DscError(f"{what}: expected {op.result.type}, found {describe(found)}")
         return (found,)
 
 
