@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from . import gradients
 from .core import Func, Module, Op, Phase, Value, called
 from .diagnostics import Diagnostic, IRError
 from .errors import DscError
@@ -141,12 +142,18 @@ def _forward_only(module: Module, func: Func) -> Found:
             yield op, f"is in phase {op.phase.name}, but nothing has been differentiated at stage {module.stage}"
 
 
+def _nothing_recomputed(module: Module, func: Func) -> Found:
+    for op in func.ops:
+        if op.phase is Phase.R:
+            yield op, f"is in phase R, but nothing is recomputed at stage {module.stage}"
+
+
 LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, _updates)
 
 STAGES: dict[str, tuple[Law, ...]] = {
     "traced": (_forward_only,),
-    "differentiated": (),
-    "quantized": (),
+    "differentiated": (_nothing_recomputed, gradients.law),
+    "quantized": (_nothing_recomputed, gradients.law),
     "sharded": (),
     "rematerialized": (),
     "scheduled": (),

@@ -7,9 +7,11 @@ import pytest
 from dsc.ir.core import Builder, Func, Module, Op, Phase, Symbol, Value
 from dsc.ir.diagnostics import IRError
 from dsc.ir.errors import DscError
+from dsc.ir.gradients import bundles
 from dsc.ir.ops.control import Call
 from dsc.ir.ops.elementwise import Add, Exp, Neg
 from dsc.ir.ops.shape import Broadcast, Reshape
+from dsc.ir.parser import parse
 from dsc.ir.types import Bundle, DType, Tensor, Type
 from dsc.ir.verify import STAGES, stage_index, verify
 
@@ -158,8 +160,50 @@ def test_a_traced_program_runs_forward_only(phase: Phase) -> None:
     func = Func("f", (x,), (Neg(x, id="f#1", phase=phase),), ())
     line = f"@f: %neg: f32[2] = neg(%x)  @ f#1 {phase.name}: is in phase {phase.name}, but nothing has been differentiated at stage traced"
     assert broken(func) == [line]
-    for stage in list(STAGES)[1:]:
+    if phase is not Phase.R:
+        verify(Module((func,), "differentiated"))
+    for stage in list(STAGES)[3:]:
         verify(Module((func,), stage))
+
+
+@pytest.mark.parametrize("stage", ["differentiated", "quantized"])
+def test_nothing_is_recomputed_before_its_pass(stage: str) -> None:
+    x = value()
+    func = Func("f", (x,), (Neg(x, id="f#1", phase=Phase.R),), ())
+    line = f"@f: %neg: f32[2] = neg(%x)  @ f#1 R: is in phase R, but nothing is recomputed at stage {stage}"
+    assert broken(func, stage=stage) == [line]
+
+
+DIFFERENTIATED = """
+module {{ stage=differentiated, gradients={{f={{weights=["{weight}"], calls=["{call}"]}}}} }}
+
+func @main(%x: f32[2]) {{
+  %loss: f32[] = sum(%x, axes=[0])  @ main#1 F
+  %d: bundle{{f32[2]}} = call(@f, [%x], weights="a")  @ main#2 W
+  return {results}
+}}
+
+func @f(%x: f32[2]) {{
+  %w: bf16[{size}] = param("w")  @ f#1 W
+  %d: bundle{{f32[2]}} = pack([%x])  @ f#2 W
+  return %d
+}}
+"""
+
+
+def test_gradients_are_of_the_weights_that_the_module_names() -> None:
+    right = {"weight": "w", "call": "a", "results": "%loss, %d", "size": 2}
+    module = parse(DIFFERENTIATED.format(**right))
+    assert bundles(module) == (("a.w",),)
+    for change, message in {
+        "size=3": "%d holds the gradients of a.w: expected bundle{f32[3]}, found bundle{f32[2]}",
+        "call=b": "%d holds a gradient of b.w, which is no weight of this module",
+        "results=": "the module names 1 bundles of gradients, but @main has 0 results",
+    }.items():
+        key, _, wrong = change.partition("=")
+        with pytest.raises(IRError) as caught:
+            verify(parse(DIFFERENTIATED.format(**right | {key: wrong})))
+        assert [d.message for d in caught.value.diagnostics] == [message]
 
 
 def test_faults_of_all_laws_are_reported_together() -> None:

@@ -1,0 +1,41 @@
+"""Derivatives of the mixture of experts: gradients go the ways of the tokens, backwards, by the handle of the forward pass.
+
+The backward of dispatch is combine with the same handle, and the backward of combine is dispatch with the same handle. The choice of
+experts is taken for constant: gradients reach the logits through the weights of the chosen experts alone.
+"""
+
+from __future__ import annotations
+
+from ...ir.core import Value
+from ...ir.ops.control import Literal
+from ...ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route, RouteBackward
+from ...ir.types import DType
+from .rules import Backward, Gradients, extents, missing, vjp
+
+missing("second derivatives are not taken", RouteBackward, Redispatch, CombineBackward)
+
+
+@vjp(Route)
+def route(op: Route, b: Backward, _: None, dweights: Value) -> Gradients:
+    """dlogits from the weights of the chosen experts, through normalisation and scale. The choice has no gradient, nor has the bias.
+
+    The loads move the bias, by a rule of their own (DeepSeek-V3 report, section 2.1.2).
+    """
+    dlogits = b.emit(RouteBackward(op.logits, op.results[0], dweights, op.score, op.normalize, op.scale)).result
+    return b.fit(dlogits, op.logits), *[None for _ in (op.bias,) if op.bias]
+
+
+@vjp(Dispatch)
+def dispatch(op: Dispatch, b: Backward, *dys: Value | None) -> Gradients:
+    """dx[t] = sum of the gradients of the rows that token t became: combine with weights of one."""
+    ones = b.emit(Literal((1.0,), extents(op.ids), DType.f32)).result
+    rows = (None if dy is None else b.emit(Combine(dy, op.handle, ones)).result for dy in dys[: len(op.xs)])
+    return *(None if dx is None else b.fit(dx, x) for dx, x in zip(rows, op.xs, strict=True)), None
+
+
+@vjp(Combine)
+def combine(op: Combine, b: Backward, dy: Value) -> Gradients:
+    """dy goes to the experts by the handle; there drows = weight dy, dweights = the dot product of row and dy."""
+    (sent,) = b.emit(Redispatch((b.cast(dy, op.rows.dtype),), op.handle)).results
+    drows, dweights = b.emit(CombineBackward(op.rows, sent, op.handle, op.weights)).results
+    return b.fit(drows, op.rows), None, b.fit(dweights, op.weights)
