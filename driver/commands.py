@@ -63,7 +63,7 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
     total, active = sum(c.total for c in counted), sum(c.active for c in counted)
     ops = made.manifest.passes[-1].ops
     if as_json:
-        numbers = {"seconds": seconds, "parameters": total, "active": active, "kernels": kernels}
+        numbers = {"seconds": seconds, "parameters": total, "active": active} | ({"kernels": kernels} if targets else {})
         emit_json({"out": str(out), **numbers, **made.manifest.model_dump(mode="json")})
         return 0
     made_of = f"{plural(len(made.module.funcs), 'function')}, {plural(ops, 'op')}, {count(total)} parameters"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 ALIGNMENT = 256
@@ -31,15 +31,38 @@ def aligned(bytes: int) -> int:
     return -(-bytes // ALIGNMENT) * ALIGNMENT
 
 
-def place(lifetimes: Sequence[Lifetime]) -> Placement:
-    """Offsets by decreasing size, each at the lowest place where no buffer alive at the same time lies.
+ORDERS: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
+    lambda x: (-x.bytes, x.start),
+    lambda x: (-(x.stop - x.start), -x.bytes),
+    lambda x: (-x.bytes * (x.stop - x.start + 1), x.start),
+    lambda x: (x.start, -x.stop),
+    lambda x: (-x.stop, x.start),
+)
+"""What is placed first: large, long-lived, both, early, late. No one of them is best for every program."""
 
-    "Greedy by size" of Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference" (arXiv 2001.03288), section 5.2:
-    at the lower bound or a few percent above it for networks.
+
+def place(lifetimes: Sequence[Lifetime]) -> Placement:
+    """Each buffer at the lowest place where none alive at the same time lies, in the best of several orders.
+
+    The first is "greedy by size" of Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference" (arXiv 2001.03288),
+    section 5.2. The first order that reaches the lower bound is taken, else the one that needs least.
     """
+    bound = lower_bound(lifetimes)
+    best: Placement | None = None
+    for order in ORDERS:
+        found = _placed(lifetimes, sorted(range(len(lifetimes)), key=lambda i: (*order(lifetimes[i]), i)))
+        if best is None or found.bytes < best.bytes:
+            best = found
+        if best.bytes == bound:
+            break
+    assert best is not None
+    return best
+
+
+def _placed(lifetimes: Sequence[Lifetime], order: Sequence[int]) -> Placement:
     offsets = [0] * len(lifetimes)
     placed: list[int] = []
-    for index in sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].bytes, i)):
+    for index in order:
         mine = lifetimes[index]
         size = aligned(mine.bytes)
         together = [i for i in placed if lifetimes[i].start <= mine.stop and mine.start <= lifetimes[i].stop]

@@ -110,3 +110,9 @@ def _plain(x: Tensor) -> Tensor:
 @torch_op(ops.SwiGLU, operands="wide")
 def swiglu(op: ops.SwiGLU, gate: Tensor, up: Tensor) -> Any:
     return gate / (1 + torch.exp(-gate)) * up
+
+
+@torch_op(ops.SwiGLUBackward, operands="wide")
+def swiglu_backward(op: ops.SwiGLUBackward, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    s = 1 / (1 + torch.exp(-gate))
+    return ((1 - s) * gate + 1) * s * up * dy, gate * s * dy

@@ -35,3 +35,21 @@ def grouped_matmul(op: ops.GroupedMatmul, x: Tensor, w: Tensor, counts: Tensor) 
             result[start : start + count] = widen(x[start : start + count], wide) @ (matrix.T if op.transpose_b else matrix)
         start += count
     return rounded(result, op.result.dtype)
+
+
+@torch_op(ops.GroupedMatmulWgrad)
+def grouped_matmul_wgrad(op: ops.GroupedMatmulWgrad, a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """One product per group that has rows. Waits for the counts."""
+    wide = compute_dtype(op)
+    return rounded(by_groups_of_rows(widen(a, wide), widen(b, wide), counts), op.result.dtype)
+
+
+def by_groups_of_rows(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
+    """For each group of consecutive rows its rows of `a` [R, M], transposed, times those of `b` [R, N]: [E, M, N]."""
+    result = torch.zeros((len(counts), a.shape[1], b.shape[1]), dtype=a.dtype, device=a.device)
+    start = 0
+    for group, count in enumerate(counts.tolist()):
+        if count:
+            result[group] = a[start : start + count].T @ b[start : start + count]
+        start += count
+    return result

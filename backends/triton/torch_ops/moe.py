@@ -50,3 +50,33 @@ def combine(op: ops.Combine, rows: Tensor, handle: tuple[Tensor], weights: Tenso
     for slot in range(weights.shape[1]):  # in the order of slots, which is part of the op's meaning
         result = result + widen(plain(rows).index_select(0, row_of[:, slot]).view(rows.dtype), wide) * widen(weights[:, slot, None], wide)
     return rounded(result, op.result.dtype)
+
+
+@torch_op(ops.RouteBackward, operands="wide")
+def route_backward(op: ops.RouteBackward, logits: Tensor, ids: Tensor, dweights: Tensor) -> Tensor:
+    ids = ids.to(torch.int64)
+    scores = 1 / (1 + torch.exp(-logits)) if op.score == "sigmoid" else torch.softmax(logits, -1)
+    chosen = dweights * op.scale
+    if op.normalize:
+        p = scores.gather(1, ids)
+        total = p.sum(1, keepdim=True) + 1e-20
+        chosen = (chosen - (chosen * p).sum(1, keepdim=True) / total) / total
+    ds = torch.zeros_like(scores).scatter(1, ids, chosen)
+    if op.score == "sigmoid":
+        return ds * (scores * (1 - scores))
+    return (ds - (ds * scores).sum(1, keepdim=True)) * scores
+
+
+@torch_op(ops.Redispatch)
+def redispatch(op: ops.Redispatch, *operands: Tensor | tuple[Tensor]) -> tuple[Tensor, ...] | Tensor:
+    *xs, (order,) = operands
+    tokens = order.to(torch.int64) // max(1, len(order) // max(1, len(xs[0])))
+    rows = tuple(plain(x).index_select(0, tokens).view(x.dtype) for x in xs if isinstance(x, Tensor))
+    return rows if len(rows) > 1 else rows[0]
+
+
+@torch_op(ops.CombineBackward, operands="wide")
+def combine_backward(op: ops.CombineBackward, rows: Tensor, sent: Tensor, handle: tuple[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+    order = handle[0].to(torch.int64)
+    dweights = torch.zeros(weights.numel(), dtype=rows.dtype, device=rows.device).scatter(0, order, (rows * sent).sum(1))
+    return sent * weights.reshape(-1)[order, None], dweights.reshape(weights.shape)

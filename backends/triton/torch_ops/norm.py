@@ -22,3 +22,14 @@ def rope(op: ops.Rope, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     result[..., first] = a * cos - b * sin
     result[..., second] = b * cos + a * sin
     return result
+
+
+@torch_op(ops.RmsNormBackward, operands="wide")
+def rms_norm_backward(
+    op: ops.RmsNormBackward, x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.sqrt((x * x).mean(-1, keepdim=True) + op.eps)
+    normed = x / scale
+    dweight = (dy * normed).reshape(-1, x.shape[-1]).sum(0)
+    dx = dy * weight
+    return (dx - normed * (dx * normed).mean(-1, keepdim=True)) / scale, dweight

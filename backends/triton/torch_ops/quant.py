@@ -13,6 +13,7 @@ from ....ir.quantization import ScaleRule
 from ....ir.types import DType
 from ....numerics.formats import FORMATS
 from ..tensors import DTYPES, rounded, widen
+from .linalg import by_groups_of_rows
 from .registry import torch_op
 
 Tensor = torch.Tensor
@@ -128,3 +129,14 @@ def grouped_scaled_matmul(op: ops.GroupedScaledMatmul, x: Tensor, x_scales: Tens
             result[start : start + count] = rows[start : start + count] @ _times_scales(w[group], w_scales[group], op.w_tile, wide).T
         start += count
     return rounded(result, op.out)
+
+
+@torch_op(ops.GroupedScaledMatmulWgrad)
+def grouped_scaled_matmul_wgrad(
+    op: ops.GroupedScaledMatmulWgrad, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor
+) -> Tensor:
+    """One product per group that has rows. Waits for the counts. Rows past their sum have no scale and are not read."""
+    wide = torch.float64 if op.accumulation.arithmetic == "exact" else torch.float32
+    used = int(counts.sum())
+    rows = (_times_scales(x[:used], s, tile, wide, counts) for x, s, tile in ((a, a_scales, op.a_tile), (b, b_scales, op.b_tile)))
+    return rounded(by_groups_of_rows(*rows, counts), op.out)
