@@ -7,10 +7,12 @@ the result grows with depth.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,9 @@ def trace(
     (one token per sequence, caches of `context` tokens taken and returned). `batch` is sequences (1 unless given), `seq` and `context` are
     tokens of each (4096, or 64 for a configuration named -tiny).
 
-    Parameters become `param` ops under their names in the state dict, other buffers literals or constants. Raises DscError where
-    the model cannot be traced: one line for every op that has no counterpart, with the line of the model that it comes from.
+    Parameters become `param` ops under their names in the state dict, other buffers literals or constants. Results are the tensors that
+    the module returns, in the order of torch's pytrees; other objects are left out. Raises DscError where the model cannot be traced:
+    one line for every op that has no counterpart, with the line of the model that it comes from.
 
         >>> import torch, dsc
         >>> module = dsc.trace(torch.nn.Linear(4, 2), (torch.zeros(3, 4),))
@@ -90,12 +93,32 @@ def _name(source: ModelConfig | str | Path, config: ModelConfig) -> str:
 
 
 def _trace_module(module: nn.Module, inputs: tuple[Any, ...]) -> Module:
-    program = export(module, inputs)
+    with _tensors_alone(module):
+        program = export(module, inputs)
     b = Emitter("main")
     results = import_program(program, b)
     tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     require(len(b.params) == len(tensors), f"{type(module).__name__} has {len(tensors)} tensors as inputs, but {len(b.params)} were traced")
     return Module((pruned(b, results),), attributes={"model": type(module).__name__}, constants=b.constants)
+
+
+@contextmanager
+def _tensors_alone(module: nn.Module) -> Iterator[None]:
+    """Let the module return its tensors only: torch.export refuses what else it may hand out, such as transformers' cache objects."""
+    forward, own = module.forward, "forward" in vars(module)
+
+    @functools.wraps(forward)
+    def tensors(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(leaf for leaf in tree_leaves(forward(*args, **kwargs)) if isinstance(leaf, torch.Tensor))
+
+    module.forward = tensors
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward  # and the method of the class is seen again
 
 
 def load_factory(source: str) -> tuple[nn.Module, tuple[Any, ...]]:

@@ -154,6 +154,17 @@ def test_logits_in_float32(name: str, experts: str) -> None:
     assert np.array_equal(run(raised, weights), run(program, weights))  # bit for bit
 
 
+def test_cache_objects_are_left_out() -> None:
+    """As transformers' models are by default: they return a cache besides the logits."""
+    model = model_of("llama")
+    plain = trace(model, (TOKENS,))
+    model.config.use_cache = True
+    program = trace(model, (TOKENS,))
+    assert [str(r.type) for r in program.main.results] == ["f32[2, 24, 96]"]
+    assert "forward" not in vars(model)
+    assert np.array_equal(run(program, weights_of(model)), run(plain, weights_of(model)))
+
+
 def ulps(x: np.ndarray) -> np.ndarray:
     """One unit in the last place of BF16 numbers, as float64: 2^-7 of the power of two below."""
     return np.exp2(np.floor(np.log2(np.maximum(np.abs(x.astype(np.float64)), 2.0**-126))) - 7)
