@@ -1,4 +1,4 @@
-"""The `dsc` command: its errors, its exit codes, and how options are shared. The commands themselves are in commands.py.
+"""The `dsc` command: its errors, its exit codes, and how options are shared. The commands are in *commands.py.
 
 Exit codes: 0 done (for diff: the same), 1 different (diff only), 2 an error; as a shell has them for signals, 130 interrupted, 141
 nobody reads on, 143 terminated.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]  # it may stand before or after the command
     try:
-        from . import commands  # noqa: F401 - attaches the commands to the group
+        from . import commands, diff_command, list_commands  # noqa: F401 - attach the commands to the group
 
         code = cli.main(given or ["--help"], prog_name="dsc", standalone_mode=False, obj=("dsc", *given))
         sys.stdout.flush()

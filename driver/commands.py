@@ -1,4 +1,8 @@
-"""The commands of `dsc`. Each is a thin face of a function that Python users call too; imports are inside, so that help is quick."""
+"""The commands that make, run and show programs: compile, run, inspect, opt, convert.
+
+A command is a thin face of a function that Python users call too; imports are inside, so that help is quick. Others are in diff_command.py,
+list_commands.py and train_command.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import click
 
 from ..ir.errors import require
 from .cli import cli, inputs_option, json_option, weights_option
-from .ui import count, emit_json, note, plural, progress, size, table
+from .ui import count, emit_json, executed, note, plural, progress, say_defaults, size, table
 
 PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes).'
 
@@ -105,14 +109,14 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     if file:
         check_writable(file)
     start = time.perf_counter()
-    with progress("running", _executed(program.module)) as step:
+    with progress("running", executed(program.module)) as step:
         results = execute(program, weights, inputs, backend, lambda site, *rest: step(str(site)))
     seconds = time.perf_counter() - start
     names = result_names(program.module)
     if file:
         save(file, names, results)
     found = {name: summarise(array) for name, array in zip(names, results, strict=True)}
-    _say_defaults([program], weights, inputs)
+    say_defaults([program], weights, inputs)
     if as_json:
         emit_json({"backend": backend, "seconds": seconds, "results": found, "file": str(file) if file else None})
         return 0
@@ -126,22 +130,6 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
             note(f"dsc: {name} has {plural(stats['not_finite'], 'value')} that are infinite or not a number")
     print(f"ran on {backend} in {seconds:.2f} s{f'; results in {file}' if file else ''}")
     return 0
-
-
-def _say_defaults(programs: list[Any], weights: str | None, inputs: str | None) -> None:
-    """What was taken for lack of anything else; said at the end, so that an error stands alone."""
-    from .run import own_weights
-
-    taken = [] if weights else [f"weights {' and '.join(dict.fromkeys(own_weights(programs)))}"]
-    taken += [] if inputs else ["seeded inputs"]
-    if taken:
-        note(f"dsc: took {' and '.join(taken)}")
-
-
-def _executed(module: Any) -> int:
-    from ..ir.walk import walk
-
-    return sum(1 for _ in walk(module))
 
 
 @cli.command()
@@ -254,82 +242,6 @@ def opt(file: Path, passes: str, until: str | None, print_after: str | None, tim
 
 
 @cli.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path), required=False)
-@click.option("--backends", default="numpy", metavar="NAME[,NAME]", help="One backend for both, or two to compare on one artifact.")
-@weights_option
-@inputs_option
-@click.option(
-    "--tolerance", type=float, default=0.0, metavar="REL", help="Relative L2 difference that still counts as the same. Default: 0."
-)
-@click.option("--all", "everything", is_flag=True, help="Show every op, not only those that differ most.")
-@click.option(
-    "--sweep", "axis", metavar="AXIS", help="Quantise A in every way an axis has: recipe, tile, format, scale, accumulate, promote."
-)
-@click.option("--recipe", default="deepseek-v3", help="The recipe whose decision --sweep varies. Default: deepseek-v3.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw SQNR by layer for each value of the swept axis.")
-@json_option
-def diff(
-    a: Path,
-    b: Path | None,
-    backends: str,
-    weights: str | None,
-    inputs: str | None,
-    tolerance: float,
-    everything: bool,
-    axis: str | None,
-    recipe: str,
-    plot: Path | None,
-    as_json: bool,
-) -> int:
-    """Compare two artifacts, or one under two backends, op by op.
-
-    Exit code 0 the same, 1 different, 2 an error. Two artifacts are the same when every op gives the same bits (or
-    differs by at most --tolerance); two backends when each op, on the same operands, stays within its rounding bound.
-
-    \b
-    dsc diff out out --backends numpy,numpy-f64
-    dsc diff bf16 f32 --tolerance 0.01
-    dsc diff out --sweep recipe --plot sqnr.png
-    """
-    from .artifact import load
-    from .diff import diff as compare
-    from .report_diff import show
-
-    if axis or plot:
-        require(b is None, "--sweep and --plot quantise one artifact: give A alone")
-        return _sweep(load(a), axis or "recipe", recipe, weights, inputs, plot, as_json)
-    names = tuple(n for n in backends.split(",") if n)
-    first = load(a)
-    second = first if b is None or b.resolve() == a.resolve() else load(b)
-    with progress("comparing", 2 * _executed(first.module)) as step:
-        report = compare(first, second, backends=names, weights=weights, inputs=inputs, tolerance=tolerance, on_step=step)
-    _say_defaults([first, second], weights, inputs)
-    if as_json:
-        emit_json(report.to_dict())
-    else:
-        print(show(report, everything))
-    return 0 if report.same else 1
-
-
-def _sweep(program: Any, axis: str, recipe: str, weights: str | None, inputs: str | None, file: Path | None, as_json: bool) -> int:
-    from . import sweep
-
-    with progress("sweeping", len(sweep.pipelines(axis, recipe))) as step:
-        found = sweep.sweep(program, axis, recipe=recipe, weights=weights, inputs=inputs, on_step=step)
-    if file:
-        sweep.plot(found, file)
-    _say_defaults([program], weights, inputs)
-    if as_json:
-        emit_json(found.to_dict())
-    else:
-        print(sweep.show(found))
-        if file:
-            print(f"\n{file}: SQNR by layer")
-    return 0
-
-
-@cli.command()
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", required=True, metavar="bf16|fp8", help="The form of the Linear weights in DST.")
@@ -357,47 +269,4 @@ def convert(source: Path, target: Path, to: Any, as_json: bool) -> int:
     kept = f" ({done.kept:,} kept from before)" if done.kept else ""
     rate = f"{done.megabytes_per_second:,.0f} MB/s"
     print(f"{target}: {plural(done.shards, 'shard')}{kept}, {size(done.bytes_read)} in, {size(done.bytes_written)} out, {rate}")
-    return 0
-
-
-@cli.command()
-@click.argument("name", required=False)
-@click.option("--markdown", is_flag=True, help="Print docs/ops.md.")
-@json_option
-def ops(name: str | None, markdown: bool, as_json: bool) -> int:
-    """List the ops of the IR, or show one: its form, its formula, and where each part of it is.
-
-    \b
-    dsc ops
-    dsc ops matmul
-    """
-    from .catalog import describe_op, describe_ops, ops_page
-
-    if markdown:
-        print(ops_page(), end="")
-        return 0
-    value, text = describe_op(name) if name else describe_ops()
-    emit_json(value) if as_json else print(text)
-    return 0
-
-
-@cli.command()
-@json_option
-def passes(as_json: bool) -> int:
-    """List the passes and their options."""
-    from .catalog import describe_passes
-
-    value, text = describe_passes()
-    emit_json(value) if as_json else print(text)
-    return 0
-
-
-@cli.command()
-@json_option
-def models(as_json: bool) -> int:
-    """List the models that dsc ships configurations of."""
-    from .catalog import describe_models
-
-    value, text = describe_models()
-    emit_json(value) if as_json else print(text)
     return 0

@@ -157,7 +157,6 @@ def test_what_needs_no_torch_does_not_import_it(tiny: Path, scale: Path, tmp_pat
         ["--help"],
         ["compile", "--help"],
         ["ops"],
-        ["ops", "matmul"],
         ["passes"],
         ["models"],
         ["opt", file],
