@@ -13,7 +13,7 @@ from math import prod
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from ...ir.core import Op, Role
-from ...ir.types import DType
+from ...ir.types import DType, tensors
 from .targets import Target
 
 POINTERS: dict[DType, str] = {
@@ -144,6 +144,9 @@ def plan(op: Op, target: Target, operands: tuple[Slots, ...], results: tuple[Slo
     """The launches that run `op` on tensors so laid out; or why its kernel, if there is one, does not."""
     if type(op) not in KERNELS:
         return Declined("no kernel")
+    every = [t for v in (*op.operands, *op.results) for t in tensors(v.type)]
+    if any(t.dtype is DType.f64 for t in every):
+        return Declined("f64, but kernels compute in float32")
     found = KERNELS[type(op)].launcher(op, target, *_by_field(op, operands), *results)
     launches = (found,) if isinstance(found, Launch) else found
     return launches if isinstance(launches, Declined) else tuple(launch for launch in launches if prod(launch.grid))

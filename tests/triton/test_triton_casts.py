@@ -140,7 +140,7 @@ def test_what_the_interpreter_does_without(dtype: DType, inputs: list[float], wr
     np.testing.assert_array_equal(found, np.array(wrong, np.float32))
 
 
-@pytest.mark.parametrize(("sigmoidal", "ulps"), [(False, 2.0), (True, 4.0)])
+@pytest.mark.parametrize(("sigmoidal", "ulps"), [(False, 3.0), (True, 4.0)])
 def test_exp_and_sigmoid_are_within_their_ulps(sigmoidal: bool, ulps: float) -> None:
     x = np.concatenate([np.linspace(-87, 88, SIZE - 6), [0, -0.0, np.inf, -np.inf, 100, -200]]).astype(np.float32)
     found = launched(exp_kernel, x, DType.f32, DType.f32, SIGMOID=sigmoidal).astype(np.float64)
@@ -148,6 +148,6 @@ def test_exp_and_sigmoid_are_within_their_ulps(sigmoidal: bool, ulps: float) -> 
         exact = 1 / (1 + np.exp(-x.astype(np.float64))) if sigmoidal else np.exp(x.astype(np.float64))
         rounded = exact.astype(np.float32)
     normal = np.isfinite(rounded) & (exact > 2.0**-126)
-    assert (np.abs(found[normal] - exact[normal]) <= ulps * np.spacing(rounded[normal])).all()
+    assert (np.abs(found[normal] - exact[normal]) / np.spacing(rounded[normal])).max() <= ulps
     np.testing.assert_array_equal(found[np.isinf(rounded)], np.inf)
     assert (found[exact < 1e-46] == 0).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from dsc.backends.triton.program import layout_of, plan_function
 from dsc.backends.triton.run import Executor, machine
 from dsc.backends.triton.targets import TARGETS
 from dsc.ir.core import Func, Module, Op, Value
-from dsc.ir.ops.elementwise import SwiGLU
+from dsc.ir.ops.elementwise import Relu, SwiGLU
 from dsc.ir.ops.norm import RmsNorm
 from dsc.ir.ops.quant import Dequantize, Quantize, ScaledMatmul, scale_shape
 from dsc.ir.quantization import RULES, Accumulation
@@ -208,3 +210,24 @@ def test_launches_depend_on_nothing_but_op_layout_and_target() -> None:
     for target in TARGETS.values():
         assert registry.plan(op, target, tuple(slots), (made,)) == registry.plan(op, target, tuple(slots), (made,))
     assert set(kernels.KERNELS) >= {Quantize, Dequantize, ScaledMatmul, RmsNorm, SwiGLU}
+
+
+def test_float64_is_not_computed_in_float32() -> None:
+    for op in (RmsNorm(value(DType.f64, 3, 8), value(DType.f64, 8), 1e-6), SwiGLU(*(value(DType.f64, 3, 8) for _ in range(2)))):
+        assert how(op) == ("torch", "f64, but kernels compute in float32")
+
+
+def test_the_kernel_of_the_guide_is_right(tmp_path: Path) -> None:
+    """docs/adding_a_kernel.md, as it stands there."""
+    guide = (Path(__file__).parents[2] / "docs" / "adding_a_kernel.md").read_text(encoding="utf-8")
+    file = tmp_path / "relu.py"
+    file.write_text(guide.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    spec = spec_from_file_location(f"{kernels.__name__}.relu_of_the_guide", file)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(module_from_spec(spec))
+    try:
+        for dtype in (DType.f32, DType.bf16, DType.f8e4m3):
+            same_bits(Relu(value(dtype, 130, 193)), nasty(130, 193, dtype))
+    finally:
+        del kernels.KERNELS[Relu]

@@ -50,7 +50,7 @@ def dequantize(op: Dequantize, target: Target, codes: Slot, scales: Slot, counts
     height, width = op.tile
     if power_of_two(height) * power_of_two(width) > LARGEST_BLOCK:
         return Declined(f"tiles of {height} x {width} elements, expected at most {LARGEST_BLOCK} in a tile")
-    if y.dtype is DType.f64 or y.dtype not in (DType.f32, DType.bf16, DType.f16):
+    if y.dtype not in (DType.f32, DType.bf16, DType.f16):
         return Declined(f"a result of {y.dtype}, expected f32, bf16 or f16")
     grouped = counts is not None and height > 1
     matrices = 1 if height == 1 else codes.size // max(1, codes.shape[-2] * codes.shape[-1])

@@ -142,8 +142,6 @@ def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: 
     height, width = op.tile
     if power_of_two(height) * power_of_two(width) > LARGEST_BLOCK:
         return Declined(f"tiles of {height} x {width} elements, expected at most {LARGEST_BLOCK} in a tile")
-    if x.dtype is DType.f64:
-        return Declined("x is f64, which has to be rounded to odd first where the codes are narrower than f32")
     grouped = counts is not None and height > 1
     matrices = 1 if height == 1 else x.size // max(1, x.shape[-2] * x.shape[-1])
     rows, columns = x.size // max(1, x.shape[-1] * matrices), x.shape[-1]

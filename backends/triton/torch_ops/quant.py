@@ -138,5 +138,6 @@ def grouped_scaled_matmul_wgrad(
     """One product per group that has rows. Waits for the counts. Rows past their sum have no scale and are not read."""
     wide = torch.float64 if op.accumulation.arithmetic == "exact" else torch.float32
     used = int(counts.sum())
-    rows = (_times_scales(x[:used], s, tile, wide, counts) for x, s, tile in ((a, a_scales, op.a_tile), (b, b_scales, op.b_tile)))
-    return rounded(by_groups_of_rows(*rows, counts), op.out)
+    left = _times_scales(a[:used], a_scales, op.a_tile, wide, counts)
+    right = _times_scales(b[:used], b_scales, op.b_tile, wide, counts)
+    return rounded(by_groups_of_rows(left, right, counts), op.out)
