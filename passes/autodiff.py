@@ -289,7 +289,7 @@ class _Differentiation:
         if self.split and walk.weights and parts[Phase.I]:
             carried = needed(parts[Phase.W], of_weights.values, ())
             stash = _in_order(carried, func, walk.calls.values(), (*given, *(r for op in backward for r in op.results)))
-            results = (*gradients[:count], Packed("stash", stash, Phase.I))
+            results: list[Value | Packed] = [*gradients[:count], Packed("stash", stash, Phase.I)]
             first = outlined(self.unique(f"{func.name}_bwd_input"), residuals, given, parts[Phase.I], results, phases)
             inside = Packed("stash", stash, Phase.W)
             made = (first, outlined(self.unique(f"{func.name}_bwd_weight"), inside, (), parts[Phase.W], (of_weights,), phases))

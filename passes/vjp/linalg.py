@@ -6,6 +6,8 @@ dW = dy^T x sums over all tokens at once, so tokens become the rows of one matri
 
 from __future__ import annotations
 
+from math import prod
+
 from ...ir.core import Value
 from ...ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ...ir.ops.shape import Reshape, Transpose
@@ -25,8 +27,7 @@ def matmul(op: Matmul, b: Backward, dy: Value) -> Gradients:
     if b.wants(op.b):
         a = op.a
         if op.b.tensor.rank == 2 and a.tensor.rank > 2:
-            a, dy = (b.emit(Reshape(x, (-1 if not x.tensor.size else x.tensor.size // extents(x)[-1], extents(x)[-1]))).result
-                     for x in (a, dy))  # fmt: skip
+            a, dy = (b.emit(Reshape(x, (prod(extents(x)[:-1]), extents(x)[-1]))).result for x in (a, dy))
         left, right = pair(b, dy, a)
         left, right = (left, right) if op.transpose_b else (right, left)
         db = b.fit(b.emit(Matmul(_swapped(left, b), right, out=_out(b, op.b, left))).result, op.b)
