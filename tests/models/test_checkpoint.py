@@ -153,8 +153,8 @@ def test_transformers_loads_what_save_checkpoint_writes(
 
 TORCH_DTYPES = {
     "bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64, "f8e4m3": torch.float8_e4m3fn,
-    "f8e5m2": torch.float8_e5m2, "e8m0": torch.float8_e8m0fnu, "i64": torch.int64, "i32": torch.int32, "u8": torch.uint8,
-    "bool": torch.bool,
+    "f8e5m2": torch.float8_e5m2, "e8m0": torch.float8_e8m0fnu, "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8,
+    "u8": torch.uint8, "bool": torch.bool,
 }  # fmt: skip
 
 
