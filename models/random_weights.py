@@ -31,10 +31,12 @@ _CODE_DEVIATION = 32.0  # of FP8 codes: far above E4M3's least normal number 2^-
 class RandomWeights:
     """Weights drawn at random by name; see the module's docstring for how, and `_draw` for which distribution.
 
-    An FP8 tensor and its `_scale_inv` (128x128 blocks) multiply to about the same values that the name has in BF16.
+    An FP8 tensor and its `_scale_inv` (128x128 blocks) multiply to about the same values that the name has in BF16. With
+    `initializer_range` they are what training begins with: matrices of that standard deviation, norms 1, other vectors 0.
     """
 
     seed: int
+    initializer_range: float | None = None
 
     def get(self, wanted: Wanted) -> np.ndarray:
         """The tensor that `wanted` names. Raises `DscError` if it is not of a float type."""
@@ -58,6 +60,12 @@ class RandomWeights:
         """See `Weights.describe`."""
         return f"random weights, seed {self.seed}"
 
+    def _distribution(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Mean and standard deviation of the tensor called `name`."""
+        if self.initializer_range is None:
+            return _distribution(name, shape)
+        return (0.0, self.initializer_range) if len(shape) >= 2 else (1.0 if _is_norm(name) else 0.0, 0.0)
+
     def _draw(self, name: str, dtype: str, out: np.ndarray) -> None:
         """Fill `out` (contiguous) so that activations stay of order 1.
 
@@ -69,7 +77,7 @@ class RandomWeights:
         elif dtype in FP8:
             self._draw_fp8(name, dtype, out)
         else:
-            mean, deviation = _distribution(name, out.shape)
+            mean, deviation = self._distribution(name, out.shape)
             flat = out.reshape(-1)
             for first, normal in self._normal(name, flat.size, _CHUNK):
                 normal *= np.float32(deviation)
@@ -79,7 +87,7 @@ class RandomWeights:
     def _draw_fp8(self, name: str, dtype: str, out: np.ndarray) -> None:
         rows, columns = out.shape if out.ndim == 2 else (1, out.size)
         scales = self._scales(f"{name}_scale_inv", (-(-rows // _BLOCK), -(-columns // _BLOCK)))
-        mean, deviation = _distribution(name, out.shape)
+        mean, deviation = self._distribution(name, out.shape)
         flat = out.reshape(rows, columns)
         for first, normal in self._normal(name, out.size, _BLOCK * columns):
             row = first // columns
@@ -107,12 +115,16 @@ class RandomWeights:
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation of the tensor called `name`."""
+    """Mean and standard deviation that keep activations of order 1."""
     if len(shape) >= 2:
         return 0.0, 1.0 if name.endswith("embed_tokens.weight") else 1 / math.sqrt(max(1, shape[-1]))
-    if "norm" in name.rpartition(".")[0].rpartition(".")[2] and name.endswith(".weight"):
+    if _is_norm(name):
         return 1.0, 0.1
     return 0.0, 0.01 if name.endswith("e_score_correction_bias") else 0.02
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name.rpartition(".")[0].rpartition(".")[2] and name.endswith(".weight")
 
 
 @cache

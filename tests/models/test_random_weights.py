@@ -108,3 +108,14 @@ def test_only_floats_are_random() -> None:
     with pytest.raises(DscError) as error:
         RandomWeights(0).get(Wanted("steps", "i64", (2,)))
     assert str(error.value) == "random weights: steps: found i64[2], expected one of f64, f32, f16, bf16, f8e4m3, f8e5m2"
+
+
+def test_what_training_begins_with() -> None:
+    weights = RandomWeights(3, initializer_range=0.006)
+    matrix = weights.get(Wanted(f"{STEM}.up_proj", "f32", (4, 64, 96)))
+    assert matrix.std() == pytest.approx(0.006, rel=0.03)  # four standard deviations of the estimate, 1 / sqrt(2 * 24576) each, and more
+    assert abs(matrix.mean()) < 5 * 0.006 / math.sqrt(matrix.size)
+    np.testing.assert_array_equal(weights.get(Wanted("model.norm.weight", "bf16", (7,))), 1)
+    np.testing.assert_array_equal(weights.get(Wanted("model.layers.3.mlp.gate.e_score_correction_bias", "f32", (7,))), 0)
+    other = RandomWeights(3).get(Wanted(f"{STEM}.up_proj", "f32", (4, 64, 96)))
+    np.testing.assert_allclose(matrix / np.float32(0.006), other * math.sqrt(96), rtol=1e-6)
