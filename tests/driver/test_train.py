@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -188,11 +192,13 @@ def test_transformers_and_dsc_read_a_checkpoint(short: Train) -> None:
     assert tokenizer.encode("größer", add_special_tokens=False) == list("größer".encode())
 
 
-def test_training_goes_on_from_the_weights_of_a_checkpoint(short: Train, tmp_path: Path) -> None:
-    first = short("first", steps=20)
+def test_training_goes_on_from_the_weights_of_a_checkpoint(short: Train) -> None:
+    first = short("first", steps=8)
     second = short("second", steps=1, source=first.checkpoint, overrides=())
-    last, begin = float(first.rows[-1]["loss"]), float(second.rows[0]["loss"])
-    assert abs(begin - last) < 0.5 < float(first.rows[0]["loss"]) - begin
+    tokens, labels, _ = Batches([open_text(TEXT)], ByteTokenizer(), 2, 16, fim=0.1).next(Position())
+    program = dsc.trace(first.checkpoint, mode="train", batch=2, seq=16)
+    loss, *_ = dsc.run(program, weights=str(first.checkpoint), inputs=(tokens, labels))
+    assert np.float32(second.rows[0]["loss"]) == loss != np.float32(first.rows[0]["loss"])
 
 
 @pytest.mark.parametrize("recipe", ["deepseek-v3", "block-only"])
@@ -240,6 +246,60 @@ def test_data_that_vanishes_stops_the_run_with_its_state(short: Train, tmp_path:
         short(data=[data], on_step=remove)
     data.write_text("\n\n".join(f"document {i} of many" for i in range(100)))
     assert len(short(data=[data], resume=True).rows) == 6
+
+
+def settled(folder: Path, condition: Callable[[Path], bool], process: subprocess.Popen[bytes]) -> bool:
+    """Wait until a condition holds; False where the process ends before."""
+    while process.poll() is None:
+        if condition(folder):
+            return True
+        time.sleep(0.001)
+    return False
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {
+    "at the beginning": lambda run: (run / "checkpoints").is_dir(),
+    "in the first steps": lambda run: (run / "loss.csv").exists() and len(read(run / "loss.csv")) >= 2,
+    "while a checkpoint is written": lambda run: any((run / "checkpoints").glob(".step-00000006.partial")),
+    "while another is written": lambda run: any((run / "checkpoints").glob(".step-00000009.partial/*")),
+}
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    """SIGKILL leaves no time to save anything. The process is killed at four moments, and the last one runs to the end."""
+    sets = [part for override in SMALL for part in ("--set", override)]
+    options = ["--steps", "12", "--save-every", "3", "--batch", "2", "--seq", "16", "--ema", "0.9", "--lr", str(RATE), *sets]
+
+    def start(out: str, *more: str) -> subprocess.Popen[bytes]:
+        arguments = [sys.executable, "-m", "dsc", "train", "deepseek-v3-tiny", "--data", TEXT, "-o", str(tmp_path / out), *options, *more]
+        with (tmp_path / "errors").open("w") as errors:
+            return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors)
+
+    assert start("whole").wait() == 0, (tmp_path / "errors").read_text()
+    for moment, condition in MOMENTS.items():
+        process = start("parts", "--resume")
+        assert settled(tmp_path / "parts", condition, process), f"{moment}: the run ended too early to be killed"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        for folder in checkpoints(tmp_path / "parts"):
+            assert (folder / "state.json").exists(), f"{moment}: a checkpoint is there and incomplete"
+    assert start("parts", "--resume").wait() == 0, (tmp_path / "errors").read_text()
+    assert curve_of(tmp_path / "parts") == curve_of(tmp_path / "whole")
+    assert not list((tmp_path / "parts" / "checkpoints").glob(".*"))
+    for file in checkpoints(tmp_path / "whole")[-1].rglob("*.safetensors"):
+        assert (tmp_path / "parts" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes(), file.name
+
+
+def test_two_processes_do_not_share_a_run(short: Train, tmp_path: Path) -> None:
+    message = ""
+
+    def again(step: int, row: Any) -> None:
+        nonlocal message
+        message = message or refused(lambda: short(resume=True))
+
+    short(steps=6, on_step=again)
+    assert message == f"{tmp_path / 'run'}: another process is training into it"
 
 
 def refused(run: Callable[[], object]) -> str:
