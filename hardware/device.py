@@ -96,7 +96,7 @@ def _accumulation(table: dict[str, Any], where: str) -> Accumulation:
 
 
 def _source(table: dict[str, Any], where: str) -> Source:
-    provenance = table.get("provenance")
+    provenance: Any = table.get("provenance")
     require(provenance in get_args(Provenance), f"{where}: provenance is {provenance!r}, expected one of {', '.join(get_args(Provenance))}")
     require(isinstance(table.get("source"), str), f'{where}: expected source = "..."')
     return Source(provenance, table["source"])

@@ -346,6 +346,7 @@ _WORDS: dict[str, str] = {
     "STRING": '"text"',
     "ID": "an id",
     "PHASE": "a phase (F, I, W or R)",
+    "$END": "the end",
 }
 
 

@@ -22,6 +22,8 @@ _TORCH_NAMES = {
     "float8_e8m0fnu": "e8m0",
     "int64": "i64",
     "int32": "i32",
+    "int16": "i16",
+    "int8": "i8",
     "uint8": "u8",
     "bool": "bool",
 }

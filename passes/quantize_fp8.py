@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..hardware.device import accumulation
 from ..ir.core import Builder, Func, Module, Op, Trait, Value, users
@@ -85,7 +85,7 @@ class QuantizeFp8(Pass):
         formats = ("f8e4m3", "f8e5m2")
         require(self.format in (None, *formats), f"unknown format {self.format}; expected one of {', '.join(formats)}")
         sections = ("activation", "weight", "gradient", "dispatch")
-        changed = {name: self._change(section) for name in sections if (section := getattr(found, name)) is not None}
+        changed: dict[str, Any] = {name: self._change(section) for name in sections if (section := getattr(found, name)) is not None}
         return replace(found, accumulation=model, **changed)
 
     def _change(self, chosen: Quantization) -> Quantization:
@@ -205,8 +205,9 @@ class _Rule:
         part = next((part for part in self.recipe.keep if any(part in name for name in names)), None)
         return f"the recipe keeps {part}" if part else ""
 
-    def _decline(self, op: Op, reason: str) -> None:
+    def _decline(self, op: Op, reason: str) -> Sequence[Value] | None:
         self.options.decline(self.func, op, reason)
+        return None
 
     def _quantize(self, x: Value, chosen: Quantization, b: Builder) -> Quantized:
         if (x, chosen) not in self.done:

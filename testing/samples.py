@@ -303,14 +303,14 @@ QUANTISED = [
     *(sample(ScaledMatmul, "f8e4m3[2, 5, 200]", ("f32[2, 5, 2]", positive), "f8e4m3[9, 200]", ("f32[1, 2]", positive), out=out)
       for out in (DType.bf16, DType.f32)),
     *(sample(ScaledMatmul, "f8e5m2[7, 300]", ("f32[7, 3]", positive), "f8e4m3[5, 300]", ("f32[5, 3]", positive), b_tile=(1, 128),
-             accumulation=Accumulation(arithmetic=arithmetic)) for arithmetic in ("float32", "exact", "tensor-core")),
+             accumulation=model) for model in (Accumulation("float32"), Accumulation("exact"), Accumulation("tensor-core"))),
     sample(GroupedScaledMatmul, "f8e4m3[23, 200]", ("f32[23, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
            ("i32[3]", counts(20)), tag="with spare rows"),
     sample(GroupedScaledMatmul, "f8e5m2[23, 20]", ("f32[8, 5]", positive), "f8e4m3[3, 9, 20]", ("f32[3, 1, 1]", positive),
            ("i32[3]", counts(20)), x_tile=(4, 4), out=DType.f32, tag="in tiles of several rows"),
     *(sample(GroupedScaledMatmulWgrad, "f8e4m3[23, 5]", ("f32[6, 5]", positive), "f8e5m2[23, 9]", ("f32[6, 9]", positive),
-             ("i32[3]", counts(20)), a_tile=(7, 1), b_tile=(7, 1), accumulation=Accumulation(arithmetic=arithmetic), out=out)
-      for arithmetic, out in (("float32", DType.f32), ("exact", DType.bf16), ("tensor-core", DType.bf16))),
+             ("i32[3]", counts(20)), a_tile=(7, 1), b_tile=(7, 1), accumulation=model, out=out)
+      for model, out in ((Accumulation("float32"), DType.f32), (Accumulation("exact"), DType.bf16), (Accumulation("tensor-core"), DType.bf16))),
     sample(GroupedScaledMatmulWgrad, "f8e4m3[300, 5]", ("f32[4, 5]", positive), "f8e4m3[300, 9]", ("f32[4, 1]", positive),
            ("i32[2]", counts(300)), b_tile=(128, 128), out=DType.bf16, tag="in blocks"),
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ...ir.errors import require
@@ -83,7 +85,7 @@ def combine(op: ops.Combine, wide: np.dtype[np.floating], rows: Array, handle: t
 
 
 @reference(ops.Redispatch, operands="stored")
-def redispatch(op: ops.Redispatch, *operands: Array | tuple[Array]) -> tuple[Array, ...] | Array:
+def redispatch(op: ops.Redispatch, *operands: Any) -> tuple[Array, ...] | Array:
     *xs, (order,) = operands
     require_inside(order, len(order), "slot")
     tokens = order // max(1, len(order) // max(1, len(xs[0])))

@@ -62,8 +62,8 @@ def grouped_scaled_matmul_wgrad(
     a, a_scales = _used(a, a_scales, op.a_tile, used, groups)
     b, b_scales = _used(b, b_scales, op.b_tile, used, groups)
     if wide == np.float64 and op.accumulation.arithmetic == "float32":
-        rows = (scale.dequantize(x, s, tile, groups, wide) for x, s, tile in ((a, a_scales, op.a_tile), (b, b_scales, op.b_tile)))
-        return multiply_groups_of_rows(*rows, counts, wide)
+        left, right = scale.dequantize(a, a_scales, op.a_tile, groups, wide), scale.dequantize(b, b_scales, op.b_tile, groups, wide)
+        return multiply_groups_of_rows(left, right, counts, wide)
     tiles = op.a_tile[::-1], op.b_tile[::-1]
     return tensorcore.grouped_scaled_matmul_k(a.T, a_scales.T, b.T, b_scales.T, groups, *tiles, op.accumulation, STORAGE[op.out])
 
