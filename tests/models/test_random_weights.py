@@ -113,7 +113,7 @@ def test_only_floats_are_random() -> None:
 def test_what_training_begins_with() -> None:
     weights = RandomWeights(3, initializer_range=0.006)
     matrix = weights.get(Wanted(f"{STEM}.up_proj", "f32", (4, 64, 96)))
-    assert matrix.std() == pytest.approx(0.006, rel=0.03)  # four standard deviations of the estimate, 1 / sqrt(2 * 24576) each, and more
+    assert matrix.std() == pytest.approx(0.006, rel=5 / math.sqrt(2 * matrix.size))  # five standard errors
     assert abs(matrix.mean()) < 5 * 0.006 / math.sqrt(matrix.size)
     np.testing.assert_array_equal(weights.get(Wanted("model.norm.weight", "bf16", (7,))), 1)
     np.testing.assert_array_equal(weights.get(Wanted("model.layers.3.mlp.gate.e_score_correction_bias", "f32", (7,))), 0)

@@ -52,7 +52,9 @@ LAWS = {
     "models": law("ir numerics", "torch numpy ml_dtypes safetensors pydantic"),
     "testing": law(f"ir backends {BACKENDS}", "numpy ml_dtypes pytest hypothesis"),
     "driver": law(
-        BELOW_DRIVER, "numpy ml_dtypes safetensors click rich pydantic", late="torch triton onnx onnx_ir scipy networkx matplotlib tokenizers"
+        BELOW_DRIVER,
+        "numpy ml_dtypes safetensors click rich pydantic",
+        late="torch triton onnx onnx_ir scipy networkx matplotlib tokenizers",
     ),
     # The files of the root: the public API, which loads the rest on first use, and the entry point of the command.
     "": law("ir", late=f"driver {BELOW_DRIVER}"),
