@@ -100,10 +100,10 @@ def describe_program(module: Module) -> tuple[dict[str, Any], str]:
         }
         for func in module.funcs
     ]
-    attributes = {k: v if isinstance(v, int | float | bool) or v is None else str(v) for k, v in module.attributes.items()}
+    attributes = {k: str(v) if isinstance(v, str) else v for k, v in module.attributes.items()}  # a bare word prints as text
     value = {"stage": module.stage, "attributes": attributes, "functions": functions}
     rows = [(f"@{f['name']}", f"{f['calls']:,}", f"{f['ops']:,}", f"{f['weights']:,}", count(f["flops"])) for f in functions]
-    head = ", ".join(f"{k} {v}" for k, v in attributes.items())
+    head = ", ".join(f"{k} {v}" for k, v in attributes.items() if isinstance(v, str | int | float))  # records are for programs
     main = module.main
     lines = [
         f"stage {module.stage}{f' ({head})' if head else ''}, {plural(sum(len(f.ops) for f in module.funcs), 'op')}",
