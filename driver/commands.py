@@ -16,7 +16,7 @@ import click
 
 from ..ir.errors import require
 from .cli import cli, inputs_option, json_option, weights_option
-from .ui import count, emit_json, executed, note, plural, progress, say_defaults, size, table
+from .ui import count, emit_json, note, plural, progress, size, table
 
 PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes).'
 
@@ -101,8 +101,9 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     dsc run out
     dsc run out --weights path/to/checkpoint --inputs tokens.npz --out logits.npz
     """
+    from ..ir.walk import executed
     from .artifact import load
-    from .run import check_writable, result_names, save, summarise
+    from .run import check_writable, result_names, save, say_defaults, summarise
     from .run import run as execute
 
     program = load(out)

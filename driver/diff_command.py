@@ -9,7 +9,7 @@ import click
 
 from ..ir.errors import require
 from .cli import cli, inputs_option, json_option, weights_option
-from .ui import emit_json, executed, progress, say_defaults
+from .ui import emit_json, progress
 
 
 @cli.command()
@@ -51,9 +51,11 @@ def diff(
     dsc diff bf16 f32 --tolerance 0.01
     dsc diff out --sweep recipe --plot sqnr.png
     """
+    from ..ir.walk import executed
     from .artifact import load
     from .diff import diff as compare
     from .report_diff import show
+    from .run import say_defaults
 
     if axis or plot:
         require(b is None, "--sweep and --plot quantise one artifact: give A alone")
@@ -73,6 +75,7 @@ def diff(
 
 def _sweep(program: Any, axis: str, recipe: str, weights: str | None, inputs: str | None, file: Path | None, as_json: bool) -> int:
     from . import sweep
+    from .run import say_defaults
 
     with progress("sweeping", len(sweep.pipelines(axis, recipe))) as step:
         found = sweep.sweep(program, axis, recipe=recipe, weights=weights, inputs=inputs, on_step=step)

@@ -14,6 +14,7 @@ from ..ir.types import Tensor
 from ..ir.walk import weights as weights_of
 from .artifact import Artifact
 from .inputs import Inputs, prepare
+from .ui import note
 
 Fetch = Callable[[str, Tensor], np.ndarray]
 
@@ -124,3 +125,11 @@ def summarise(array: np.ndarray) -> dict[str, Any]:
         "not_finite": int(real.size - finite.size),
         **{k: float(v) for k, v in stats.items()},
     }
+
+
+def say_defaults(programs: Sequence[Any], weights: str | None, inputs: str | None) -> None:
+    """What was taken for lack of anything else; said at the end, so that an error stands alone."""
+    taken = [] if weights else [f"weights {' and '.join(dict.fromkeys(own_weights(programs)))}"]
+    taken += [] if inputs else ["seeded inputs"]
+    if taken:
+        note(f"dsc: took {' and '.join(taken)}")

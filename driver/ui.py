@@ -64,20 +64,3 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[[str], N
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda step: bar.update(task, advance=1, description=f"{title} {step}"[:40])
-
-
-def say_defaults(programs: Sequence[Any], weights: str | None, inputs: str | None) -> None:
-    """What was taken for lack of anything else; said at the end, so that an error stands alone."""
-    from .run import own_weights
-
-    taken = [] if weights else [f"weights {' and '.join(dict.fromkeys(own_weights(programs)))}"]
-    taken += [] if inputs else ["seeded inputs"]
-    if taken:
-        note(f"dsc: took {' and '.join(taken)}")
-
-
-def executed(module: Any) -> int:
-    """How many ops one run executes, for a progress bar."""
-    from ..ir.walk import walk
-
-    return sum(1 for _ in walk(module))

@@ -29,6 +29,11 @@ def walk(module: Module, func: Func | None = None, prefix: str = "") -> Iterator
             yield from walk(module, module[op.callee], join(prefix, op.weights))
 
 
+def executed(module: Module) -> int:
+    """How many ops one run executes."""
+    return sum(1 for _ in walk(module))
+
+
 def weights(module: Module) -> dict[str, Tensor]:
     """Every weight that the module reads, by full name, in the order of first use. One name has one type."""
     found: dict[str, Tensor] = {}
