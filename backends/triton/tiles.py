@@ -56,21 +56,48 @@ class Gemm:
     group: int = 8
 
 
-def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target) -> Gemm:
+def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, groups: int = 1, column_scales: bool = False) -> Gemm:
     """The tile of a block-scaled FP8 product [m, k] x [n, k], scaled every `k_step` elements of k.
+
+    With `groups` it is one of so many, each of m rows on average; with `column_scales` each row of [n, k] has its own scales.
 
     On Hopper m is never below 64: a narrower tile leaves the warp-group instruction, which changes speed and the bits of the result. Of
     the tiles that do not spill there, 128 x 128 on 8 warps has the least operand traffic, 64 x 128 on 4 fills the machine sooner: it is
-    taken where the larger one would leave more than half of the units idle. Where rows are not aligned to 16 bytes, copies cannot run
-    ahead of the product: operands wait in registers, and the tile is smaller.
+    taken where the larger one would leave more than half of the units idle, where groups are short, each of which wastes half a tile, and
+    where scales of columns take the registers: Triton 3.7 spills 56 bytes of 128 x 128 then. Where rows are not aligned to 16 bytes,
+    copies cannot run ahead of the product: operands wait in registers, and the tile is smaller. CDNA3 clears -0 in registers, which leaves
+    no room for 128 x 128 either: Triton 3.9 spills 120 bytes of it, 3.7 none.
     """
     if k % 16:
         return Gemm(64, 64, k_step, 8, 2)
     if target.backend == "hip":
-        return Gemm(64 if m <= 64 else 128, 128, k_step, 8, 2)
+        return Gemm(64 if m <= 64 or target.fp8 == "fnuz" else 128, 128, k_step, 8, 2)
     if target.name == "sm_90":
-        large = ceil_div(m, 128) * ceil_div(n, 128) * 2 > target.units and m > 64
+        large = _fills(m, n, 128, 128, groups, target) and not column_scales
         return Gemm(128, 128, k_step, 8, 4) if large else Gemm(64, 128, k_step, 4, 4)
     if target.name == "sm_100":
         return Gemm(128, 128, k_step, 8, 3)
     return Gemm(64, 128, k_step, 8, 2)  # shared memory of 99 KiB, and accumulators in registers
+
+
+def gemm(m: int, n: int, groups: int, bits: int, aligned: bool, target: Target) -> Gemm:
+    """The tile of `groups` products of m x n elements on average, with operands of 16 or 32 `bits`; `aligned`: their rows are, to 16 bytes.
+
+    Float32 is multiplied without tensor cores. On Hopper as in `scaled_gemm`, but without promotion accumulators of 128 x 256 fit.
+    """
+    if bits == 32:
+        return Gemm(64, 64, 16, 4, 2)
+    if not aligned:
+        return Gemm(64, 64, 64, 4, 2)
+    if target.backend == "hip":
+        return Gemm(64 if m <= 64 else 128, 128, 64, 8, 2)
+    if target.name == "sm_90":
+        return Gemm(128, 256, 64, 8, 3) if _fills(m, n, 128, 256, groups, target) else Gemm(64, 128, 64, 4, 4)
+    if target.name == "sm_100":
+        return Gemm(128, 128, 64, 8, 3)
+    return Gemm(64, 128, 64, 4, 2)
+
+
+def _fills(m: int, n: int, tile_m: int, tile_n: int, groups: int, target: Target) -> bool:
+    """Whether so large tiles occupy half of the target's units or more, and waste no more than half of what they compute."""
+    return groups * ceil_div(m, tile_m) * ceil_div(n, tile_n) * 2 > target.units and m > (tile_m // 2 if groups == 1 else 2 * tile_m)

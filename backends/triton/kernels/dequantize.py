@@ -13,10 +13,11 @@ import triton.language as tl
 from ....ir.ops.quant import Dequantize
 from ....ir.types import DType
 from ..arithmetic import narrow, widen
+from ..groups import extents, rows_of_tile
 from ..registry import Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import LARGEST_BLOCK, ceil_div, power_of_two, warps
-from .quantize import group_rows, tiling
+from .quantize import tiling
 
 
 @triton.jit
@@ -31,7 +32,8 @@ def dequantize_kernel(CODES, SCALES, COUNTS, Y, rows, columns, groups, tile_rows
     column = tile_column * WIDTH + j % BLOCK_W
     down = i // BLOCK_H * HEIGHT + i % BLOCK_H
     if GROUPS > 0:
-        start, stop = group_rows(first, COUNTS, groups, HEIGHT, GROUPS)
+        starts, ends = extents(COUNTS, rows, groups, GROUPS, False)
+        _, start, stop = rows_of_tile(first, starts, ends, HEIGHT, GROUPS)
     else:
         start, stop = first * HEIGHT, rows
     inside = ((i % BLOCK_H < HEIGHT) & (start + down < stop))[:, None] & ((j % BLOCK_W < WIDTH) & (column < columns))[None, :]

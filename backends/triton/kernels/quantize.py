@@ -16,24 +16,11 @@ from ....ir.ops.quant import Quantize
 from ....ir.types import DType
 from ....numerics.formats import FORMATS
 from ..arithmetic import bits_of, from_bits, narrow, widen
+from ..groups import extents, rows_of_tile
 from ..jit import device
 from ..registry import Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import LARGEST_BLOCK, ceil_div, power_of_two, warps
-
-
-@device
-def group_rows(t, COUNTS, groups, HEIGHT: tl.constexpr, GROUPS: tl.constexpr):
-    """First row, and the row after the last, of tile row t where tiles of HEIGHT rows restart at each group; both 0 past the last tile."""
-    group = tl.arange(0, GROUPS)
-    counts = tl.load(COUNTS + group, mask=group < groups, other=0).to(tl.int64)
-    tiles = (counts + HEIGHT - 1) // HEIGHT
-    ends = tl.cumsum(counts, axis=0)
-    tile = t - (tl.cumsum(tiles, axis=0) - tiles)
-    mine = (tile >= 0) & (tile < tiles)
-    start = tl.sum(tl.where(mine, ends - counts + tile * HEIGHT, 0), axis=0)
-    stop = tl.sum(tl.where(mine, tl.minimum(ends, ends - counts + (tile + 1) * HEIGHT), 0), axis=0)
-    return start, stop
 
 
 @device
@@ -103,7 +90,8 @@ def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, 
     column = (tl.program_id(1) * ACROSS + j // BLOCK_W) * WIDTH + j % BLOCK_W
     down = i // BLOCK_H * HEIGHT + i % BLOCK_H
     if GROUPS > 0:
-        start, stop = group_rows(first, COUNTS, groups, HEIGHT, GROUPS)
+        starts, ends = extents(COUNTS, rows, groups, GROUPS, False)
+        _, start, stop = rows_of_tile(first, starts, ends, HEIGHT, GROUPS)
     else:
         start, stop = first * HEIGHT, rows
     inside = ((i % BLOCK_H < HEIGHT) & (start + down < stop))[:, None] & ((j % BLOCK_W < WIDTH) & (column < columns))[None, :]

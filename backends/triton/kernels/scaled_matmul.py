@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ....ir.ops.quant import ScaledMatmul
+from ....ir.quantization import Accumulation
 from ....ir.types import DType
 from ..arithmetic import INTERPRET, narrow, to_bf16, widen
 from ..jit import device
@@ -66,6 +67,31 @@ def promote(partial, a_scale, b_scale, accumulator, FORMULA: tl.constexpr, A_FIR
         return accumulator + (partial * a) * b
 
 
+@device
+def scaled_product(a_at, sa_at, b_at, sb_at, k, steps, a_step, sa_step, b_step, sb_step,
+                   FORMULA: tl.constexpr, A_FIRST: tl.constexpr, FORMAT_A: tl.constexpr, FORMAT_B: tl.constexpr,
+                   FNUZ: tl.constexpr, DEQUANTIZE: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The float32 product of one tile over k elements, promoted in each of `steps` steps of BLOCK_K; elements past the k-th are not read.
+
+    Pointers are to the first step, a_at [M, K], b_at [K, N], sa_at [M], sb_at [N] or one; `*_step` elements further is the next.
+    """
+    inner = tl.arange(0, BLOCK_K)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(steps):
+        left = k - step * BLOCK_K
+        a = operand(tl.load(a_at, mask=inner[None, :] < left, other=0.0), FORMAT_A, FNUZ, DEQUANTIZE)
+        b = operand(tl.load(b_at, mask=inner[:, None] < left, other=0.0), FORMAT_B, FNUZ, DEQUANTIZE)
+        partial = tl.dot(a, b)
+        a_scale, b_scale = tl.load(sa_at + step * sa_step), tl.load(sb_at + step * sb_step)
+        if FNUZ:
+            a_scale = a_scale * 4.0
+        accumulator = promote(partial, a_scale, b_scale, accumulator, FORMULA, A_FIRST)
+        a_at += a_step
+        b_at += b_step
+    return accumulator
+
+
 @triton.jit
 def scaled_matmul_kernel(A, SA, B, SB, C, m, n, k, steps,
                          TILE_A: tl.constexpr, TILE_B: tl.constexpr, FORMULA: tl.constexpr, FORMAT_A: tl.constexpr, FORMAT_B: tl.constexpr,
@@ -83,18 +109,9 @@ def scaled_matmul_kernel(A, SA, B, SB, C, m, n, k, steps,
         sb_at = SB + (column_tile * BLOCK_N // TILE_B).to(tl.int64) * steps
     else:
         sb_at = SB + (j // TILE_B).to(tl.int64) * steps
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(steps):
-        left = k - step * BLOCK_K
-        a = operand(tl.load(a_at, mask=inner[None, :] < left, other=0.0), FORMAT_A, FNUZ, DEQUANTIZE)
-        b = operand(tl.load(b_at, mask=inner[:, None] < left, other=0.0), FORMAT_B, FNUZ, DEQUANTIZE)
-        partial = tl.dot(a, b)
-        a_scale, b_scale = tl.load(sa_at + step), tl.load(sb_at + step)
-        if FNUZ:
-            a_scale = a_scale * 4.0
-        accumulator = promote(partial, a_scale, b_scale, accumulator, FORMULA, TILE_A == 1 or TILE_B != 1)
-        a_at += BLOCK_K
-        b_at += BLOCK_K
+    accumulator = scaled_product(a_at, sa_at, b_at, sb_at, k, steps, BLOCK_K, 1, BLOCK_K, 1,
+                                 FORMULA, TILE_A == 1 or TILE_B != 1, FORMAT_A, FORMAT_B, FNUZ, DEQUANTIZE,
+                                 BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     at = row.to(tl.int64)[:, None] * n + column[None, :]
@@ -104,9 +121,17 @@ def scaled_matmul_kernel(A, SA, B, SB, C, m, n, k, steps,
 FP8 = (DType.f8e4m3, DType.f8e5m2)
 
 
-def declined(a: Slot, b: Slot, a_tile: tuple[int, int], b_tile: tuple[int, int], interval: int, target: Target) -> Declined | None:
-    """Why operands so quantised do not suit a kernel that promotes once per tile along K; None where they do."""
+def declined(
+    a: Slot, b: Slot, a_tile: tuple[int, int], b_tile: tuple[int, int], accumulation: Accumulation, target: Target
+) -> Declined | None:
+    """Why a product of operands so quantised does not suit a kernel that promotes once per tile along K; None where it does.
+
+    Tiles are given as those of a [M, K] and b [N, K].
+    """
+    if accumulation.arithmetic == "exact":
+        return Declined("exact accumulation, which no matrix instruction has")
     step = a_tile[1]
+    interval = step if accumulation.arithmetic == "float32" else accumulation.interval
     if step != b_tile[1] or step & (step - 1) or not 32 <= step <= 256:
         return Declined(f"tiles of {a_tile[1]} and {b_tile[1]} along K, expected one power of two from 32 to 256")
     if interval != step:
@@ -121,16 +146,13 @@ def declined(a: Slot, b: Slot, a_tile: tuple[int, int], b_tile: tuple[int, int],
 @kernel(ScaledMatmul)
 def scaled_matmul(op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: Slot, b_scales: Slot, c: Slot) -> Launch | Declined:
     accumulation = op.accumulation
-    interval = op.a_tile[1] if accumulation.arithmetic == "float32" else accumulation.interval
-    if accumulation.arithmetic == "exact":
-        return Declined("exact accumulation, which no matrix instruction has")
-    if reason := declined(a, b, op.a_tile, op.b_tile, interval, target):
+    if reason := declined(a, b, op.a_tile, op.b_tile, accumulation, target):
         return reason
     if op.a_tile[0] > 1 and len(a.shape) > 2:
         return Declined(f"tiles of {op.a_tile[0]} rows over a stack of matrices, expected tiles of one row")
     a, b = a.on(target), b.on(target)
     m, n, k = c.size // max(1, c.shape[-1]), c.shape[-1], a.shape[-1]
-    tile = scaled_gemm(m, n, k, op.a_tile[1], target)
+    tile = scaled_gemm(m, n, k, op.a_tile[1], target, column_scales=op.b_tile[0] < 128)
     return Launch(
         scaled_matmul_kernel,
         grid=(ceil_div(m, tile.m) * ceil_div(n, tile.n),),

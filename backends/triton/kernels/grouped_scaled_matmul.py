@@ -1,0 +1,84 @@
+"""Block-scaled product of FP8 rows with the matrix of their group: y[r, n] = sum_k (x[r, k] * its scale) (w[e, n, k] * its scale).
+
+Layout        x [R, K] codes, rows of group e consecutive, w [E, N, K] codes; scales row-major float32 over tiles [1, T] of x and [tw, T]
+              of w; counts [E] integers; y [R, N], 0 in rows past the sum of the counts
+Accumulation  `scaled_product` of scaled_matmul.py, tile by tile of a group: the same bits as one product per group
+Compared to   numpy_ref within gamma(K + 2) sum |x||w|; exactly where all sums are small integers and scales powers of two; floor: one read
+              of x and of the matrices that have rows, one write of y
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ....ir.ops.quant import GroupedScaledMatmul
+from ..arithmetic import narrow
+from ..groups import extents, rows_of_tile
+from ..registry import Declined, Launch, Slot, kernel
+from ..targets import Target
+from ..tiles import ceil_div, power_of_two, scaled_gemm
+from .scaled_matmul import declined, scaled_product, tile_of
+
+
+@triton.jit
+def grouped_scaled_matmul_kernel(X, SX, W, SW, COUNTS, Y, rows, n, k, groups, row_tiles, steps,
+                                 TILE_W: tl.constexpr, FORMULA: tl.constexpr, FORMAT_X: tl.constexpr, FORMAT_W: tl.constexpr,
+                                 OUT: tl.constexpr, FNUZ: tl.constexpr, DEQUANTIZE: tl.constexpr, GROUPS: tl.constexpr,
+                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(n, BLOCK_N), GROUP)
+    starts, ends = extents(COUNTS, rows, groups, GROUPS, True)
+    group, start, stop = rows_of_tile(row_tile, starts, ends, BLOCK_M, GROUPS)
+    if start == stop:
+        return
+    height = (stop - start).to(tl.int32)
+    if group == groups:
+        steps = 0  # spare rows
+    # Rows and columns beyond the edge repeat others and are not stored: loads along M and N need no mask.
+    row, inner = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    i = tl.minimum(row, height - 1)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = column % n
+    x_at = X + start * k + i[:, None] * k + inner[None, :]
+    w_at = W + group.to(tl.int64) * n * k + j.to(tl.int64)[None, :] * k + inner[:, None]
+    scale_columns = tl.cdiv(k, BLOCK_K)
+    sx_at = SX + start * scale_columns + i * scale_columns
+    sw_at = SW + group.to(tl.int64) * tl.cdiv(n, TILE_W) * scale_columns
+    if TILE_W % BLOCK_N == 0:
+        sw_at += column_tile * BLOCK_N // TILE_W * scale_columns
+    else:
+        sw_at += j // TILE_W * scale_columns
+    accumulator = scaled_product(x_at, sx_at, w_at, sw_at, k, steps, BLOCK_K, 1, BLOCK_K, 1,
+                                 FORMULA, True, FORMAT_X, FORMAT_W, FNUZ, DEQUANTIZE, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+    y_at = Y + start * n + row[:, None] * n + column[None, :]
+    tl.store(y_at, narrow(accumulator, OUT), mask=(row < height)[:, None] & (column < n)[None, :])
+
+
+@kernel(GroupedScaledMatmul)
+def grouped_scaled_matmul(
+    op: GroupedScaledMatmul, target: Target, x: Slot, x_scales: Slot, w: Slot, w_scales: Slot, counts: Slot, y: Slot
+) -> Launch | Declined:
+    if reason := declined(x, w, op.x_tile, op.w_tile, op.accumulation, target):
+        return reason
+    if op.x_tile[0] > 1:
+        return Declined(f"tiles of {op.x_tile[0]} rows, expected tiles of one row, which belong to one group")
+    x, w = x.on(target), w.on(target)
+    (rows, k), (groups, n, _) = x.shape, w.shape
+    tile = scaled_gemm(ceil_div(rows, max(1, groups)), n, k, op.x_tile[1], target, groups=groups, column_scales=op.w_tile[0] < 128)
+    row_tiles = rows // tile.m + min(groups + 1, rows)
+    return Launch(
+        grouped_scaled_matmul_kernel,
+        grid=(row_tiles * ceil_div(n, tile.n),),
+        arguments={
+            **{"X": x, "SX": x_scales, "W": w, "SW": w_scales, "COUNTS": counts, "Y": y, "rows": rows, "n": n, "k": k},
+            **{"groups": groups, "row_tiles": row_tiles, "steps": ceil_div(k, tile.k)},
+        },
+        constants={
+            **{"TILE_W": op.w_tile[0], "FORMULA": op.accumulation.formula, "FORMAT_X": x.format, "FORMAT_W": w.format, "OUT": y.format},
+            **{"FNUZ": target.fp8 == "fnuz", "DEQUANTIZE": target.fp8 == "none", "GROUPS": power_of_two(groups + 1)},
+            **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group},
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        fusion=op.accumulation.formula != "unfused",
+    )
