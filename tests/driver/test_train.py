@@ -28,10 +28,13 @@ from dsc.driver.tokens import ByteTokenizer
 from dsc.driver.train import Outcome, Stepper, train
 from dsc.driver.train_program import Programs
 from dsc.driver.train_state import State, checkpoints, first_state
+from dsc.ir.types import DType, bound
 from dsc.models.build import build
 from dsc.models.checkpoint import CheckpointFolder, save_checkpoint
 from dsc.models.config import load_config
 from dsc.models.safetensors_file import SafetensorsFile
+from dsc.models.weights import Wanted
+from dsc.passes.optimizer import AdamW
 
 TEXT = pydoc_data.topics.__file__
 SMALL = ("num_hidden_layers=2", "hidden_size=48", "n_routed_experts=8", "moe_intermediate_size=24", "intermediate_size=64")
@@ -94,7 +97,7 @@ def test_the_curve_is_that_of_torch(compiled: Callable[..., Programs], monkeypat
     """Float32 with float32 moments. A step's relative difference is some ten roundings of a sum of a thousand terms, 1e-5 at most, and
     grows with the steps as an error of the weights does: ten steps stay within 1e-4."""
     overrides = (*SMALL, "dtype=float32")
-    adamw = train_program.AdamW(moments=train_program.DType.f32)
+    adamw = AdamW(moments=DType.f32)
     programs = compiled("deepseek-v3-tiny", batch=2, seq=16, overrides=overrides, adamw=adamw)
     batches = Batches([open_text(TEXT)], ByteTokenizer(), 2, 16, fim=0.1)
     stepper = Stepper(programs, Schedule(10, RATE), backends.get("numpy"))
@@ -164,7 +167,7 @@ def test_the_average_is_kept_beside_the_weights(short: Train, tmp_path: Path, co
     short(steps=3, save_every=1, ema=0.75)
     programs = compiled("deepseek-v3-tiny", batch=2, seq=16, recipe=None, overrides=SMALL)
     before, after = checkpoints(tmp_path / "run")
-    wanted = {name: train_program_wanted(programs, name) for name in programs.trained}
+    wanted = {name: Wanted(name, "f32", tuple(map(bound, programs.weights[name].shape))) for name in programs.trained}
     masters = SafetensorsFile(after / "optimizer.safetensors").tensors
     old, new = (CheckpointFolder(folder / "ema") for folder in (before, after))
     for name, item in wanted.items():
@@ -172,12 +175,6 @@ def test_the_average_is_kept_beside_the_weights(short: Train, tmp_path: Path, co
         np.testing.assert_array_equal(new.get(item), average + (master - average) * np.float32(0.25))
     logits = [dsc.run(dsc.trace(folder, seq=8), weights=str(folder))[0] for folder in (after, after / "ema")]
     assert not np.array_equal(*logits)
-
-
-def train_program_wanted(programs: Programs, name: str) -> Any:
-    from dsc.models.weights import Wanted
-
-    return Wanted(name, "f32", tuple(int(str(d)) for d in programs.weights[name].shape))
 
 
 def test_transformers_and_dsc_read_a_checkpoint(short: Train) -> None:
@@ -353,6 +350,27 @@ def test_what_is_refused(short: Train, tmp_path: Path) -> None:
 def test_options_that_make_no_sense(short: Train, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert refused(lambda: short(**options)).startswith(message)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command(short: Train, command: Any, tmp_path: Path) -> None:
+    """`short` is here for the programs that it has compiled already."""
+    more = tmp_path / "more.txt"
+    more.write_text("further text\n\nand more of it\n")
+    sets = [part for override in SMALL for part in ("--set", override)]
+    asked = ["train", "deepseek-v3-tiny", "--data", TEXT, more, "-o", tmp_path / "run", "--steps", 3, "--batch", 2, "--seq", 16, *sets]
+    done = command(*asked)
+    assert done.code == 0
+    assert done.err.splitlines()[-1].startswith("step 3 of 3: loss ")
+    first, second, third = done.out.splitlines()
+    assert first.startswith("step 3: loss ")
+    assert second.startswith("3 steps in ")
+    assert third == f"{tmp_path / 'run/checkpoints/step-00000003'}: the last checkpoint; the curve is in {tmp_path / 'run/loss.csv'}"
+    again = command(*asked, "--resume", "--json").json
+    assert (again["steps"], again["steps_now"]) == (3, 0)
+    assert str(np.float32(again["last"]["loss"])) == read(tmp_path / "run" / "loss.csv")[-1]["loss"]
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert len(settings["data"]) == 2
+    assert command(*asked).err == f"dsc: error: {tmp_path / 'run'} holds a run; --resume goes on with it\n"
 
 
 def test_smoothing() -> None:
