@@ -87,7 +87,6 @@ def grouped_scaled_matmul_wgrad(
             grid=(tiles, ceil_div(x.shape[1], COLUMNS)),
             arguments={"X": x, "COUNTS": counts, "Y": y, "rows": rows, "columns": x.shape[1], "padded": padded, "groups": groups},
             constants={"GROUPS": power_of_two(groups), "T": step, "COLUMNS": COLUMNS},
-            workspace=(y,),
         )
         for x, y in zip((a, b), turned, strict=True)
     )
@@ -108,5 +107,6 @@ def grouped_scaled_matmul_wgrad(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         fusion=op.accumulation.formula != "unfused",
+        workspace=turned,  # of this launch, which takes place without any rows too
     )
     return *turns, product
