@@ -1,4 +1,4 @@
-"""Devices by name, from `devices/*.toml`: so far, how their tensor cores accumulate FP8 products."""
+"""Devices by name, from `devices/*.toml`: how fast they are, and how their tensor cores accumulate FP8 products."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """What a chip can do in a second at best: dense matrix products by the dtype of their operands, all else, and bytes of its memory."""
+
+    bf16: float
+    f16: float
+    f8: float
+    f32: float
+    f64: float
+    vector: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
 class Device:
     """A chip. `accumulations` has one model per matrix instruction, `fp8` names the one that FP8 products run on."""
 
@@ -35,7 +48,9 @@ class Device:
     architecture: str
     fp8: str
     accumulations: Mapping[str, Accumulation]
+    peak: Peak
     sources: Mapping[str, Source]
+    """Of each accumulation, by its name, and of `peak`."""
 
 
 def devices() -> tuple[str, ...]:
@@ -81,7 +96,15 @@ def _read(file: Path) -> Device:
     require(raw["fp8"] in tables, f"{file}: fp8 names {raw['fp8']}, but there is no [accumulation.{raw['fp8']}]")
     models = {name: _accumulation(table, f"{file}: accumulation.{name}") for name, table in tables.items()}
     sources = {name: _source(table, f"{file}: accumulation.{name}") for name, table in tables.items()}
-    return Device(raw["name"], raw["architecture"], raw["fp8"], models, sources)
+    sources["peak"] = _source(raw.get("peak", {}), f"{file}: peak")
+    return Device(raw["name"], raw["architecture"], raw["fp8"], models, _peak(raw["peak"], f"{file}: peak"), sources)
+
+
+def _peak(table: dict[str, Any], where: str) -> Peak:
+    for key in hints_of(Peak):
+        given = table.get(key)
+        require(isinstance(given, int | float) and given > 0, f"{where}: expected {key} = a number per second above 0, found {given!r}")
+    return Peak(**{key: float(table[key]) for key in hints_of(Peak)})
 
 
 def _accumulation(table: dict[str, Any], where: str) -> Accumulation:
