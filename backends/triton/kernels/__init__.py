@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from ..registry import KERNELS
 from . import (
+    combine,
+    cross_entropy,
     dequantize,
+    dispatch,
     grouped_matmul,
     grouped_matmul_wgrad,
     grouped_scaled_matmul,
     grouped_scaled_matmul_wgrad,
     quantize,
+    redispatch,
     rms_norm,
+    rope,
+    route,
     scaled_matmul,
     swiglu,
+    take,
 )
 
 __all__ = [
     "KERNELS",
+    "combine",
+    "cross_entropy",
     "dequantize",
+    "dispatch",
     "grouped_matmul",
     "grouped_matmul_wgrad",
     "grouped_scaled_matmul",
     "grouped_scaled_matmul_wgrad",
     "quantize",
+    "redispatch",
     "rms_norm",
+    "rope",
+    "route",
     "scaled_matmul",
     "swiglu",
+    "take",
 ]
