@@ -10,16 +10,24 @@ import numpy as np
 
 from .. import backends as registry
 from ..backends import Site
-from ..backends.arrays import Array, Data, describe, fits, widen
+from ..backends.arrays import Array, Data, describe, fits, rounded, widen
 from ..ir.core import Module, Op
 from ..ir.errors import require
 from ..ir.ops.control import Constant, Param
 from ..ir.ops.moe import Route
 from ..ir.printer import print_op
-from ..ir.types import Tensor
+from ..ir.types import DType, Tensor
 from .bounds import bound
 
-Weights = Mapping[str, Array] | Callable[[str, Tensor], Array]
+Weights = Mapping[str, Any] | Callable[[str, Tensor], Array]
+
+_TORCH_FLOATS = {
+    "torch.bfloat16": DType.bf16,
+    "torch.float8_e4m3fn": DType.f8e4m3,
+    "torch.float8_e5m2": DType.f8e5m2,
+    "torch.float8_e8m0fnu": DType.e8m0,
+}
+"""The dtypes of torch that NumPy has no name for; this module imports no torch."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,9 @@ def assert_backends_agree(
     """Run `module` on the first backend, and every op of it on the second with the operands that the first one saw.
 
     So each op answers for its own error only, and is held to the bound of `dsc.testing.bounds`: what the length of its sums,
-    its types and one rounding permit. `weights` maps names to arrays, or is a function (name, type) -> array. Raises
-    AssertionError that names the first op beyond its bound and the worst element in it; `DscError` where inputs or weights do
-    not fit the program, or a backend is unknown.
+    its types and one rounding permit. `weights` maps names to arrays or torch tensors (a `state_dict`), or is a function
+    (name, type) -> array; `inputs` are arrays or torch tensors. Raises AssertionError that names the first op beyond its bound and
+    the worst element in it; `DscError` where inputs or weights do not fit the program, or a backend is unknown.
 
     >>> assert_backends_agree(module, weights, inputs, backends=("numpy", "triton"))
     """
@@ -70,16 +78,28 @@ def assert_backends_agree(
         agreement.ops += 1
         _compare(agreement, backends, site, op, bound(op, operands, results), results, others)
 
-    first.run(module, weights if callable(weights) else _lookup(weights), inputs, compare)
+    first.run(module, weights if callable(weights) else _lookup(weights), [_array(value) for value in inputs], compare)
     return agreement
 
 
-def _lookup(weights: Mapping[str, Array]) -> Callable[[str, Tensor], Array]:
+def _lookup(weights: Mapping[str, Any]) -> Callable[[str, Tensor], Array]:
     def fetch(name: str, type: Tensor) -> Array:
         require(name in weights, f"no weight {name!r}, expected {type}")
-        return weights[name]
+        return _array(weights[name])
 
     return fetch
+
+
+def _array(value: Any) -> Data:
+    """A torch tensor as an array of its dtype, anything else as it is.
+
+    NumPy takes neither BF16 nor FP8 from torch, so these go by way of float64, which holds all their numbers.
+    """
+    if not hasattr(value, "detach"):
+        return value
+    tensor = value.detach().cpu()
+    dtype = _TORCH_FLOATS.get(str(value.dtype))
+    return tensor.numpy() if dtype is None else rounded(tensor.double().numpy(), dtype)
 
 
 def _compare(

@@ -183,3 +183,21 @@ def test_inputs_that_do_not_fit_are_the_callers_error() -> None:
         assert_backends_agree(LAYER, weights, (np.zeros((9, 16), np.float32),))
     with pytest.raises(DscError, match="unknown backend 'nunpy'"):
         assert_backends_agree(LAYER, weights, inputs(), backends=("numpy", "nunpy"))
+
+
+def test_torch_tensors_as_weights_and_inputs() -> None:
+    """A `state_dict()` and the tensors a module takes, those of dtypes that NumPy lacks too, give what their arrays give."""
+    import torch
+
+    def tensor(array: NDArray) -> torch.Tensor:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if array.dtype.itemsize == 2 else torch.from_numpy(array)
+
+    named: dict[str, torch.Tensor] = {}
+
+    def fetch(name: str, type: object) -> NDArray:
+        named[name] = tensor(weights(name, type))
+        return weights(name, type)
+
+    expected = assert_backends_agree(LAYER, fetch, inputs())
+    assert {str(value.dtype) for value in named.values()} == {"torch.bfloat16", "torch.float32"}
+    assert assert_backends_agree(LAYER, named, [tensor(array) for array in inputs()]) == expected
