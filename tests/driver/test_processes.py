@@ -51,10 +51,11 @@ print("started", flush=True)
 main()
 """
 SLOW_WRITES = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import dsc.driver.artifact
 from dsc.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background of a script ignores it
 whole = Path.write_text
 
 def write_text(self, *args, **kwargs):
