@@ -1,0 +1,227 @@
+"""Functions and their backward: where residuals pass from one to the other, and how a different choice of them is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..ir.core import Func, Module, Op, Phase, Trait, Value
+from ..ir.errors import require
+from ..ir.ops.control import Call, Pack, Unpack
+from ..ir.types import Bundle
+from .outline import is_free
+from .simplify import drop_unused
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A function whose bundle of residuals goes to the one that runs its backward pass."""
+
+    forward: Func
+    backward: Func
+    result: int
+    """Which result of `forward` the bundle is."""
+    param: int
+    """Which parameter of `backward` it is."""
+    pack: Pack
+    unpack: Unpack
+
+    @property
+    def kept(self) -> tuple[Value, ...]:
+        """The values of `forward` that are residuals now."""
+        return self.pack.values
+
+    @cached_property
+    def needed(self) -> tuple[Value, ...]:
+        """Those among them that `backward` reads."""
+        read = {v for op in self.backward.ops for v in op.operands} | set(self.backward.results)
+        return tuple(v for v, got in zip(self.kept, self.unpack.results, strict=True) if got in read)
+
+    @cached_property
+    def order(self) -> Mapping[Value, int]:
+        """The values of `forward` in the order in which they come to be."""
+        made = (*self.forward.params, *(r for op in self.forward.ops for r in op.results))
+        return {v: i for i, v in enumerate(made)}
+
+
+Plan = Mapping[str, Collection[Value]]
+"""By the name of a forward function: which of its values are residuals. Functions that it does not name stay as they are."""
+
+
+def can_rerun(op: Op) -> bool:
+    """Whether `op` may run a second time in backward.
+
+    What decides where tokens go may not (ids and handles are its results), nor what makes a bundle, nor a call. Whole numbers are small,
+    and mostly say where something is: they are kept.
+    """
+    pinned = Trait.ROUTING in op.traits or isinstance(op, Call)
+    whole = Trait.SOURCE not in op.traits and any(isinstance(r.type, Bundle) or not r.dtype.is_float for r in op.results)
+    return not pinned and not whole
+
+
+def pairs(module: Module) -> tuple[Pair, ...]:
+    """Every pair of functions of which each serves the other alone."""
+    found: dict[tuple[str, int, str, int], None] = {}
+    for func in module.funcs:
+        for op in func.ops:
+            for i, v in enumerate(op.args if isinstance(op, Call) else ()):
+                if isinstance(op, Call) and isinstance(v.owner, Call) and isinstance(v.type, Bundle):
+                    found[str(v.owner.callee), v.index, str(op.callee), i] = None
+    made = []
+    for forward, result, backward, param in found:
+        alone = sum(forward == f or backward == b for f, _, b, _ in found) == 1
+        f, b = module[forward], module[backward]
+        pack = f.results[result].owner
+        unpacks = [op for op in b.ops if b.params[param] in op.operands]
+        if alone and isinstance(pack, Pack) and pack.phase is Phase.F and len(unpacks) == 1 and isinstance(unpacks[0], Unpack):
+            made.append(Pair(f, b, result, param, pack, unpacks[0]))
+    return tuple(made)
+
+
+def rerun(pair: Pair, saved: Collection[Value]) -> tuple[list[Op], list[Value]]:
+    """The ops that backward has to run again where only `saved` is kept, and what of `saved` it then reads, both in forward order.
+
+    Raises `DscError` where a value can be had in neither way.
+    """
+    kept, used, ops = set(saved), dict[Value, None](), dict[Op, None]()
+    waiting = list(pair.needed)
+    while waiting:
+        value = waiting.pop()
+        if value in kept:
+            used[value] = None
+            continue
+        owner = value.owner
+        if owner is None or not can_rerun(owner):
+            require(False, f"%{value.name} of @{pair.forward.name} is neither kept nor can it be computed again")
+        elif owner not in ops:
+            ops[owner] = None
+            waiting += owner.operands
+    return [op for op in pair.forward.ops if op in ops], sorted(used, key=pair.order.__getitem__)
+
+
+def carried_out(module: Module, pairs: Collection[Pair], plan: Plan) -> Module:
+    """`module` with the residuals of `plan`: the bundles hold them, and backward runs again what it has no longer, right before the first
+    op that reads it, in phase R."""
+    changed: dict[str, Func] = {}
+    types: dict[tuple[str, int], Bundle] = {}
+    for pair in pairs:
+        if pair.forward.name not in plan:
+            continue
+        _, saved = rerun(pair, plan[pair.forward.name])
+        if tuple(saved) == pair.kept:
+            continue
+        forward, backward = _forward(pair, saved), _backward(pair, saved)
+        changed[forward.name], changed[backward.name] = forward, backward
+        types[forward.name, pair.result] = forward.results[pair.result].bundle
+    if not changed:
+        return module
+    return module.replace(funcs=tuple(_retyped(changed.get(f.name, f), types) for f in module.funcs))
+
+
+def _forward(pair: Pair, saved: Collection[Value]) -> Func:
+    pack = pair.pack.copy(values=tuple(saved))
+    ops = [op for op in pair.forward.ops if op is not pair.pack]
+    results = tuple(pack.result if r is pair.pack.result else r for r in pair.forward.results)
+    return Func(pair.forward.name, pair.forward.params, (*ops, pack), results, pair.forward.updates)
+
+
+def _backward(pair: Pair, saved: Collection[Value]) -> Func:
+    old = pair.backward
+    bundle = Value(Bundle(tuple(v.type for v in saved)), old.params[pair.param].name)
+    unpack = pair.unpack.copy(x=bundle, names=tuple(v.name for v in saved))
+    have: dict[Value, Value] = dict(zip(saved, unpack.results, strict=True))
+    inside: dict[Value, Value] = {}
+    """Values of the old function -> of the new one."""
+    residual = dict(zip(pair.unpack.results, pair.kept, strict=True))
+    taken = {op.id for op in old.ops}
+    ops: list[Op] = []
+
+    def again(value: Value) -> Value:
+        """A value of forward."""
+        if value not in have:
+            assert value.owner, f"%{value.name} comes from nowhere"
+            new = value.owner.with_operands(again).copy(phase=Phase.R, id=_fresh(value.owner.id, taken))
+            ops.append(new)
+            have.update(zip(value.owner.results, new.results, strict=True))
+        return have[value]
+
+    def get(value: Value) -> Value:
+        return again(residual[value]) if value in residual else inside.get(value, value)
+
+    for op in old.ops:
+        if op is pair.unpack:
+            ops.append(unpack)
+            continue
+        new = op.with_operands(get)
+        ops.append(new)
+        inside.update(zip(op.results, new.results, strict=True))
+    params = tuple(bundle if i == pair.param else p for i, p in enumerate(old.params))
+    return drop_unused(Func(old.name, params, tuple(ops), tuple(get(r) for r in old.results), old.updates))
+
+
+def _fresh(id: str, taken: set[str]) -> str:
+    number = 1
+    while f"{id}.{number}" in taken:
+        number += 1
+    taken.add(f"{id}.{number}")
+    return f"{id}.{number}"
+
+
+def _retyped(func: Func, types: Mapping[tuple[str, int], Bundle]) -> Func:
+    """`func` with calls whose bundles have other fields now."""
+    values: dict[Value, Value] = {}
+    ops: list[Op] = []
+    for op in func.ops:
+        new = op.with_operands(lambda v: values.get(v, v))
+        if isinstance(new, Call):
+            given = tuple(types.get((new.callee, i), t) for i, t in enumerate(new.result_types))
+            new = new if given == new.result_types else new.copy(result_types=given)
+        elif new is op:
+            ops.append(op)
+            continue
+        ops.append(new)
+        values.update(zip(op.results, new.results, strict=True))
+    if all(a is b for a, b in zip(func.ops, ops, strict=True)):
+        return func
+    return Func(func.name, func.params, tuple(ops), tuple(values.get(r, r) for r in func.results), func.updates)
+
+
+def listed(pair: Pair, again: Collection[Op]) -> Collection[Value]:
+    """The residuals of a policy that runs the ops `again` in backward, and with them what only moves or turns their results.
+
+    What such an op reads is kept, unless it too is run again or can be had for nothing.
+    """
+    rerun_too = set(again)
+    for op in pair.forward.ops:
+        moves = is_free(op) or op.name in ("concat", "rope")
+        if moves and can_rerun(op) and any(v.owner in rerun_too for v in op.operands):
+            rerun_too.add(op)
+    saved: set[Value] = set()
+
+    def want(value: Value) -> None:
+        owner = value.owner
+        if owner and can_rerun(owner) and (owner in rerun_too or (is_free(owner) and value not in pair.kept)):
+            for operand in owner.operands:
+                want(operand)
+        else:
+            saved.add(value)
+
+    for value in pair.needed:
+        want(value)
+    return saved
+
+
+def runs(module: Module) -> Mapping[str, int]:
+    """How often each function runs."""
+    found: dict[str, int] = {}
+    for name in _entered(module, module.main):
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _entered(module: Module, func: Func) -> Iterator[str]:
+    yield func.name
+    for op in func.ops:
+        if isinstance(op, Call):
+            yield from _entered(module, module[op.callee])
