@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..hardware.device import accumulation
-from ..ir.core import Builder, Func, Module, Op, Trait, Value, users
+from ..ir.core import Builder, Func, Module, Op, Phase, Trait, Value, users
 from ..ir.errors import require
 from ..ir.ops.control import Param
 from ..ir.ops.elementwise import Cast
-from ..ir.ops.linalg import GroupedMatmul, Matmul
-from ..ir.ops.moe import Dispatch
+from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
+from ..ir.ops.moe import Dispatch, Redispatch
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, Quantize, ScaledMatmul, scale_shape
 from ..ir.ops.shape import Reshape
 from ..ir.quantization import RULES, SCALE_SUFFIX
 from ..ir.types import DType, Tensor, bound
 from ..ir.walk import join, walk
+from . import quantize_backward
+from .bundles import links
 from .manager import Pass, register
+from .quantize_caches import cache_residuals
 from .recipe import WHOLE, Quantization, Recipe, recipe
 from .rewrite import rebuild
 from .simplify import drop_unused
@@ -36,6 +39,9 @@ class QuantizeFp8(Pass):
     the scales travel with the codes. With `stored` the weights' codes and scales are parameters, as an FP8 checkpoint holds
     them, and nothing quantises them again. `tile`, `format`, `scale`, `accumulate` and `promote` each change one decision of the
     recipe: the width of a tile, the format, the scale rule, who accumulates (a device), and after how many elements it promotes.
+
+    Of a differentiated module the backward products of the same weights follow (passes/quantize_backward.py), gradients are quantised
+    on their way to the experts, and residuals are kept in the recipe's formats (passes/quantize_caches.py).
 
     Before `quantize-fp8{recipe=deepseek-v3}`:
 
@@ -55,6 +61,42 @@ class QuantizeFp8(Pass):
           %wq: f8e4m3[384, 256], %ws: f32[3, 2] = quantize(%w, tile=[128, 128])        @ f#2.2 F
           %y: bf16[8, 384] = scaled_matmul(%xq, %xs, %wq, %ws)                         @ f#2 F
           return %y
+        }
+
+    Before `quantize-fp8{recipe=deepseek-v3}`:
+
+        module { stage=differentiated }
+
+        func @f(%x: bf16[200, 256], %dy: bf16[200, 384]) {
+          %w: bf16[384, 256] = param("up_proj.weight")                            @ f#1 F
+          %y: bf16[200, 384] = matmul(%x, %w, transpose_b=true)                   @ f#2 F
+          %dx: bf16[200, 256] = matmul(%dy, %w)                                   @ f#2.1 I
+          %t: bf16[384, 200] = transpose(%dy, perm=[1, 0])                        @ f#2.2 W
+          %dw: f32[384, 256] = matmul(%t, %x, out=f32)                            @ f#2.3 W
+          return %y, %dx, %dw
+        }
+
+    after:
+
+        module { stage=quantized, recipe="deepseek-v3" }
+
+        func @f(%x: bf16[200, 256], %dy: bf16[200, 384]) {
+          %w: bf16[384, 256] = param("up_proj.weight")                                                                      @ f#1 F
+          %x_q: f8e4m3[200, 256], %x_s: f32[200, 2] = quantize(%x)                                                          @ f#2.4 F
+          %w_q: f8e4m3[384, 256], %w_s: f32[3, 2] = quantize(%w, tile=[128, 128])                                           @ f#2.5 F
+          %y: bf16[200, 384] = scaled_matmul(%x_q, %x_s, %w_q, %w_s)                                                        @ f#2 F
+          %dy_q: f8e4m3[200, 384], %dy_s: f32[200, 3] = quantize(%dy)                                                       @ f#2.1.1 I
+          %transpose: f8e4m3[256, 384] = transpose(%w_q, perm=[1, 0])                                                       @ f#2.1.2 I
+          %transpose_1: f32[2, 3] = transpose(%w_s, perm=[1, 0])                                                            @ f#2.1.3 I
+          %dx: bf16[200, 256] = scaled_matmul(%dy_q, %dy_s, %transpose, %transpose_1)                                       @ f#2.1 I
+          %dy_q_1: f8e4m3[200, 384], %dy_s_1: f32[2, 384] = quantize(%dy, tile=[128, 1])                                    @ f#2.3.1 W
+          %transpose_2: f8e4m3[384, 200] = transpose(%dy_q_1, perm=[1, 0])                                                  @ f#2.3.2 W
+          %transpose_3: f32[384, 2] = transpose(%dy_s_1, perm=[1, 0])                                                       @ f#2.3.3 W
+          %x_q_1: f8e4m3[200, 256], %x_s_1: f32[2, 256] = quantize(%x, tile=[128, 1])                                       @ f#2.3.4 W
+          %transpose_4: f8e4m3[256, 200] = transpose(%x_q_1, perm=[1, 0])                                                   @ f#2.3.5 W
+          %transpose_5: f32[256, 2] = transpose(%x_s_1, perm=[1, 0])                                                        @ f#2.3.6 W
+          %dw: f32[384, 256] = scaled_matmul(%transpose_2, %transpose_3, %transpose_4, %transpose_5, b_tile=[1, 128], out=f32)  @ f#2.3 W
+          return %y, %dx, %dw
         }
     """
 
@@ -104,14 +146,32 @@ class QuantizeFp8(Pass):
         prefixes: dict[str, set[str]] = {}
         for prefix, func, _ in walk(module):
             prefixes.setdefault(func.name, set()).add(prefix)
-        quantized = module.map(lambda func: drop_unused(rebuild(func, _Rule(self, by_recipe, func, prefixes.get(func.name, {""})))))
-        return quantized.replace(stage="quantized", attributes={**module.attributes, "recipe": by_recipe.name})
+        sources: dict[str, list[str]] = {}
+        for link in links(module):
+            sources.setdefault(link.target, []).append(link.source)
+        rules: dict[str, Rule] = {}
+
+        def quantized(func: Func) -> Func:
+            """Forward functions before the backward ones that take their residuals: a product is decided upon once."""
+            if func.name not in rules:
+                forward = [source for source in sources.get(func.name, []) if source != func.name]
+                for source in forward:
+                    quantized(module[source])
+                rules[func.name] = Rule(self, by_recipe, func, prefixes.get(func.name, {""}), [rules[source] for source in forward])
+                done[func.name] = drop_unused(rebuild(func, rules[func.name]))
+            return done[func.name]
+
+        done: dict[str, Func] = {}
+        after = cache_residuals(module.map(quantized), by_recipe, self.decline).map(drop_unused)
+        return after.replace(stage="quantized", attributes={**module.attributes, "recipe": by_recipe.name})
 
 
-class _Rule:
+class Rule:
     """The rewriting of one function. It remembers what it has quantised, so that nothing is quantised twice."""
 
-    def __init__(self, options: QuantizeFp8, decisions: Recipe, func: Func, prefixes: Collection[str]) -> None:
+    def __init__(
+        self, options: QuantizeFp8, decisions: Recipe, func: Func, prefixes: Collection[str], forward: Sequence[Rule] = ()
+    ) -> None:
         self.options = options
         self.recipe = decisions
         self.func = func
@@ -119,56 +179,80 @@ class _Rule:
         readers = users(func)
         self.readers = {op.id: readers.get(op.results[0], []) for op in func.ops if isinstance(op, Dispatch)}
         self.flat: dict[Value, Value] = {}
-        self.done: dict[tuple[Value, Quantization], Quantized] = {}
+        self.done: dict[tuple[Value, Quantization, Value | None], Quantized] = {}
         self.sent: dict[Value, tuple[Quantized, tuple[int, int]]] = {}
+        self.sends: bool = any(rule.sends for rule in forward)
+        self.reasons: dict[str, str] = {id: reason for rule in forward for id, reason in rule.reasons.items()}
+        """Why a forward product stays as it is, by its id; empty where it is quantised."""
 
     def __call__(self, op: Op, b: Builder) -> Sequence[Value] | None:
+        forward = op.phase in (Phase.F, Phase.R)
         match op:
-            case Matmul():
+            case Matmul() if forward:
                 return self._matmul(op, b)
-            case GroupedMatmul():
+            case GroupedMatmul() if forward:
                 return self._grouped(op, b)
             case Dispatch(xs=(x,)) if self.recipe.dispatch and self._feeds_products(op):
                 return self._dispatch(op, x, self.recipe.dispatch, b)
+            case Matmul(b=Value(owner=Param())):
+                return quantize_backward.dgrad(self, op, b)
+            case Matmul():
+                return quantize_backward.wgrad(self, op, b)
+            case GroupedMatmul():
+                return quantize_backward.grouped_dgrad(self, op, b)
+            case GroupedMatmulWgrad():
+                return quantize_backward.grouped_wgrad(self, op, b)
+            case Redispatch(xs=(x,)) if self.recipe.dispatch and self.sends:
+                return quantize_backward.redispatch(self, op, x, self.recipe.dispatch, b)
         return None
+
+    def reason_of_forward(self, id: str) -> str | None:
+        """Why the forward product from which an op comes stays as it is; empty where it is quantised, None where there is none."""
+        while id not in self.reasons and "." in id.partition("#")[2]:
+            id = id.rpartition(".")[0]  # o_proj#2.5 is of o_proj#2
+        return self.reasons.get(id)
 
     def _matmul(self, op: Matmul, b: Builder) -> Sequence[Value] | None:
         weight = op.b.owner
         activation, chosen = self.recipe.activation, self.recipe.weight
-        if reason := self._why_not(weight, op.transpose_b, op.a.dtype):
-            return self._decline(op, reason)
+        reason = self.reasons[op.id] = self._why_not(weight, op.transpose_b, op.a.dtype)
+        if reason:
+            return self.decline(op, reason)
         assert isinstance(weight, Param)
         assert activation
         assert chosen
-        x = op.a if activation.tile[0] == 1 else self._rows(op.a, b)
-        a, a_scales = self._quantize(x, activation, b)
-        w, w_scales = self._weight(weight, chosen, b)
-        tiles = _tile(activation, x), _tile(chosen, op.b)
+        x = op.a if activation.tile[0] == 1 else self.rows(op.a, b)
+        a, a_scales = self.quantize(x, activation, b)
+        w, w_scales = self.weight(weight, chosen, b)
+        tiles = self.tile(activation, x), self.tile(chosen, op.b)
         product = b.emit(ScaledMatmul(a, a_scales, w, w_scales, *tiles, self.recipe.accumulation, op.result.dtype))
         return product.results if x is op.a else b.emit(Reshape(product.result, tuple(map(bound, op.result.shape)))).results
 
     def _grouped(self, op: GroupedMatmul, b: Builder) -> Sequence[Value] | None:
         activation, chosen = self.recipe.activation, self.recipe.weight
-        if reason := self._why_not(op.w.owner, op.transpose_b, op.x.dtype):
-            return self._decline(op, reason)
+        reason = self._why_not(op.w.owner, op.transpose_b, op.x.dtype)
+        if not reason and activation and activation.tile[0] != 1 and activation.tile != WHOLE:
+            reason = f"tiles of {activation.tile[0]} rows would mix tokens of different experts"
+        self.reasons[op.id] = reason
+        if reason:
+            return self.decline(op, reason)
         assert isinstance(op.w.owner, Param)
         assert activation
         assert chosen
-        if activation.tile[0] != 1 and activation.tile != WHOLE:
-            return self._decline(op, f"tiles of {activation.tile[0]} rows would mix tokens of different experts")
         if op.x in self.sent:
             (x, x_scales), x_tile = self.sent[op.x]
         else:
             by_row = replace(activation, tile=(1, bound(op.x.shape[-1]))) if activation.tile == WHOLE else activation
-            (x, x_scales), x_tile = self._quantize(op.x, by_row, b), by_row.tile
-        w, w_scales = self._weight(op.w.owner, chosen, b)
+            (x, x_scales), x_tile = self.quantize(op.x, by_row, b), by_row.tile
+        w, w_scales = self.weight(op.w.owner, chosen, b)
         product = GroupedScaledMatmul(
-            x, x_scales, w, w_scales, op.counts, x_tile, _tile(chosen, op.w), self.recipe.accumulation, op.result.dtype
+            x, x_scales, w, w_scales, op.counts, x_tile, self.tile(chosen, op.w), self.recipe.accumulation, op.result.dtype
         )
         return b.emit(product).results
 
     def _dispatch(self, op: Dispatch, x: Value, chosen: Quantization, b: Builder) -> Sequence[Value]:
-        codes, scales = self._quantize(x, chosen, b)
+        self.sends = True
+        codes, scales = self.quantize(x, chosen, b)
         names = ("rows_q", "rows_s", "counts", "handle")
         sent = b.emit(Dispatch((codes, scales), op.ids, op.experts, id=op.id, phase=op.phase, names=names))
         rows, row_scales, counts, handle = sent.results
@@ -205,37 +289,41 @@ class _Rule:
         part = next((part for part in self.recipe.keep if any(part in name for name in names)), None)
         return f"the recipe keeps {part}" if part else ""
 
-    def _decline(self, op: Op, reason: str) -> Sequence[Value] | None:
+    def decline(self, op: Op, reason: str) -> Sequence[Value] | None:
+        """Leave `op` as it is."""
         self.options.decline(self.func, op, reason)
         return None
 
-    def _quantize(self, x: Value, chosen: Quantization, b: Builder) -> Quantized:
-        if (x, chosen) not in self.done:
+    def quantize(self, x: Value, chosen: Quantization, b: Builder, counts: Value | None = None) -> Quantized:
+        """Codes and scales of `x`; tiles that span rows restart where the groups of `counts` do."""
+        counts = counts if chosen.tile[0] != 1 else None
+        if (x, chosen, counts) not in self.done:
             names = (f"{x.name}_q", f"{x.name}_s")
-            made = b.emit(Quantize(x, tile=_tile(chosen, x), dtype=chosen.format, rule=chosen.rule, names=names))
-            self.done[x, chosen] = made.results[0], made.results[1]
-        return self.done[x, chosen]
+            made = b.emit(Quantize(x, counts, tile=self.tile(chosen, x), dtype=chosen.format, rule=chosen.rule, names=names))
+            self.done[x, chosen, counts] = made.results[0], made.results[1]
+        return self.done[x, chosen, counts]
 
-    def _rows(self, x: Value, b: Builder) -> Value:
+    def rows(self, x: Value, b: Builder) -> Value:
         """Tokens as rows of one matrix, for tiles that span several."""
         if x.tensor.rank > 2 and x not in self.flat:
             columns = bound(x.shape[-1])
             self.flat[x] = b.emit(Reshape(x, (x.tensor.size // columns, columns))).result
         return self.flat.get(x, x)
 
-    def _weight(self, weight: Param, chosen: Quantization, b: Builder) -> Quantized:
+    def weight(self, weight: Param, chosen: Quantization, b: Builder) -> Quantized:
+        """Codes and scales of a weight: made here, or parameters where they are stored."""
         value = weight.result
         if not self.options.stored:
-            return self._quantize(value, chosen, b)
-        if (value, chosen) not in self.done:
-            scales = Tensor(DType.f32, scale_shape(value.shape, _tile(chosen, value)))
+            return self.quantize(value, chosen, b)
+        if (value, chosen, None) not in self.done:
+            scales = Tensor(DType.f32, scale_shape(value.shape, self.tile(chosen, value)))
             codes = Param(weight.path, (Tensor(chosen.format, value.shape),), names=(f"{value.name}_q",))
             factors = Param(weight.path + SCALE_SUFFIX, (scales,), names=(f"{value.name}_s",))
-            self.done[value, chosen] = b.emit(codes).result, b.emit(factors).result
-        return self.done[value, chosen]
+            self.done[value, chosen, None] = b.emit(codes).result, b.emit(factors).result
+        return self.done[value, chosen, None]
 
-
-def _tile(chosen: Quantization, x: Value) -> tuple[int, int]:
-    """The tile in numbers: a per-tensor one is as large as the matrix."""
-    rows, columns = (bound(d) for d in x.shape[-2:])
-    return (rows, columns) if chosen.tile == WHOLE else chosen.tile
+    @staticmethod
+    def tile(chosen: Quantization, x: Value) -> tuple[int, int]:
+        """The tile in numbers: a per-tensor one is as large as the matrix."""
+        rows, columns = (bound(d) for d in x.shape[-2:])
+        return (rows, columns) if chosen.tile == WHOLE else chosen.tile

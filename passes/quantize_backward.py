@@ -1,0 +1,117 @@
+"""Dgrad and Wgrad of a quantised product (DeepSeek-V3 report, section 3.3).
+
+A Linear y = x W^T whose Fprop is quantised is so backward, too:
+
+    Dgrad  dx = dy W     dy in tiles of 1x128, along what is summed over; the codes of W are transposed, its blocks of 128x128 with them
+    Wgrad  dW = dy^T x   dy and x in tiles of 128x1, over the tokens that are summed over; the result is float32
+
+Of experts the tiles of 128x1 restart at each expert, whose tokens alone its gradient sums over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..ir.core import Builder, Value
+from ..ir.ops.control import Param
+from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
+from ..ir.ops.moe import Redispatch
+from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
+from ..ir.ops.shape import Reshape, Transpose
+from ..ir.types import bound
+from .recipe import WHOLE, Quantization
+
+if TYPE_CHECKING:
+    from .quantize_fp8 import Rule
+
+Replacement = Sequence[Value] | None
+
+
+def turned(chosen: Quantization) -> Quantization:
+    """The same decision for the other use of a value: tiles along tokens where they were along channels."""
+    return replace(chosen, tile=chosen.tile[::-1])
+
+
+def dgrad(rule: Rule, op: Matmul, b: Builder) -> Replacement:
+    """dy W, in place of the gradient of a Linear's input."""
+    gradient, chosen = rule.recipe.gradient, rule.recipe.weight
+    if reason := _why_not(rule, op):
+        return rule.decline(op, reason)
+    assert gradient
+    assert chosen
+    assert isinstance(op.b.owner, Param)
+    dy = op.a if gradient.tile[0] == 1 else rule.rows(op.a, b)
+    codes, scales = rule.quantize(dy, gradient, b)
+    w, w_scales = (_transposed(x, b) for x in rule.weight(op.b.owner, chosen, b))
+    tiles = rule.tile(gradient, dy), rule.tile(chosen, op.b)[::-1]
+    product = b.emit(ScaledMatmul(codes, scales, w, w_scales, *tiles, rule.recipe.accumulation, op.result.dtype))
+    return product.results if dy is op.a else b.emit(Reshape(product.result, tuple(map(bound, op.result.shape)))).results
+
+
+def wgrad(rule: Rule, op: Matmul, b: Builder) -> Replacement:
+    """dy^T x, in place of the gradient of a Linear's weight."""
+    if reason := _why_not(rule, op):
+        return rule.decline(op, reason)
+    assert rule.recipe.gradient
+    assert rule.recipe.activation
+    of_dy, of_x = turned(rule.recipe.gradient), turned(rule.recipe.activation)
+    dy = op.a.owner.x if isinstance(op.a.owner, Transpose) and op.a.owner.perm == (1, 0) else _transposed(op.a, b)
+    codes, scales = (_transposed(v, b) for v in rule.quantize(dy, of_dy, b))
+    x, x_scales = (_transposed(v, b) for v in rule.quantize(op.b, of_x, b))
+    tiles = rule.tile(of_dy, dy)[::-1], rule.tile(of_x, op.b)[::-1]
+    return b.emit(ScaledMatmul(codes, scales, x, x_scales, *tiles, rule.recipe.accumulation, op.result.dtype)).results
+
+
+def grouped_dgrad(rule: Rule, op: GroupedMatmul, b: Builder) -> Replacement:
+    """dy W of each expert. Tiles of several rows, as in the ablation of appendix B.2, restart at each expert."""
+    gradient, chosen = rule.recipe.gradient, rule.recipe.weight
+    if reason := _why_not(rule, op):
+        return rule.decline(op, reason)
+    assert gradient
+    assert chosen
+    assert isinstance(op.w.owner, Param)
+    by_row = replace(gradient, tile=(1, bound(op.x.shape[-1]))) if gradient.tile == WHOLE else gradient
+    codes, scales = rule.quantize(op.x, by_row, b, op.counts if by_row.tile[0] > 1 else None)
+    w, w_scales = (_transposed(x, b) for x in rule.weight(op.w.owner, chosen, b))
+    tiles = by_row.tile, rule.tile(chosen, op.w)[::-1]
+    product = GroupedScaledMatmul(codes, scales, w, w_scales, op.counts, *tiles, rule.recipe.accumulation, op.result.dtype)
+    return b.emit(product).results
+
+
+def grouped_wgrad(rule: Rule, op: GroupedMatmulWgrad, b: Builder) -> Replacement:
+    """dy^T x of each expert, over its own tokens."""
+    if reason := _why_not(rule, op):
+        return rule.decline(op, reason)
+    assert rule.recipe.gradient
+    assert rule.recipe.activation
+    of_a, of_b = turned(rule.recipe.gradient), turned(rule.recipe.activation)
+    operands = (*rule.quantize(op.a, of_a, b, op.counts), *rule.quantize(op.b, of_b, b, op.counts))
+    tiles = rule.tile(of_a, op.a), rule.tile(of_b, op.b)
+    return b.emit(GroupedScaledMatmulWgrad(*operands, op.counts, *tiles, rule.recipe.accumulation, op.result.dtype)).results
+
+
+def redispatch(rule: Rule, op: Redispatch, x: Value, chosen: Quantization, b: Builder) -> Replacement:
+    """Gradients go to the experts as tokens do: quantised, their scales with them."""
+    codes, scales = rule.quantize(x, chosen, b)
+    sent = b.emit(Redispatch((codes, scales), op.handle, id=op.id, phase=op.phase, names=("sent_q", "sent_s")))
+    rows, row_scales = sent.results
+    return b.emit(Dequantize(rows, row_scales, tile=chosen.tile, dtype=x.dtype, id=f"{op.id}.2", phase=op.phase)).results
+
+
+def _why_not(rule: Rule, op: Matmul | GroupedMatmul | GroupedMatmulWgrad) -> str:
+    """Why a product backward stays as it is; empty where it does not."""
+    reason = rule.reason_of_forward(op.id)
+    if reason is None:
+        return "neither operand is a weight"
+    if reason:
+        return f"its forward product stays as it is: {reason}"
+    if rule.recipe.gradient is None:
+        return f"recipe {rule.recipe.name} does not quantise gradients"
+    return ""
+
+
+def _transposed(x: Value, b: Builder) -> Value:
+    rank = x.tensor.rank
+    return b.emit(Transpose(x, (*range(rank - 2), rank - 1, rank - 2))).result
