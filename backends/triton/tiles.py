@@ -64,9 +64,9 @@ def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, groups: 
     On Hopper m is never below 64: a narrower tile leaves the warp-group instruction, which changes speed and the bits of the result. Of
     the tiles that do not spill there, 128 x 128 on 8 warps has the least operand traffic, 64 x 128 on 4 fills the machine sooner: it is
     taken where the larger one would leave more than half of the units idle, where groups are short, each of which wastes half a tile, and
-    where scales of columns take the registers: Triton 3.7 spills 56 bytes of 128 x 128 then. Where rows are not aligned to 16 bytes,
-    copies cannot run ahead of the product: operands wait in registers, and the tile is smaller. CDNA3 clears -0 in registers, which leaves
-    no room for 128 x 128 either: Triton 3.9 spills 120 bytes of it, 3.7 none.
+    where scales of columns take the registers: Triton 3.7 spills 56 bytes of 128 x 128 then (on Blackwell 352). Where rows are not
+    aligned to 16 bytes, copies cannot run ahead of the product: operands wait in registers, and the tile is smaller. CDNA3 clears -0 in
+    registers, which leaves no room for 128 x 128 either: Triton 3.9 spills 120 bytes of it, 3.7 none.
     """
     if k % 16:
         return Gemm(64, 64, k_step, 8, 2)
@@ -76,7 +76,7 @@ def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, groups: 
         large = _fills(m, n, 128, 128, groups, target) and not column_scales
         return Gemm(128, 128, k_step, 8, 4) if large else Gemm(64, 128, k_step, 4, 4)
     if target.name == "sm_100":
-        return Gemm(128, 128, k_step, 8, 3)
+        return Gemm(64 if column_scales else 128, 128, k_step, 8, 3)
     return Gemm(64, 128, k_step, 8, 2)  # shared memory of 99 KiB, and accumulators in registers
 
 
@@ -86,7 +86,7 @@ def gemm(m: int, n: int, groups: int, bits: int, aligned: bool, target: Target) 
     Float32 is multiplied without tensor cores. On Hopper as in `scaled_gemm`, but without promotion accumulators of 128 x 256 fit.
     """
     if bits == 32:
-        return Gemm(64, 64, 16, 4, 2)
+        return Gemm(64, 64, 32, 4, 2)
     if not aligned:
         return Gemm(64, 64, 64, 4, 2)
     if target.backend == "hip":

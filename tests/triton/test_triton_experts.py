@@ -1,4 +1,4 @@
-"""Products of rows with the matrix of their group, and their weight gradients, against numpy_ref: every way that rows can fall into groups."""
+"""Products of rows with the matrix of their group, and their weight gradients, against numpy_ref: every way that rows fall into groups."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_scaled_weight_gradient_of_small_integers_is_exact(tiles: Any, formula: 
 
 @pytest.mark.parametrize("tokens", [1, 128, 300])
 def test_dense_weight_gradient_is_a_scaled_matmul(tokens: int) -> None:
-    """Both operands in tiles of 128 tokens, turned to be K-major, float32 out: DeepSeek-V3 report, section 3.3.2. One group gives the same."""
+    """Both operands in tiles of 128 tokens, turned to be K-major, float32 out (DeepSeek-V3 report, section 3.3.2); one group is the same."""
     op, (a, sa, b, sb, counts) = wgrad([tokens], 70, 130)
     used = -(-tokens // 128)
     turned = tuple(np.ascontiguousarray(x.T) for x in (a, sa[:used], b, sb[:used]))
@@ -255,8 +255,8 @@ def test_the_bound_notices_faults() -> None:
 def test_counts_beyond_the_rows_touch_no_other_memory() -> None:
     """Nobody on the host reads the counts, so none are refused: they are cut to the rows."""
     op, (x, sx, w, sw, _) = scaled([0] * 3, 40, 128, out=F32)
-    for given, cut in (([100, 100, 7], [100, 50, 0]), ([-5, 10, 2**31 - 1], [0, 10, 140])):
-        (found,), (expected,) = (TRITON.evaluate(op, (x, sx, w, sw, np.array(c, np.int32))) for c in (given, cut))
+    for wrong, cut in (([100, 100, 7], [100, 50, 0]), ([-5, 10, 2**31 - 1], [0, 10, 140])):
+        (found,), (expected,) = (TRITON.evaluate(op, (x, sx, w, sw, np.array(c, np.int32))) for c in (wrong, cut))
         np.testing.assert_array_equal(found, expected)
 
 
