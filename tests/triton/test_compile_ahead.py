@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from dsc.backends.triton import aot
 from dsc.backends.triton.targets import TARGETS, parse_targets, require_fp8
-from dsc.ir.core import Builder, Module
+from dsc.ir.core import Builder, Module, Value
 from dsc.ir.errors import DscError
+from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad
 from dsc.ir.ops.norm import RmsNorm
-from dsc.ir.ops.quant import Quantize, ScaledMatmul
+from dsc.ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
+from dsc.ir.quantization import Accumulation
 from dsc.ir.types import DType, Tensor
 
 pytestmark = pytest.mark.slow
@@ -78,6 +81,51 @@ def test_every_target_multiplies_fp8(target: str, instruction: str, cache: Path)
     facts = matmul_of(target, cache).facts
     assert set(facts["matrix"]) == {instruction}
     assert facts["spill_bytes"] == 0
+
+
+def products_of_experts(rows: int = 32768, experts: int = 8, n: int = 4096, k: int = 7168) -> Module:
+    """One of each: forward and weight gradient, in FP8 and in BF16, and that of a Linear, in a size of DeepGEMM's benchmark."""
+    b = Builder("main")
+    tiles, f8, f32, bf16 = rows // 128, DType.f8e4m3, DType.f32, DType.bf16
+
+    def given(dtype: DType, *shape: int) -> Value:
+        return b.param(f"x{next(number)}", Tensor(dtype, shape))
+
+    number = count()
+    counts = given(DType.i32, experts)
+    x, w = (given(f8, rows, k), given(f32, rows, tiles_k := k // 128)), (given(f8, experts, n, k), given(f32, experts, n // 128, tiles_k))
+    dy, turned = (given(f8, rows, n), given(f32, tiles + experts, n)), (x[0], given(f32, tiles + experts, k))
+    dense = (given(f8, n, rows), given(f32, n, tiles), given(f8, k, rows), given(f32, k, tiles))
+    made = (
+        GroupedScaledMatmul(*x, *w, counts, accumulation=Accumulation()),
+        GroupedScaledMatmulWgrad(*dy, *turned, counts, accumulation=Accumulation()),
+        ScaledMatmul(*dense, b_tile=(1, 128), accumulation=Accumulation(), out=f32),
+        GroupedMatmul(given(bf16, rows, k), given(bf16, experts, n, k), counts, transpose_b=True),
+        GroupedMatmulWgrad(given(bf16, rows, n), given(bf16, rows, k), counts),
+    )
+    return Module((b.finish([b.emit(op).result for op in made]),))
+
+
+def test_hopper_multiplies_rows_of_experts_by_warp_groups(cache: Path) -> None:
+    """As one matrix, group by group. Where both scales differ along the result they are multiplied for each output: one FMUL more."""
+    made = compiled(products_of_experts(), "sm_90", cache)
+    assert {name: c.facts["spill_bytes"] for name, c in made.items()} == dict.fromkeys(made, 0)
+    for name in ("grouped_scaled_matmul_kernel", "grouped_scaled_matmul_wgrad_kernel", "scaled_matmul_kernel"):
+        facts, constants = made[name].facts, made[name].job.constants
+        assert set(facts["matrix"]) == {"QGMMA.64x128x32.F32.E4M3.E4M3"}
+        assert any("wgmma.mma_async" in found and "e4m3.e4m3" in found for found in facts["ptx_matrix"])
+        outputs = constants["BLOCK_M"] * constants["BLOCK_N"] // (32 * facts["num_warps"])
+        assert facts["float32"]["FFMA"] == outputs
+        assert facts["float32"]["FMUL"] <= (4 if name == "grouped_scaled_matmul_kernel" else outputs)
+    for name in ("grouped_matmul_kernel", "grouped_matmul_wgrad_kernel"):
+        assert {found.split(".")[0] for found in made[name].facts["matrix"]} == {"HGMMA"}
+
+
+def test_cdna3_multiplies_rows_of_experts(cache: Path) -> None:
+    made = compiled(products_of_experts(), "gfx942", cache)
+    assert {name: c.facts["spill_bytes"] for name, c in made.items()} == dict.fromkeys(made, 0)
+    for name in ("grouped_scaled_matmul_kernel", "grouped_scaled_matmul_wgrad_kernel", "scaled_matmul_kernel"):
+        assert set(made[name].facts["matrix"]) == {"v_mfma_f32_32x32x16_fp8_fp8"}
 
 
 def test_without_fp8_codes_are_widened_when_asked(cache: Path) -> None:

@@ -148,7 +148,7 @@ def test_scaled_weight_gradient_of_small_integers_is_exact(tiles: Any, formula: 
 
 @pytest.mark.parametrize("tokens", [1, 128, 300])
 def test_dense_weight_gradient_is_a_scaled_matmul(tokens: int) -> None:
-    """Both operands in tiles of 128 tokens, turned to be K-major, float32 out (DeepSeek-V3 report, section 3.3.2); one group is the same."""
+    """Both operands in tiles of 128 tokens, turned to be K-major, float32 out (DeepSeek-V3 report, section 3.3.2); one group alike."""
     op, (a, sa, b, sb, counts) = wgrad([tokens], 70, 130)
     used = -(-tokens // 128)
     turned = tuple(np.ascontiguousarray(x.T) for x in (a, sa[:used], b, sb[:used]))
