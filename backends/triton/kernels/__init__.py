@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..registry import KERNELS
 from . import (
+    attention,
+    attention_decode,
     combine,
     cross_entropy,
     dequantize,
@@ -24,6 +26,8 @@ from . import (
 
 __all__ = [
     "KERNELS",
+    "attention",
+    "attention_decode",
     "combine",
     "cross_entropy",
     "dequantize",

@@ -1,0 +1,113 @@
+"""Device code that the attention kernels share: one step of an online softmax over a block of keys, and products that lose nothing.
+
+Scores are base-2 logarithms times `c` = scale * log2 e, as in FlashAttention-2 (arXiv 2307.08691, section 3.1): e^(scale s - m) is
+2^(fma(s, c, -m')), one rounding of the exponent. Probabilities are float32, as the op asks: before the product with V they are taken apart
+into BF16 parts, each the rounding of what the ones before leave, so that two leave 2^-18 of them and three 2^-27.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+from ....ir.types import DType
+from ..arithmetic import INTERPRET, narrow, widen
+from ..jit import device
+from ..registry import Slot
+from ..targets import Target
+from ..tiles import power_of_two
+
+LOG2_E = 1.4426950408889634
+
+
+class Width(NamedTuple):
+    """The width of a head as the matrix instruction takes it: a power of two, and what is left over, 0 or a smaller one."""
+
+    head: int
+    tail: int
+
+
+def split_width(width: int) -> Width:
+    """192 as 128 + 64, 576 as 512 + 64; one padded power of two where that is no more. At least 16, which is the instruction's."""
+    whole = max(16, power_of_two(width))
+    if whole <= width or whole == 16:
+        return Width(whole, 0)
+    head = whole // 2
+    tail = max(16, power_of_two(width - head))
+    return Width(head, tail) if head >= 16 and head + tail < whole else Width(whole, 0)
+
+
+def parts_of(dtype: DType, keys: int) -> int:
+    """BF16 parts of a probability: the 2^-18 that two leave are less than the roundings of a float32 sum over 64 keys or more."""
+    return 1 if dtype is DType.f32 else 2 if keys >= 64 else 3
+
+
+class FlashTile(NamedTuple):
+    """Queries and keys of one step."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+def flash_tile(queries: int, key_width: int, value_width: int, dtype: DType, target: Target) -> FlashTile:
+    """What fits: the result [m, Dv] in registers; q, and k and v of each stage, in shared memory (227 KiB on Hopper, 99 or 64 elsewhere)."""
+    if dtype is DType.f32:
+        return FlashTile(32 if value_width <= 256 else 16, 16, 4, 1)
+    roomy = target.name in ("sm_90", "sm_100")
+    m = 128 if roomy and value_width <= 128 and queries > 64 else 64
+    wide = key_width + value_width > 512
+    if not roomy:
+        return FlashTile(32 if wide else 64, 16 if wide else 32, 4, 1 if wide or target.backend == "hip" else 2)
+    return FlashTile(m, 32 if wide else 64, 8 if m == 128 or wide else 4, 2)
+
+
+def unsupported(*slots: Slot) -> str:
+    """Why these operands do not suit the kernels, or nothing."""
+    for slot in slots:
+        if slot.dtype not in (DType.bf16, DType.f32):
+            return f"operands of {slot.dtype.name}, expected bf16 or f32"
+        if slot.size and slot.shape[-1] > 1 and slot.strides[-1] != 1:
+            return f"a head's elements {slot.strides[-1]} apart, expected 1"
+    return ""
+
+
+@device
+def multiplicand(x, FORMAT: tl.constexpr):
+    """x as the matrix instruction takes it; for the interpreter, which would multiply patterns of BF16, as the numbers that they are."""
+    if INTERPRET:
+        return widen(x, FORMAT)
+    else:
+        return x
+
+
+@device
+def product(a, b, accumulator):
+    """a b + accumulator in float32; float32 operands are not cut to TF32."""
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@device
+def online_step(scores, v, largest, total, result, c, FORMAT: tl.constexpr, PARTS: tl.constexpr):
+    """The running maximum [M] (of scores times c), sum [M] and result [M, Dv] with the keys of `scores` [M, N] and `v` [N, Dv]."""
+    larger = tl.maximum(largest, tl.max(scores, axis=1) * c)
+    shift = tl.where(larger == float("-inf"), 0.0, larger)
+    p = tl.exp2(tl.fma(scores, c, -shift[:, None]))
+    rescale = tl.exp2(largest - shift)
+    total = total * rescale + tl.sum(p, axis=1)
+    result = result * rescale[:, None]
+    for _ in tl.static_range(PARTS):
+        part = narrow(p, FORMAT)
+        result = product(multiplicand(part, FORMAT), v, result)
+        if PARTS > 1:
+            p = p - widen(part, FORMAT)
+    return larger, total, result
+
+
+@device
+def weighted(total, result):
+    """result [M, Dv] over total [M]; 0 where no key was seen."""
+    divisor = tl.where(total == 0.0, 1.0, total)
+    return tl.div_rn(result, tl.broadcast_to(divisor[:, None], result.shape))
