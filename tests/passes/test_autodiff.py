@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -182,13 +183,18 @@ def test_random_programs_catch_a_dropped_use(monkeypatch: pytest.MonkeyPatch) ->
 # ---- what comes out
 
 
-def tiny(pipeline: str = "simplify,autodiff", **options: Any) -> Module:
-    return dsc.apply(dsc.trace("deepseek-v3-tiny", mode="train", **options), pipeline)
+@cache
+def traced(*overrides: str) -> Module:
+    return dsc.trace("deepseek-v3-tiny", mode="train", overrides=overrides)
+
+
+def tiny(pipeline: str = "simplify,autodiff", *overrides: str) -> Module:
+    return dsc.apply(traced(*overrides), pipeline)
 
 
 def test_equal_layers_stay_one_function() -> None:
     small = tiny()
-    deep = tiny(overrides=["num_hidden_layers=9"])
+    deep = tiny("simplify,autodiff", "num_hidden_layers=9")
     assert [f.name for f in small.funcs] == [f.name for f in deep.funcs]
     for a, b in zip(small.funcs[1:], deep.funcs[1:], strict=True):
         if not a.name.startswith("total_loss"):  # it adds up one balance loss for each layer
@@ -199,9 +205,7 @@ def test_equal_layers_stay_one_function() -> None:
 
 
 def test_every_weight_but_the_bias_has_one_gradient() -> None:
-    traced = dsc.trace("deepseek-v3-tiny", mode="train")
-    known = weights(traced)
-    module = dsc.apply(traced, "autodiff")
+    known, module = weights(traced()), tiny("autodiff")
     names = [name for bundle in bundles(module) for name in bundle]
     assert len(set(names)) == len(names)
     assert known.keys() - set(names) == {name for name in known if name.endswith("e_score_correction_bias")}
@@ -380,9 +384,8 @@ def test_gradients_are_found_among_all_results_only() -> None:
 
 
 def test_inputs_and_metrics_are_left_alone() -> None:
-    traced = dsc.trace("deepseek-v3-tiny", mode="train")
-    module = dsc.apply(traced, "autodiff")
-    before, after = traced.main, module.main
+    module = tiny("autodiff")
+    before, after = traced().main, module.main
     assert [p.type for p in after.params] == [p.type for p in before.params]
     assert [r.name for r in after.results[: len(before.results)]] == [r.name for r in before.results]
     ops: tuple[Op, ...] = after.ops[: len(before.ops)]
