@@ -1,4 +1,4 @@
-"""The attention kernels against numpy_ref, within the derived bound: both widths of MLA, shared key heads, views, blocks that end anywhere."""
+"""The attention kernels against numpy_ref, within the derived bound: widths of MLA, shared key heads, views, blocks that end anywhere."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_what_the_kernel_declines() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize(
-    ("heads", "kv", "keys", "dk", "dv"), [(20, 1, 150, 576, 512), (6, 2, 300, 24, 16), (3, 3, 1, 5, 7), (66, 1, 40, 24, 16)]
+    ("heads", "kv", "keys", "dk", "dv"), [(20, 1, 150, 576, 512), (6, 2, 300, 24, 16), (3, 3, 1, 5, 7), (34, 1, 20, 24, 16)]
 )
 def test_decode_of_any_shape(dtype: DType, heads: int, kv: int, keys: int, dk: int, dv: int) -> None:
     """From one key to all of them, and with none; several parts of the keys, some beyond every position."""

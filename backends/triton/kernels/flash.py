@@ -53,10 +53,12 @@ class FlashTile(NamedTuple):
 
 
 def flash_tile(queries: int, key_width: int, value_width: int, dtype: DType, target: Target) -> FlashTile:
-    """What fits: the result [m, Dv] in registers; q, and k and v of each stage, in shared memory (227 KiB on Hopper, 99 or 64 elsewhere)."""
+    """What fits: the result [m, Dv] in registers; q, and k and v of each stage, in shared memory (227 KiB on Hopper, 99 or 64 else)."""
     if dtype is DType.f32:
         return FlashTile(32 if value_width <= 256 else 16, 16, 4, 1)
     roomy = target.name in ("sm_90", "sm_100")
+    if roomy and value_width > 256:
+        return FlashTile(32, 32, 8, 2)  # below the warp-group instruction, with which Triton 3.7 spills 12 KB of 64 x 32 at 576/512
     m = 128 if roomy and value_width <= 128 and queries > 64 else 64
     wide = key_width + value_width > 512
     if not roomy:
