@@ -1,9 +1,10 @@
 """One training step of deepseek-v3-tiny: the NumPy reference against torch eager, and what quantising by a recipe costs on top.
 
 A step is forward, backward, clipping and AdamW, on four sequences of 256 tokens. torch runs the module that dsc traces, in float32, with
-torch.optim.AdamW; the backward of that module's expert ops runs their forward once more. Both run in this process, from the same weights and with the same number of threads; the best of five steps counts, all
-taking turns. Prints the times and two ratios: float32 against torch is to be at most 3, the recipe deepseek-v3 with float32 accumulation,
-on the model in bf16, at most 4 times float32. See reference_speed.py for the variables that slow OpenBLAS down.
+torch.optim.AdamW; the backward of that module's expert ops runs their forward once more. Both run in this process, from the same weights
+and with the same number of threads; the best of five steps counts, all taking turns. Prints the times and two ratios: float32 against
+torch is to be at most 3, the recipe deepseek-v3 with float32 accumulation, on the model in bf16, at most 4 times float32. See
+reference_speed.py for the variables that slow OpenBLAS down.
 
     python benchmarks/train_speed.py [BATCH SEQ]
 """

@@ -310,7 +310,7 @@ QUANTISED = [
            ("i32[3]", counts(20)), x_tile=(4, 4), out=DType.f32, tag="in tiles of several rows"),
     *(sample(GroupedScaledMatmulWgrad, "f8e4m3[23, 5]", ("f32[6, 5]", positive), "f8e5m2[23, 9]", ("f32[6, 9]", positive),
              ("i32[3]", counts(20)), a_tile=(7, 1), b_tile=(7, 1), accumulation=model, out=out)
-      for model, out in ((Accumulation("float32"), DType.f32), (Accumulation("exact"), DType.bf16), (Accumulation("tensor-core"), DType.bf16))),
+      for model, out in ((Accumulation("float32"), DType.f32), (Accumulation("exact"), DType.bf16), (Accumulation(), DType.bf16))),
     sample(GroupedScaledMatmulWgrad, "f8e4m3[300, 5]", ("f32[4, 5]", positive), "f8e4m3[300, 9]", ("f32[4, 1]", positive),
            ("i32[2]", counts(300)), b_tile=(128, 128), out=DType.bf16, tag="in blocks"),
 ]  # fmt: skip
