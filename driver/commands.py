@@ -138,10 +138,15 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
 @click.option("--after", metavar="PASS", help="The program after this pass (traced: before any).")
 @click.option("--func", metavar="NAME", help="Print the IR of one function.")
 @click.option("--params", is_flag=True, help="Parameters by part, total and active per token.")
-@click.option("--memory", is_flag=True, help="Bytes of weights, and the peak of live values by function.")
+@click.option("--memory", is_flag=True, help="Bytes of weights, of what training keeps, and of live values by function.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="With --memory: draw live bytes over the run (png, svg, pdf)."
+)
 @click.option("--quantization", is_flag=True, help="Every matrix product: its formats, or why it is not quantised.")
 @json_option
-def inspect(source: str, after: str | None, func: str | None, params: bool, memory: bool, quantization: bool, as_json: bool) -> int:
+def inspect(
+    source: str, after: str | None, func: str | None, params: bool, memory: bool, plot: Path | None, quantization: bool, as_json: bool
+) -> int:
     """Show what a program is made of.
 
     OUT is an artifact; anything that compiles is traced first.
@@ -150,11 +155,20 @@ def inspect(source: str, after: str | None, func: str | None, params: bool, memo
     dsc inspect out
     dsc inspect out --after traced --func moe_layer
     dsc inspect deepseek-v3 --params
+    dsc inspect out --memory --plot memory.png
     """
     from . import artifact
     from .compile import read
-    from .inspect import describe_memory, describe_parameters, describe_program
+    from .inspect import describe_parameters, describe_program
+    from .memory import describe_memory, plot_memory
     from .quantization import describe_quantization
+    from .run import check_writable
+
+    require(plot is None or memory, "--plot draws memory: give --memory too")
+    if plot:
+        kinds = (".png", ".svg", ".pdf")
+        require(plot.suffix in kinds, f"--plot {plot}: expected a name that ends in {', '.join(kinds)}")
+        check_writable(plot)
 
     notes: tuple[str, ...] = ()
     if artifact.is_artifact(Path(source)) or (Path(source).is_dir() and not (Path(source) / "config.json").exists()):
@@ -175,6 +189,8 @@ def inspect(source: str, after: str | None, func: str | None, params: bool, memo
     found = [("program", *describe_program(module))] if not (params or memory or quantization) else []
     found += [("parameters", *describe_parameters(module))] if params else []
     found += [("memory", *describe_memory(module))] if memory else []
+    if plot:
+        plot_memory(module, plot)
     found += [("quantization", *describe_quantization(module, reasons))] if quantization else []
     if as_json:
         emit_json({name: value for name, value, _ in found})

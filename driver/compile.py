@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
-from ..ir.liveness import live_bytes
 from ..ir.types import DType
-from ..ir.walk import weights as weights_of
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
+from .memory import memory
 
 if TYPE_CHECKING:
     from ..models.build import Mode
@@ -183,31 +182,6 @@ def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: st
     blocks = ((config or {}).get("quantization_config") or {}).get("weight_block_size")
     stored = mode != "train" and chosen is not None and chosen.format is DType.f8e4m3 and blocks == list(chosen.tile)
     return f"{DEFAULT_PASSES},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}"
-
-
-def memory(module: Module) -> dict[str, Any]:
-    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds.
-
-    The peak is of what a function makes itself, its results and the functions that it calls included, its parameters not:
-    `total_bytes` is weights, inputs and the peak of @main.
-    """
-    by_dtype: dict[str, int] = {}
-    for tensor in weights_of(module).values():
-        by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + tensor.bytes
-    functions: dict[str, dict[str, Any]] = {}
-    for func in module.funcs:
-        live = live_bytes(module, func)
-        at = func.ops[live.at].id if func.ops else ""
-        functions[func.name] = {"peak_bytes": live.peak, "at": at, "ops": len(func.ops)}
-    main = module.main
-    return {
-        "weights": by_dtype,
-        "weight_bytes": sum(by_dtype.values()),
-        "input_bytes": sum(p.type.bytes for p in main.params),
-        "output_bytes": sum(r.type.bytes for r in main.results),
-        "total_bytes": sum(by_dtype.values()) + sum(p.type.bytes for p in main.params) + functions[main.name]["peak_bytes"],
-        "functions": functions,
-    }
 
 
 def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""What a program is made of: parameters by part, memory by function, ops by function."""
+"""What a program is made of: parameters by part, ops by function."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from ..ir.core import Module, Symbol
 from ..ir.ops.control import Call, Param
 from ..ir.walk import flops, parameters
-from .compile import memory
 from .run import result_names
 from .ui import count, plural, size, table
 
@@ -67,22 +66,6 @@ def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
     text = table(("part", "parameters", "active per token", "bytes"), [*cells, ("total", f"{total:,}", f"{active:,}", size(bytes))])
     apart = f" ({count(inner)} without the input embedding)" if inner != active else ""
     return value, f"{text}\n\n{count(total)} parameters, {count(active)} active per token{apart}"
-
-
-def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
-    """Weights and the peak of live values by function, as JSON and as text."""
-    value = memory(module)
-    rows = [(f"@{name}", f"{f['ops']:,}", size(f["peak_bytes"]), f["at"]) for name, f in value["functions"].items()]
-    held = ", ".join(f"{size(number)} in {dtype}" for dtype, number in value["weights"].items()) or "none"
-    lines = [
-        f"weights  {size(value['weight_bytes'])} ({held})",
-        f"inputs   {size(value['input_bytes'])}",
-        f"results  {size(value['output_bytes'])}",
-        f"in all   {size(value['total_bytes'])} (weights, inputs, and the peak of @{module.main.name})",
-        "",
-        table(("function", "ops", "peak of live values", "reached at"), rows),
-    ]
-    return value, "\n".join(lines)
 
 
 def describe_program(module: Module) -> tuple[dict[str, Any], str]:

@@ -1,0 +1,145 @@
+"""The memory of a program before it runs: weights, what training keeps beside them, and what lives at each point of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..ir.core import Module, Phase
+from ..ir.gradients import bundles
+from ..ir.liveness import live_bytes
+from ..ir.timeline import ACTIVATIONS, KINDS, Timeline, timeline
+from ..ir.walk import weights as weights_of
+from .ui import size, table
+
+MASTER, MOMENTS, GRADIENT = 4, 2 + 2, 4
+"""Bytes of training for each parameter: the FP32 weight, both AdamW moments in BF16, the FP32 gradient (DeepSeek-V3 report, 3.3.2)."""
+
+
+def memory(module: Module) -> dict[str, Any]:
+    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds.
+
+    The peak is of what a function makes itself, its results and the functions that it calls included, its parameters not:
+    `total_bytes` is weights, inputs and the peak of @main. Of a program with gradients there is `training` as well: see `training`.
+    """
+    known = weights_of(module)
+    by_dtype: dict[str, int] = {}
+    for tensor in known.values():
+        by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + tensor.bytes
+    functions: dict[str, dict[str, Any]] = {}
+    for func in module.funcs:
+        live = live_bytes(module, func)
+        at = func.ops[live.at].id if func.ops else ""
+        functions[func.name] = {"peak_bytes": live.peak, "at": at, "ops": len(func.ops)}
+    main = module.main
+    found = {
+        "weights": by_dtype,
+        "weight_bytes": sum(by_dtype.values()),
+        "input_bytes": sum(p.type.bytes for p in main.params),
+        "output_bytes": sum(r.type.bytes for r in main.results),
+        "total_bytes": sum(by_dtype.values()) + sum(p.type.bytes for p in main.params) + functions[main.name]["peak_bytes"],
+        "functions": functions,
+    }
+    return found | {"training": training(module)} if bundles(module) else found
+
+
+def training(module: Module) -> dict[str, Any]:
+    """Of a differentiated program: the state of its optimiser, and the peak of each kind of buffer in a step (`ir/timeline.py`).
+
+    `step_peak_bytes` is the most of inputs, residuals, workspace and gradients at once, `activation_peak_bytes` of residuals and workspace:
+    what `recompute{budget-gb}` bounds. `total_bytes` adds the weights as the program reads them, and the optimiser's state;
+    gradients count whole from the first step on, as they are accumulated in place. `functions` says what there is at the fullest
+    point of each function.
+    """
+    known = weights_of(module)
+    trained = sum(known[name].size for name in {name for names in bundles(module) for name in names})
+    line = timeline(module)
+    series = {kind: line.series(kind) for kind in KINDS}
+    states = {"master": MASTER * trained, "moments": MOMENTS * trained}
+    most, at = line.peak(*ACTIVATIONS)
+    weights = sum(t.bytes for t in known.values())
+    return {
+        "trained_parameters": trained,
+        "state_bytes": states,
+        "gradient_bytes": GRADIENT * trained,
+        "peaks": {kind: max(values, default=0) for kind, values in series.items()},
+        "step_peak_bytes": line.peak()[0],
+        "activation_peak_bytes": most,
+        "activation_peak_at": place(line, at),
+        "total_bytes": weights + sum(states.values()) + GRADIENT * trained + line.peak("inputs", *ACTIVATIONS)[0],
+        "functions": by_function(line, series),
+    }
+
+
+def place(line: Timeline, at: int) -> str:
+    """A point in words."""
+    point = line.points[at]
+    return f"@{point.func.name}{f' ({point.prefix})' if point.prefix else ''} {point.op.id}"
+
+
+def by_function(line: Timeline, series: Mapping[str, list[int]]) -> dict[str, dict[str, Any]]:
+    """For each function that runs: where residuals and workspace are fullest, and what of each kind there is then."""
+    fullest: dict[str, int] = {}
+    for i, point in enumerate(line.points):
+        best = fullest.setdefault(point.func.name, i)
+        if line.activations[i] > line.activations[best]:
+            fullest[point.func.name] = i
+    return {name: {"at": place(line, i)} | {kind: series[kind][i] for kind in KINDS} for name, i in fullest.items()}
+
+
+def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
+    """Weights, the state of training and live values by function, as JSON and as text."""
+    value = memory(module)
+    held = ", ".join(f"{size(number)} in {dtype}" for dtype, number in value["weights"].items()) or "none"
+    lines = [f"weights  {size(value['weight_bytes'])} ({held})", f"inputs   {size(value['input_bytes'])}"]
+    if "training" in value:
+        return value, "\n".join([*lines, *_training_lines(value["training"])])
+    rows = [(f"@{name}", f"{f['ops']:,}", size(f["peak_bytes"]), f["at"]) for name, f in value["functions"].items()]
+    lines += [
+        f"results  {size(value['output_bytes'])}",
+        f"in all   {size(value['total_bytes'])} (weights, inputs, and the peak of @{module.main.name})",
+        "",
+        table(("function", "ops", "peak of live values", "reached at"), rows),
+    ]
+    return value, "\n".join(lines)
+
+
+def _training_lines(found: Mapping[str, Any]) -> list[str]:
+    states = found["state_bytes"]
+    rows = [
+        (f"@{name}", *(size(f[kind]) for kind in ("residuals", "workspace", "gradients")), f["at"].partition(" ")[2])
+        for name, f in found["functions"].items()
+    ]
+    peaks = found["peaks"]
+    return [
+        f"state    {size(sum(states.values()))} ({size(states['master'])} FP32 weights, {size(states['moments'])} BF16 moments)",
+        f"gradients {size(found['gradient_bytes'])} in FP32",
+        f"step     {size(found['activation_peak_bytes'])} of residuals and workspace at once, at {found['activation_peak_at']}",
+        f"         (residuals alone {size(peaks['residuals'])}, workspace alone {size(peaks['workspace'])})",
+        f"in all   {size(found['total_bytes'])}",
+        "",
+        "Residuals and workspace where they are fullest in each function:",
+        table(("function", "residuals", "workspace", "gradients", "at"), rows, left=1),
+    ]
+
+
+def plot_memory(module: Module, file: Path) -> None:
+    """Draw live bytes over the points of a run, by kind, one upon another, forward and backward told apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    line = timeline(module)
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    points = range(len(line.points))
+    heights = [[b / 1e9 for b in line.series(kind)] for kind in KINDS]
+    axes.stackplot(points, *heights, labels=KINDS, colors=("#bbbbbb", "#4477aa", "#ee6677", "#ccbb44"), step="post")
+    turn = next((i for i, p in enumerate(line.points) if p.op.phase is not Phase.F), None)
+    if turn is not None:
+        axes.axvline(turn, color="black", linewidth=0.8, linestyle=":", label="backward begins")
+    axes.set(xlabel="op, in order of execution", ylabel="live bytes [10$^9$]", xlim=(0, max(1, len(line.points) - 1)), ylim=(0, None))
+    axes.legend(loc="upper left")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
