@@ -123,7 +123,7 @@ def attention_decode(op: AttentionDecode, target: Target, q: Slot, k: Slot, v: S
             **{"HEAD": width.head, "TAIL": width.tail, "VALUE": value, "FORMAT": q.format},
             **{"PARTS": parts_of(q.dtype, keys), "BLOCK_M": m, "BLOCK_N": tile.n},
         },
-        num_warps=tile.num_warps if m >= 64 else 4,
+        num_warps=tile.num_warps if m == tile.m else 4,
         num_stages=tile.num_stages,
         fusion=True,
         workspace=(largest, total, result),
