@@ -9,7 +9,7 @@ from typing import Any
 from ..ir.core import Module, Phase
 from ..ir.gradients import bundles
 from ..ir.liveness import live_bytes
-from ..ir.timeline import ACTIVATIONS, KINDS, Timeline, timeline
+from ..ir.timeline import ACTIVATIONS, KINDS, Kind, Timeline, timeline
 from ..ir.walk import weights as weights_of
 from .ui import size, table
 
@@ -78,7 +78,7 @@ def place(line: Timeline, at: int) -> str:
     return f"@{point.func.name}{f' ({point.prefix})' if point.prefix else ''} {point.op.id}"
 
 
-def by_function(line: Timeline, series: Mapping[str, list[int]]) -> dict[str, dict[str, Any]]:
+def by_function(line: Timeline, series: Mapping[Kind, list[int]]) -> dict[str, dict[str, Any]]:
     """For each function that runs: where residuals and workspace are fullest, and what of each kind there is then."""
     fullest: dict[str, int] = {}
     for i, point in enumerate(line.points):
