@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -13,7 +18,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 from ..ir.core import Value
 from ..ir.errors import DscError
 from . import aten as _rules  # noqa: F401 - fills the table of rules
-from .aten.graph import Leaf, outputs_of, parameter, refuse_shapes_of_data, source_line, unknown_ops
+from .aten.graph import Leaf, outputs_of, parameter, raising_line, refuse_shapes_of_data, source_line, unknown_ops
 from .aten.rules import Emitter, type_of
 
 
@@ -23,7 +28,7 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     Ops without one are decomposed where torch knows how. Raises DscError that lists those that remain, each with its source line.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(module, inputs, strict=False)
             refuse_shapes_of_data(program.graph_module)
             if unknown := unknown_ops(program.graph_module):
@@ -32,11 +37,30 @@ def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
         raise
     except Exception as error:  # whatever the module's own code, or torch on its behalf, raises
         (reason, *_) = str(error).strip().splitlines() or [""]
-        raise DscError(f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}") from error
+        line = raising_line(error)
+        place = f", at {line}" if line else ""
+        raise DscError(f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}{place}") from error
     if unknown := unknown_ops(program.graph_module):
         lines = dict.fromkeys(f"{node.target} has no counterpart in the IR, at {source_line(node)}" for node in unknown)
         raise DscError("\n".join(lines))
     return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch prints and logs the graph of what it cannot export; keep that from standard error, where one line is to say what is wrong.
+
+    What else is written there, the module's own words among it, is shown once all went well.
+    """
+    said = io.StringIO()
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(said):
+            yield
+    finally:
+        logging.disable(level)
+    sys.stderr.write(said.getvalue())
 
 
 def _decomposed(program: ExportedProgram, targets: set[Any]) -> ExportedProgram:

@@ -63,6 +63,7 @@ def trace(
         source, inputs = load_factory(source)
     if isinstance(source, nn.Module):
         require(inputs is not None, f"tracing {type(source).__name__} needs example inputs: trace(module, (x,))")
+        require(isinstance(inputs, (tuple, list)), f"inputs are a {type(inputs).__name__}, expected a tuple: trace(module, (x,))")
         return _trace_module(source, tuple(inputs or ()))
     require(inputs is None, "a configuration's inputs follow from mode, batch, seq and context; none are expected here")
     config = source if isinstance(source, ModelConfig) and not overrides else _load(source, overrides)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import operator
 import re
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from .shape import RESHAPES, joined, permuted, reshaped, select_scatter, slice_s
 _NOISE = ("aten._assert_", "aten.sym_constrain_range")
 _SAME = ("aten.alias.", "aten.detach.", "aten.to.", "aten.contiguous.", "aten.type_as.", "aten.view_as.", "aten.expand.")
 _TORCH = str(Path(torch.__file__).parent)
+_MODELS = str(Path(__file__).parents[1])
 
 
 def outputs_of(graph_module: GraphModule, leaves: Mapping[str, Leaf], b: Emitter) -> list[Value]:
@@ -62,9 +64,17 @@ def source_line(node: Node) -> str:
     """`file:line: code` of the user's line that the node comes from; frames inside torch do not count."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     own = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
-    if not own:
-        return "an unknown line"
-    file, line = own[-1]
+    return _line(*own[-1]) if own else "an unknown line"
+
+
+def raising_line(error: Exception) -> str | None:
+    """`file:line: code` of the last line of the user's that the error passed through; None where it passed through none."""
+    frames = [(frame.filename, str(frame.lineno)) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if not frame[0].startswith((_TORCH, _MODELS, "<"))]
+    return _line(*own[-1]) if own else None
+
+
+def _line(file: str, line: str) -> str:
     code = linecache.getline(file, int(line)).strip()
     return f"{file}:{line}" + (f": {code}" if code else "")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -260,9 +262,34 @@ def test_what_is_refused_says_so(function: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_branch_on_data_is_one_line_that_names_it(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    level = logging.root.manager.disable
+    with pytest.raises(DscError, match=r"torch\.export cannot trace Branch: .*test_trace_modules\.py:\d+: return x if x\.sum") as caught:
+        trace(Branch(), (torch.ones(2, 3),))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == "", "torch's own account of the graph is shown as well"
+    assert logging.root.manager.disable == level
+
+
+def test_what_a_module_says_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    class Talks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            print("shape", tuple(x.shape), file=sys.stderr)
+            return -x
+
+    trace(Talks(), (torch.ones(2, 3),))
+    assert "shape (2, 3)\n" in capfd.readouterr().err
+
+
 def test_a_module_needs_inputs() -> None:
     with pytest.raises(DscError, match=r"tracing Linear needs example inputs"):
         trace(nn.Linear(2, 2))
+    with pytest.raises(DscError, match=r"inputs are a Tensor, expected a tuple: trace\(module, \(x,\)\)"):
+        trace(nn.Linear(2, 2), torch.ones(3, 2))  # type: ignore[arg-type]
 
 
 FACTORY = """
