@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .driver.compile import compile
     from .driver.diff import Report, diff
     from .driver.run import run
+    from .driver.train import train
     from .ir.parser import parse
     from .models.trace import trace
     from .passes.manager import apply
@@ -31,9 +32,10 @@ _PLACES = {
     "parse": ".ir.parser",
     "run": ".driver.run",
     "trace": ".models.trace",
+    "train": ".driver.train",
 }
 
-__all__ = ["Artifact", "DscError", "Report", "apply", "compile", "diff", "load", "parse", "run", "testing", "trace"]
+__all__ = ["Artifact", "DscError", "Report", "apply", "compile", "diff", "load", "parse", "run", "testing", "trace", "train"]
 
 
 def __getattr__(name: str) -> Any:

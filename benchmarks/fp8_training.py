@@ -19,9 +19,12 @@ Writes fp8_training.json and fp8_training.png into benchmarks/results after each
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the products are small, and threads that wait for one another slow a busy machine down
+
 import argparse
 import json
-import os
 import pydoc_data.topics
 import sys
 import time

@@ -1,7 +1,7 @@
 """Training: steps of forward, backward and update until the last, with checkpoints from which a killed run goes on to the bit.
 
 A step is a function of the state before it, so the curve is one of the source, the data, the settings and the seed alone; where it is cut
-and resumed leaves no trace. The files of a run:
+and resumed leaves no trace. That holds on one machine with the same libraries and threads: another BLAS adds in another order. The files:
 
     RUN/settings.json     what determines the curve
     RUN/loss.csv          a row for each step
