@@ -14,7 +14,7 @@ from ..ir.walk import weights as weights_of
 from .ui import size, table
 
 MASTER, MOMENTS, GRADIENT = 4, 2 + 2, 4
-"""Bytes of training for each parameter: the FP32 weight, both AdamW moments in BF16, the FP32 gradient (DeepSeek-V3 report, section 3.3.3)."""
+"""Bytes of training for each parameter: the FP32 weight, both AdamW moments in BF16, the FP32 gradient (DeepSeek-V3 report, 3.3.3)."""
 
 
 def memory(module: Module) -> dict[str, Any]:
