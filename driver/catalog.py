@@ -8,7 +8,7 @@ from dataclasses import MISSING
 from importlib.util import find_spec
 from typing import Any
 
-from ..ir.core import OPS
+from ..ir.core import OPS, Op
 from ..ir.explain import card, cards, markdown, place
 from .ui import table
 
@@ -17,8 +17,10 @@ def facets() -> dict[str, Mapping[str, Any]]:
     """Who implements ops, and with what: consumer -> op name -> function."""
     from ..backends.numpy_ref import run  # noqa: F401 - fills the table
     from ..backends.numpy_ref.registry import REFERENCES
+    from ..passes.vjp import VJPS
 
-    return {"reference": {cls.name: function for cls, function in REFERENCES.items()}}
+    tables: dict[str, Mapping[type[Op], Any]] = {"reference": REFERENCES, "derivative": VJPS}
+    return {consumer: {cls.name: function for cls, function in table.items()} for consumer, table in tables.items()}
 
 
 def triton_facets() -> dict[str, Mapping[str, Any]]:
@@ -51,8 +53,15 @@ def describe_op(name: str) -> tuple[dict[str, Any], str]:
     if found.traits:
         lines.append(f"traits     {', '.join(found.traits)}")
     lines += [f"{what:<10} {where}" for what, where in places.items()]
-    lines += [f"{what:<10} missing" for what in missing]
+    lines += [f"{what:<10} {_no_derivative(name) if what == 'derivative' else 'missing'}" for what in missing]
     return {**vars(found), "traits": list(found.traits), "places": places, "missing": missing}, "\n".join(lines)
+
+
+def _no_derivative(name: str) -> str:
+    from ..passes.vjp import MISSING, NOT_DIFFERENTIABLE
+
+    reasons = {cls.name: reason for cls, reason in (NOT_DIFFERENTIABLE | MISSING).items()}
+    return f"none: {reasons[name]}"
 
 
 def ops_page() -> str:
