@@ -160,7 +160,45 @@ FAULTS: dict[str, tuple[Sample, Callable[..., Any]]] = {
         lambda op, logits, ids: unrounded(loss.BalanceLoss(op.logits, op.ids, 1), (logits, ids))[0],
     ),
     "route: the bias in the weights": (of(moe.Route, "", "V3"), bias_in_the_weights),
-}
+    "attention_backward: without the sum of dout * out": (
+        of(attention.AttentionBackward, "bf16"),
+        lambda op, q, k, v, out, dout: unrounded(op, (q, k, v, 0 * out, dout)),
+    ),
+    "attention_backward: no scale on dk": (
+        of(attention.AttentionBackward, "f32", causal=True),
+        lambda op, *xs: tuple(g / (op.scale if i == 1 else 1) for i, g in enumerate(unrounded(op, xs))),
+    ),
+    "rms_norm_backward: without the mean": (
+        of(norm.RmsNormBackward, "bf16"),
+        lambda op, x, w, dy: (dy * w / np.sqrt((x * x).mean(-1, keepdims=True) + op.eps), unrounded(op, (x, w, dy))[1]),
+    ),
+    "rms_norm_backward: a row too few in dweight": (
+        of(norm.RmsNormBackward, "f32"),
+        lambda op, x, w, dy: (unrounded(op, (x, w, dy))[0], unrounded(op, (x, w, dy * (np.arange(dy.shape[1]) > 0)[:, None]))[1]),
+    ),
+    "swiglu_backward: the slope of a sigmoid": (
+        of(elementwise.SwiGLUBackward, "bf16"),
+        lambda op, gate, up, dy: (dy * up / (1 + np.exp(-gate)), unrounded(op, (gate, up, dy))[1]),
+    ),
+    "grouped_matmul_wgrad: a row in the wrong group": (of(linalg.GroupedMatmulWgrad, "f32"), one_row_late),
+    "cross_entropy_backward: the mean over ignored tokens too": (
+        of(loss.CrossEntropyBackward, "bf16"),
+        lambda op, logits, labels, dloss: unrounded(op, (logits, labels, dloss * (labels != op.ignore).mean()))[0],
+    ),
+    "route_backward: normalisation taken for constant": (
+        of(moe.RouteBackward, "f32", normalize=True),
+        lambda op, logits, ids, dweights: unrounded(moe.RouteBackward(op.logits, op.ids, op.dweights, op.score, False, op.scale),
+                                                    (logits, ids, dweights))[0],
+    ),
+    "balance_loss_backward: one sequence for all": (
+        of(loss.BalanceLossBackward, "f32"),
+        lambda op, *xs: unrounded(loss.BalanceLossBackward(op.logits, op.ids, op.dloss, 1), xs)[0],
+    ),
+    "combine_backward: weights of the wrong slots": (
+        of(moe.CombineBackward, "bf16"),
+        lambda op, rows, sent, handle, w: unrounded(op, (rows, sent, handle, w[:, ::-1])),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
