@@ -35,8 +35,9 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
 @click.option("--target", metavar="sm_90,gfx942,...", help="Also compile the kernels for these GPUs, none of which need be here.")
 @click.option("--allow-dequant", is_flag=True, help="For a target without FP8: kernels that widen FP8 to BF16.")
+@click.option("--why", is_flag=True, help="Say what the passes decided and why: each matrix product, and what was declined.")
 @json_option
-def compile(source: str, out: Path, as_json: bool, target: str | None, allow_dequant: bool, **options: Any) -> int:
+def compile(source: str, out: Path, as_json: bool, target: str | None, allow_dequant: bool, why: bool, **options: Any) -> int:
     """Compile SRC into an artifact folder.
 
     SRC is a shipped model (dsc models), a config.json, a checkpoint folder, file.py:factory (a function that returns a
@@ -81,6 +82,12 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
             for k in kernels
         ]
         print(table(("target", "table", "matrix instructions", "kernels", "cached", "spilling"), lines, left=3))
+    if why:
+        from .quantization import describe_quantization
+
+        notes = [(p.name, line) for p in made.manifest.passes for line in p.notes]
+        print(f"\n{describe_quantization(made.module, dict(line.split(': ', 1) for _, line in notes if ': ' in line))[1]}\n")
+        print("".join(f"{name}: {line}\n" for name, line in notes if name != "quantize-fp8"), end="")
     print(f"{out}: compiled in {seconds:.1f} s")
     return 0
 

@@ -17,6 +17,13 @@ from dsc.passes.manager import PASSES, parse_pipeline
 COMMANDS = ["compile", "run", "inspect", "opt", "diff", "ops", "passes", "models"]
 
 
+def test_compile_says_why(command: Any, tmp_path: Path) -> None:
+    shown = command("compile", "deepseek-v3-tiny", "-o", str(tmp_path / "out"), "--recipe", "deepseek-v3", "--why")
+    assert shown.code == 0
+    assert re.search(r"@head .* the recipe keeps lm_head", shown.out)
+    assert re.search(r"self_attn.o_proj.weight .* f8e4m3 1x128 deepseek-v3", shown.out)
+
+
 def test_help_names_every_command_and_each_has_its_own(command: Any) -> None:
     for arguments in ([], ["--help"], ["-h"]):
         shown = command(*arguments)
