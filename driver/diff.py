@@ -299,16 +299,13 @@ def _op_diff(site: str, name: str, kind: str, equal: bool, pairs: list[tuple[np.
 
 
 def _bound_ratio(op: Op, operands: tuple[Data, ...], results: tuple[Data, ...], others: tuple[Data, ...]) -> float:
+    from ..testing.agree import share_of_bound
     from ..testing.bounds import bound
 
-    worst = 0.0
-    for limit, x, y in zip(bound(op, operands, results), flat(results), flat(others), strict=True):
-        if not same_bits(x, y):
-            x, y = real(x), real(y)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                ratio = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y) / limit)
-            worst = max(worst, float(np.nan_to_num(ratio, nan=np.inf).max(initial=0.0)))
-    return worst
+    limits = bound(op, operands, results)
+    return max(
+        (float(share_of_bound(*each).max(initial=0.0)) for each in zip(flat(results), flat(others), limits, strict=True)), default=0.0
+    )
 
 
 def _rank(measures: Measures | None) -> float:

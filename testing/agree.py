@@ -120,7 +120,7 @@ def _compare(
         experts = zip(moved, found[0][moved], expected[0][moved], strict=True)
         agreement.moved += [MovedToken(site, int(t), (tuple(a.tolist()), tuple(b.tolist()))) for t, a, b in experts]
     for index, (limit, a, b) in enumerate(zip(bounds, found, expected, strict=True)):
-        ratio = _ratio(a, b, limit)
+        ratio = share_of_bound(a, b, limit)
         if ratio.size == 0 or ratio.max() <= agreement.worst:
             continue
         at = np.unravel_index(int(ratio.argmax()), ratio.shape)
@@ -139,7 +139,7 @@ def _flat(values: Sequence[Data]) -> list[Array]:
     return [x for v in values for x in (_flat(v) if isinstance(v, tuple) else [v])]
 
 
-def _ratio(a: Array, b: Array, limit: Any) -> Array:
+def share_of_bound(a: Array, b: Array, limit: Any) -> Array:
     """|a - b| as a share of `limit`, 0 where they are equal or both NaN, infinite where no difference is permitted."""
     if a.dtype.kind in "iub":
         differs = a != b
