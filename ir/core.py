@@ -35,6 +35,7 @@ class Trait(Enum):
     CHEAP = "cheap to run again in backward"
     ROUTING = "decides where tokens go: never run twice, lest the second run decide otherwise"
     SOURCE = "reads no operand: a weight or a constant"
+    COLLECTIVE = "ranks run it together: never dropped, shared or run twice, lest one of them wait for the others"
 
 
 class Symbol(str):

@@ -22,6 +22,8 @@ from . import gradients
 from .core import Func, Module, Op, Phase, Value, called
 from .diagnostics import Diagnostic, IRError
 from .errors import DscError
+from .mesh import mesh_of
+from .ops.collective import Collective
 from .ops.control import Call
 from .printer import print_op
 
@@ -148,16 +150,29 @@ def _nothing_recomputed(module: Module, func: Func) -> Found:
             yield op, f"is in phase R, but nothing is recomputed at stage {module.stage}"
 
 
+def _collectives(module: Module, func: Func) -> Found:
+    for op in func.ops:
+        if isinstance(op, Collective):
+            axis, size = op.along()
+            try:
+                ranks = mesh_of(module).size(axis)
+            except DscError as error:
+                yield op, f"{op.name}: {error}"
+                continue
+            if size != ranks:
+                yield op, f"{op.name}: size is {size}, but the mesh {mesh_of(module)} has {ranks} ranks along {axis}"
+
+
 LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, _updates)
 
 STAGES: dict[str, tuple[Law, ...]] = {
     "traced": (_forward_only,),
     "differentiated": (_nothing_recomputed, gradients.law),
     "quantized": (_nothing_recomputed, gradients.law),
-    "sharded": (),
-    "rematerialized": (),
-    "scheduled": (),
-    "lowered": (),
+    "sharded": (_collectives,),
+    "rematerialized": (_collectives,),
+    "scheduled": (_collectives,),
+    "lowered": (_collectives,),
 }
 """The stages in their order, each with the laws that it adds."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .core import Func, Module, Op, Value
+from .core import Func, Module, Op, Trait, Value, called
 from .errors import require
 from .ops.control import Call, Param
 from .ops.linalg import GroupedMatmul
@@ -27,6 +27,16 @@ def walk(module: Module, func: Func | None = None, prefix: str = "") -> Iterator
         yield prefix, func, op
         if isinstance(op, Call):
             yield from walk(module, module[op.callee], join(prefix, op.weights))
+
+
+def communicating(module: Module) -> frozenset[str]:
+    """The names of the functions that run a collective, in their own ops or in what they call."""
+    found: set[str] = set()
+    while True:
+        more = {f.name for f in module.funcs if any(Trait.COLLECTIVE in op.traits for op in f.ops) or not found.isdisjoint(called(module, f))}
+        if more == found:
+            return frozenset(found)
+        found = more
 
 
 def executed(module: Module) -> int:

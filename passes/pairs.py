@@ -52,10 +52,10 @@ Plan = Mapping[str, Collection[Value]]
 def can_rerun(op: Op) -> bool:
     """Whether `op` may run a second time in backward.
 
-    What decides where tokens go may not (ids and handles are its results), nor what makes a bundle, nor a call. Whole numbers are small,
-    and mostly say where something is: they are kept.
+    What decides where tokens go may not (ids and handles are its results), nor a collective, nor what makes a bundle, nor a call. Whole
+    numbers are small, and mostly say where something is: they are kept.
     """
-    pinned = Trait.ROUTING in op.traits or isinstance(op, Call)
+    pinned = not op.traits.isdisjoint((Trait.ROUTING, Trait.COLLECTIVE)) or isinstance(op, Call)
     whole = Trait.SOURCE not in op.traits and any(isinstance(r.type, Bundle) or not r.dtype.is_float for r in op.results)
     return not pinned and not whole
 

@@ -7,17 +7,18 @@ nothing. FP8 E5M2 and E5M6 have an infinity, which rounding to them turns into t
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, replace
 from math import copysign
 from operator import add, floordiv, mul, sub, truediv
 from typing import ClassVar
 
-from ..ir.core import Builder, Func, Module, Op, Phase, Role, Symbol, Value, called
+from ..ir.core import Builder, Func, Module, Op, Phase, Role, Symbol, Trait, Value, called
 from ..ir.ops.control import Call, Literal, Pack, Unpack
 from ..ir.ops.elementwise import Add, Cast, Div, Mul, Sub, Where
 from ..ir.ops.shape import Broadcast, Concat, Pad, Reshape, Slice, Transpose
 from ..ir.types import DType, bound
+from ..ir.walk import communicating
 from .exact import exactly, holds, is_lossless
 from .manager import Pass, register
 from .rewrite import rebuild
@@ -31,7 +32,8 @@ class Simplify(Pass):
     Identities (casts, reshapes, transposes, slices of everything, x * 1, x + -0.0, x - 0, x / 1, `where` with a known
     condition, unpack of pack) fold, views of views become one, exact arithmetic on literals is done here. Equal ops of a
     function become the first of them (a recomputed op only another recomputed one, or recomputing would be undone), and
-    equal functions the first of those. The parameters and results of a function stay, as does the function that runs.
+    equal functions the first of those. The parameters and results of a function stay, as does the function that runs. Collectives stay
+    as they are, used or not, and so do calls of functions that run them.
 
     Before `simplify`:
 
@@ -57,14 +59,15 @@ class Simplify(Pass):
     name: ClassVar[str] = "simplify"
 
     def __call__(self, module: Module) -> Module:
-        while (after := merge_functions(module.map(simplify_func))) is not module:
+        pinned = communicating(module)
+        while (after := merge_functions(module.map(lambda func: simplify_func(func, pinned)))) is not module:
             module = after
         return module
 
 
-def simplify_func(func: Func) -> Func:
-    """One function, folded, shared and cleaned until nothing changes; itself where nothing does."""
-    while (after := drop_unused(share(fold(func)))) is not func:
+def simplify_func(func: Func, pinned: Collection[str] = ()) -> Func:
+    """One function, folded, shared and cleaned until nothing changes; itself where nothing does. `pinned` names functions that communicate."""
+    while (after := drop_unused(share(fold(func), pinned), pinned)) is not func:
         func = after
     return func
 
@@ -170,11 +173,18 @@ def _is_neutral(op: Add | Sub | Mul | Div, operand: Value) -> bool:
     return all(value == number and copysign(1.0, value) == sign and holds(value, operand.dtype) for value in operand.owner.values)
 
 
-def share(func: Func) -> Func:
-    """Let equal ops be the first of them. Every op is a function of its operands and attributes, routing included."""
+def communicates(op: Op, pinned: Collection[str]) -> bool:
+    """Whether `op` is a collective or calls a function of `pinned`: then it is run as often as it stands."""
+    return Trait.COLLECTIVE in op.traits or (isinstance(op, Call) and op.callee in pinned)
+
+
+def share(func: Func, pinned: Collection[str] = ()) -> Func:
+    """Let equal ops be the first of them. Every op but collectives is a function of its operands and attributes, routing included."""
     first: dict[Hashable, Op] = {}
 
     def rule(op: Op, _: Builder) -> tuple[Value, ...] | None:
+        if communicates(op, pinned):
+            return None
         same = first.setdefault(structural_key(op), op)
         return None if same is op else same.results
 
@@ -189,12 +199,12 @@ def structural_key(op: Op) -> Hashable:
     return op.name, op.phase is Phase.R, tuple(r.type for r in op.results), *shown
 
 
-def drop_unused(func: Func) -> Func:
-    """Without the ops whose results nothing reads. An update is a result of the function: it is read."""
+def drop_unused(func: Func, pinned: Collection[str] = ()) -> Func:
+    """Without the ops whose results nothing reads, but for what communicates. An update is a result of the function: it is read."""
     needed = set(func.results)
     kept: list[Op] = []
     for op in reversed(func.ops):
-        if not needed.isdisjoint(op.results):
+        if not needed.isdisjoint(op.results) or communicates(op, pinned):
             kept.append(op)
             needed.update(op.operands)
     return func if len(kept) == len(func.ops) else replace(func, ops=tuple(reversed(kept)))
