@@ -2,6 +2,7 @@
 
     manifest.json           what, with which command and versions, and the list of passes
     ir/00-traced.dsc        the program as traced, then one file per pass, with a .diff where the pass changed something
+    ir/update.dsc           of a model in training: the optimiser's program, which takes the gradients that the last of these returns
     constants.safetensors   arrays too large for text, if there are any
     plan/memory.json        weights and peak live bytes by function
 
@@ -30,6 +31,7 @@ from ..ir.errors import DscError, require
 SCHEMA = 1
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.safetensors"
+UPDATE = "ir/update.dsc"
 
 
 class Entry(BaseModel):

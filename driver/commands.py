@@ -28,7 +28,7 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--batch", type=int, help="Sequences per micro-batch. Default: 1.")
 @click.option("--seq", type=int, help="Tokens per sequence. Default: 4096, 64 for a -tiny model.")
 @click.option("--context", type=int, help="Cache length of decode. Default: as --seq.")
-@click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify.")
+@click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify; in train mode autodiff too.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="Quantise by this recipe (deepseek-v3, ...), within the default pipeline.")
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
@@ -110,7 +110,8 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     """
     from ..ir.walk import executed
     from .artifact import load
-    from .run import check_writable, result_names, save, say_defaults, summarise
+    from .measure import flat
+    from .run import GRADIENT, array_types, check_writable, norm, save, say_defaults, summarise
     from .run import run as execute
 
     program = load(out)
@@ -118,12 +119,13 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
         check_writable(file)
     start = time.perf_counter()
     with progress("running", executed(program.module)) as step:
-        results = execute(program, weights, inputs, backend, lambda site, *rest: step(str(site)))
+        results = flat(execute(program, weights, inputs, backend, lambda site, *rest: step(str(site))))
     seconds = time.perf_counter() - start
-    names = result_names(program.module)
+    names = list(array_types(program.module))
     if file:
         save(file, names, results)
     found = {name: summarise(array) for name, array in zip(names, results, strict=True)}
+    gradients = [array for name, array in zip(names, results, strict=True) if name.endswith(GRADIENT)]
     say_defaults([program], weights, inputs)
     if as_json:
         emit_json({"backend": backend, "seconds": seconds, "results": found, "file": str(file) if file else None})
@@ -131,8 +133,11 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     rows = [
         [name, f"{s['dtype']}{s['shape']}", *(f"{s[k]:.5g}" if k in s else "-" for k in ("min", "max", "mean", "std"))]
         for name, s in found.items()
+        if not name.endswith(GRADIENT)
     ]
     print(table(("result", "type", "min", "max", "mean", "std"), rows, left=2))
+    if gradients:
+        print(f"and {plural(len(gradients), 'gradient')} of norm {norm(gradients):.5g} in all: each with --json, their values with --out")
     for name, stats in found.items():
         if stats["not_finite"]:
             note(f"dsc: {name} has {plural(stats['not_finite'], 'value')} that are infinite or not a number")

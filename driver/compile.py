@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
+from ..ir.gradients import bundles
 from ..ir.types import DType
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
@@ -149,6 +150,8 @@ def compile(
             from ..models.safetensors_file import write_safetensors
 
             write_safetensors(folder / artifact.CONSTANTS, constants)
+        if update := _update_of(module, config):
+            (folder / artifact.UPDATE).write_text(str(update), encoding="utf-8")
         (folder / "plan").mkdir()
         _write_json(folder / "plan" / "memory.json", memory(module))
         manifest = Manifest(
@@ -169,19 +172,27 @@ def compile(
 
 
 def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: str = "forward") -> str:
-    """The passes that run where none are given: quantisation by `recipe` if there is one.
+    """The passes that run where none are given: in training differentiation, then quantisation by `recipe` if there is one.
 
     A checkpoint that is in FP8 already, in the blocks that the recipe has, is read as it is; in training it is not, for there the
     weights change.
     """
+    first = f"{DEFAULT_PASSES},autodiff,{DEFAULT_PASSES}" if mode == "train" else DEFAULT_PASSES
     if recipe is None:
-        return DEFAULT_PASSES
+        return first
     from ..passes.recipe import recipe as by_name
 
     chosen = by_name(recipe).weight
     blocks = ((config or {}).get("quantization_config") or {}).get("weight_block_size")
     stored = mode != "train" and chosen is not None and chosen.format is DType.f8e4m3 and blocks == list(chosen.tile)
-    return f"{DEFAULT_PASSES},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}"
+    return f"{first},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}"
+
+
+def _update_of(module: Module, config: dict[str, Any] | None) -> Module | None:
+    """The optimiser's program for a differentiated model."""
+    from .train_program import assemble
+
+    return assemble(module, config).update if config and bundles(module) else None
 
 
 def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) -> str:

@@ -30,7 +30,7 @@ from .inputs import Inputs, prepare
 from .measure import Measures, flat, measure, real, same_bits
 from .quantstats import QuantizationStats, stats_of
 from .routing import Gate, Tokens
-from .run import Fetch, open_weights, own_weights, result_names, unpack
+from .run import Fetch, array_types, open_weights, own_weights, unpack
 
 Step = Callable[[str], None]
 
@@ -282,8 +282,8 @@ def _with_local(entry: OpDiff, forced: _Forced) -> OpDiff:
 
 def _outputs(module: Module, a: list[np.ndarray], b: list[np.ndarray], tokens: Tokens | None) -> tuple[OpDiff, ...]:
     return tuple(
-        _op_diff(name, "result", str(value.type), same_bits(x, y), [(x, y)], tokens)
-        for name, value, x, y in zip(result_names(module), module.main.results, a, b, strict=False)
+        _op_diff(name, "result", str(type), same_bits(x, y), [(x, y)], tokens)
+        for (name, type), x, y in zip(array_types(module).items(), a, b, strict=False)
         if x.shape == y.shape
     )
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
-from ..ir.types import Tensor
+from ..ir.gradients import bundles
+from ..ir.types import Bundle, Tensor, Type
 from ..ir.walk import weights as weights_of
 from .artifact import Artifact
 from .inputs import Inputs, prepare
@@ -79,7 +80,7 @@ def check_writable(file: Path) -> None:
     require(file.parent.is_dir(), f"{file} cannot be written: there is no folder {file.parent}")
 
 
-def save(file: Path, names: list[str], arrays: tuple[np.ndarray, ...]) -> None:
+def save(file: Path, names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
     """Write arrays by name as .npz, beside and renamed. BF16 and FP8, which NumPy's files do not know, are widened exactly to float32."""
     from ..numerics.formats import widen
 
@@ -109,6 +110,39 @@ def result_names(module: Module) -> list[str]:
         name = names[value][1:]
         found.append(name if name not in found else f"{name}.{i}")
     return found
+
+
+GRADIENT = ".grad"
+"""What the name of a gradient ends with, after that of its weight."""
+
+
+def array_types(module: Module) -> dict[str, Tensor]:
+    """Every array that a run returns, by name, in order, with its type: those in bundles too, a gradient as `<weight>.grad`."""
+    names, gradients = result_names(module), bundles(module)
+    plain = len(names) - len(gradients)
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, type: Type) -> None:
+        if isinstance(type, Tensor):
+            found[name] = type
+        else:
+            for i, field in enumerate(type.fields):
+                add(f"{name}.{i}", field)
+
+    for name, value in zip(names[:plain], module.main.results, strict=False):
+        add(name, value.type)
+    for weights, value in zip(gradients, module.main.results[plain:], strict=True):
+        assert isinstance(value.type, Bundle)
+        for weight, field in zip(weights, value.type.fields, strict=True):
+            add(f"{weight}{GRADIENT}", field)
+    return found
+
+
+def norm(arrays: Sequence[np.ndarray]) -> float:
+    """The Euclidean norm of all of them together."""
+    from .measure import real
+
+    return float(np.sqrt(sum(float(np.square(real(x)).sum()) for x in arrays)))
 
 
 def summarise(array: np.ndarray) -> dict[str, Any]:

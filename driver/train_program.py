@@ -68,7 +68,7 @@ def programs(
     _, module, config = read(source, mode="train", batch=batch, seq=seq, overrides=overrides)
     if config is None:
         raise DscError(f"{source} is no model configuration; expected a shipped name (dsc models), a config.json or a checkpoint folder")
-    return assemble(apply(module, f"simplify,autodiff,{default_pipeline(recipe, config, 'train')}"), config, adamw)
+    return assemble(apply(module, default_pipeline(recipe, config, "train")), config, adamw)
 
 
 def assemble(step: Module, config: Mapping[str, Any], adamw: AdamW | None = None) -> Programs:

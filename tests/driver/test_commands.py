@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 import dsc
+from dsc.driver.run import array_types
 from dsc.ir.core import OPS
+from dsc.ir.gradients import bundles, by_name
+from dsc.ir.walk import weights as weights_of
 from dsc.passes.manager import PASSES, parse_pipeline
 
 COMMANDS = ["compile", "run", "inspect", "opt", "diff", "ops", "passes", "models"]
@@ -82,7 +85,13 @@ def test_compile_takes_every_kind_of_source(command: Any, tmp_path: Path, scale:
 def test_compile_in_every_mode(tiny_modes: dict[str, Path]) -> None:
     train, decode = (dsc.load(tiny_modes[mode]).module for mode in ("train", "decode"))
     assert [p.name for p in train.main.params] == ["tokens", "labels"]
-    assert [r.name for r in train.main.results] == ["loss", "lm_loss", "mtp_loss", "balance_loss", "counts"]
+    assert [r.name for r in train.main.results][:5] == ["loss", "lm_loss", "mtp_loss", "balance_loss", "counts"]
+    named = [name for names in bundles(train) for name in names]
+    assert sorted(named) == sorted(set(weights_of(train)) - {name for name in weights_of(train) if name.endswith("_correction_bias")})
+    assert list(array_types(train))[5:] == [f"{name}.grad" for name in named]
+    update = dsc.parse((tiny_modes["train"] / "ir" / "update.dsc").read_text())
+    gradients = [p.name for p in update.main.params if p.name.endswith("_gradient")]
+    assert gradients == [f"{name}_gradient".replace(".", "_") for name in dict.fromkeys(named)]
     caches = [f"latent_{i}" for i in range(3)]
     assert [p.name for p in decode.main.params] == ["tokens", "positions", *caches]
     assert [r.name for r in decode.main.results] == ["logits", *(f"new_{name}" for name in caches)]
@@ -122,6 +131,20 @@ def test_run_json_and_file(command: Any, tiny: Path, tmp_path: Path) -> None:
     assert (stats["shape"], stats["dtype"], stats["not_finite"]) == ([1, 16, 320], "bf16", 0)
     assert stats["mean"] == expected.astype(np.float64).mean()
     assert stats["max"] == expected.astype(np.float64).max()
+
+
+def test_run_of_a_training_step(command: Any, tiny_modes: dict[str, Path], tmp_path: Path) -> None:
+    """Gradients are many: the table sums them up, the file has each under the name of its weight."""
+    program, file = dsc.load(tiny_modes["train"]), tmp_path / "step.npz"
+    done = command("run", tiny_modes["train"], "--out", file)
+    expected = by_name(program.module, dsc.run(program))
+    with np.load(file) as arrays:
+        assert arrays.files[:5] == ["loss", "lm_loss", "mtp_loss", "balance_loss", "counts"]
+        assert arrays.files[5:] == [f"{name}.grad" for name in expected]
+        assert all(np.array_equal(arrays[f"{name}.grad"], array) for name, array in expected.items())
+    norm = np.sqrt(sum(np.square(x.astype(np.float64)).sum() for x in expected.values()))
+    assert f"and {len(expected)} gradients of norm {norm:.5g} in all" in done.out
+    assert norm > 1
 
 
 def test_run_takes_weights_and_inputs(command: Any, tiny: Path, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def test_every_execution_has_a_site_of_its_own(tiny_modes: dict[str, Path]) -> N
     """In training the embedding and the head run twice with the same weights."""
     sites = executed(dsc.load(tiny_modes["train"]).module)
     assert len(sites) == len(set(sites))
-    assert "@head (lm_head) head#2" in sites
-    assert "@head (lm_head, run 2) head#2" in sites
+    assert "@head_fwd (lm_head) head#2" in sites
+    assert "@head_fwd (lm_head, run 2) head#2" in sites
     assert str(Site("shift", "", "shift#1", 2)) == "@shift (run 2) shift#1"
 
 
