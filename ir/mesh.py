@@ -1,9 +1,9 @@
 """The mesh: how ranks are numbered, which of them form a group along an axis, and which pairs are on different nodes.
 
 A module that was sharded carries its mesh as the attribute `mesh={pp=2, dp=4, ep=4, tp=1, node=8}`; the command line writes it
-"pp=2,dp=4,ep=4,tp=1". World = pp x dp x tp ranks, numbered with tp innermost and pp outermost. The expert view lies over the same ranks: the
-dp x tp ranks of a pipeline stage are edp x ep as well, ep innermost, so that neighbours in ep are neighbours on a node. Ranks of a node,
-`node` of them, are consecutive. These axes have names:
+"pp=2,dp=4,ep=4,tp=1". World = pp x dp x tp ranks, numbered with tp innermost and pp outermost. The expert view lies over the same
+ranks: the dp x tp ranks of a pipeline stage are edp x ep as well, ep innermost, so that neighbours in ep are neighbours on a node. Ranks
+of a node, `node` of them, are consecutive. These axes have names:
 
     pp          stages of the pipeline                     dp  tp      the dense view of a stage
     stage       all ranks of a pipeline stage              edp ep      the expert view of a stage
@@ -51,10 +51,8 @@ class Mesh:
             )
         for name, extent in (("ep", self.ep), ("tp", self.tp)):
             if self.world > self.node and extent % self.node and self.node % extent:
-                fits = ", ".join(str(n) for n in _divisors(self.node))
-                raise DscError(
-                    f"mesh {self}: groups of {name}={extent} do not fit nodes of {self.node} ranks; {fits} or a multiple of {self.node} would"
-                )
+                fits = f"{', '.join(str(n) for n in _divisors(self.node))} or a multiple of {self.node}"
+                raise DscError(f"mesh {self}: groups of {name}={extent} do not fit nodes of {self.node} ranks; {fits} would")
 
     @property
     def world(self) -> int:
@@ -139,7 +137,8 @@ def parse_mesh(text: str, ranks: int | None = None) -> Mesh:
     if "dp" not in given:
         pp, ep, tp = (given.get(name, 1) for name in ("pp", "ep", "tp"))
         if ranks is not None and ranks % (pp * tp):
-            raise DscError(f"mesh {text!r}: {ranks} ranks are not a multiple of pp x tp = {pp} x {tp}; {_near(ranks, pp * tp)} ranks would fit")
+            near = _near(ranks, pp * tp)
+            raise DscError(f"mesh {text!r}: {ranks} ranks are not a multiple of pp x tp = {pp} x {tp}; {near} ranks would fit")
         given["dp"] = _least_dp(ep, tp) if ranks is None else ranks // (pp * tp)
     made = Mesh(**given)
     if ranks is not None and made.world != ranks:

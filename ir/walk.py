@@ -31,12 +31,10 @@ def walk(module: Module, func: Func | None = None, prefix: str = "") -> Iterator
 
 def communicating(module: Module) -> frozenset[str]:
     """The names of the functions that run a collective, in their own ops or in what they call."""
-    found: set[str] = set()
-    while True:
-        more = {f.name for f in module.funcs if any(Trait.COLLECTIVE in op.traits for op in f.ops) or not found.isdisjoint(called(module, f))}
-        if more == found:
-            return frozenset(found)
-        found = more
+    found = {func.name for func in module.funcs if any(Trait.COLLECTIVE in op.traits for op in func.ops)}
+    while more := {func.name for func in module.funcs if not found.isdisjoint(called(module, func))} - found:
+        found |= more
+    return frozenset(found)
 
 
 def executed(module: Module) -> int:

@@ -66,7 +66,7 @@ class Simplify(Pass):
 
 
 def simplify_func(func: Func, pinned: Collection[str] = ()) -> Func:
-    """One function, folded, shared and cleaned until nothing changes; itself where nothing does. `pinned` names functions that communicate."""
+    """One function, folded, shared and cleaned until nothing changes; itself where nothing does. Functions in `pinned` communicate."""
     while (after := drop_unused(share(fold(func), pinned), pinned)) is not func:
         func = after
     return func

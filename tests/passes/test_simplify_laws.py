@@ -231,14 +231,14 @@ def all_slices_are_whole(op: Op, b: Builder) -> Any:
     return fold_rule(op, b)
 
 
-def dropping_updates(func: Func) -> Func:
+def dropping_updates(func: Func, *pinned: Any) -> Func:
     updated = set(func.updates.values())
     others = tuple(r for i, r in enumerate(func.results) if i not in updated)
-    return drop(replace(func, results=others, updates={}) if updated else func)
+    return drop(replace(func, results=others, updates={}) if updated else func, *pinned)
 
 
-def mixing_results_up(func: Func) -> Func:
-    kept = drop(func)
+def mixing_results_up(func: Func, *pinned: Any) -> Func:
+    kept = drop(func, *pinned)
     mixed = tuple(next(r for r in kept.results if r.type == result.type) for result in kept.results)
     return kept if mixed == kept.results else replace(kept, results=mixed)
 
