@@ -65,10 +65,11 @@ EXACT: set[type[Op]] = {
     *(elementwise.And, elementwise.Or, elementwise.Not, elementwise.Where),
     *(shape.Reshape, shape.Transpose, shape.Broadcast, shape.Slice, shape.Concat, shape.Pad, shape.Take, shape.Gather, shape.Scatter),
     *(shape.CacheAppend, reduce.Max, reduce.Min, reduce.Any, reduce.All, reduce.ArgMax, reduce.TopK, reduce.Sort, reduce.Histogram),
-    *(quant.Quantize, quant.Dequantize, moe.Dispatch, moe.Redispatch),
+    *(quant.Quantize, quant.Dequantize, moe.Dispatch, moe.Redispatch, moe.Regroup),
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
+    *(collective.AllGather, collective.ReduceScatter, collective.AllReduce, collective.AllToAll, collective.AllToAllRows),
 }
-"""Ops that compute nothing that could be rounded differently: two implementations agree bit for bit."""
+"""Ops that compute nothing that could be rounded differently: two implementations agree bit for bit. Collectives say in which order they add."""
 
 Function = TypeVar("Function", bound=Error)
 

@@ -42,7 +42,7 @@ from ..ir.ops.elementwise import (
 )
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
-from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route, RouteBackward
+from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
 from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.reduce import All, Any, ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
@@ -253,6 +253,9 @@ EXPERTS = [
     *(sample(Redispatch, f"{dtype}[11, 19]", ("bundle{i32[33]}", permutation)) for dtype in ("f32", "bf16")),
     sample(Redispatch, "f8e4m3[11, 19]", "f32[11, 1]", ("bundle{i32[33]}", permutation), tag="with scales"),
     sample(Redispatch, "f32[0, 3]", ("bundle{i32[0]}", permutation), tag="of no tokens"),
+    *(sample(Regroup, f"{dtype}[33, 19]", ("i32[3, 4]", counts(33))) for dtype in ("f32", "bf16")),
+    sample(Regroup, "f8e4m3[21, 19]", "f32[21, 1]", ("i32[5, 1]", counts(17)), tag="with scales, and rows beyond"),
+    sample(Regroup, "f32[0, 3]", ("i32[2, 2]", constantly(0)), tag="of no rows"),
     *(sample(CombineBackward, f"{dtype}[33, 19]", f"{dtype}[33, 19]", ("bundle{i32[33]}", permutation), "f32[11, 3]")
       for dtype in ("f32", "bf16")),
     sample(CombineBackward, "bf16[8, 1]", "bf16[8, 1]", ("bundle{i32[8]}", permutation), "bf16[1, 8]", tag="from one token"),

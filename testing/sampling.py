@@ -195,8 +195,9 @@ def counts(total: int) -> Domain:
     """Numbers that add up to `total`; the second is 0 and the last has most."""
 
     def domain(rng: Generator, shape: tuple[int, ...]) -> Array:
-        shares = np.arange(1, shape[0] + 1) * (np.arange(shape[0]) != 1)
-        return rng.multinomial(total, shares / shares.sum())
+        size = int(np.prod(shape))
+        shares = np.arange(1, size + 1) * (np.arange(size) != 1)
+        return rng.multinomial(total, shares / shares.sum()).reshape(shape)
 
     return domain
 

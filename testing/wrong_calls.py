@@ -8,7 +8,7 @@ from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
 from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
-from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route, RouteBackward
+from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
 from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.reduce import All, Any, ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
@@ -129,6 +129,7 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         message="the handle orders 6 rows, which are not the same number for each of 4 tokens",
     ),
     wrong(Redispatch, "f32[4, 3]", "bundle{f32[8]}", message="the handle is bundle{f32[8]}, expected bundle{i32[rows]}"),
+    wrong(Regroup, "f32[4, 3]", "i32[4]", message="expected counts [I, J], found i32[4]"),
     wrong(
         CombineBackward,
         *("f32[6, 3]", "f32[3, 3]", "bundle{i32[6]}", "f32[3, 2]"),

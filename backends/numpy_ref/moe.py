@@ -100,3 +100,18 @@ def combine_backward(op: ops.CombineBackward, rows: Array, sent: Array, handle: 
     dweights = np.empty(weights.size, rows.dtype)
     dweights[order] = np.einsum("rh,rh->r", rows, sent)
     return sent * weights.reshape(weights.size)[order, None], dweights.reshape(weights.shape)
+
+
+@reference(ops.Regroup, operands="stored")
+def regroup(op: ops.Regroup, *operands: Array) -> tuple[Array, ...] | Array:
+    *xs, counts = operands
+    lengths = counts.astype(np.int64)
+    starts = (np.cumsum(lengths) - lengths.reshape(lengths.size)).reshape(lengths.shape)
+    total = int(lengths.sum())
+    require(total <= len(xs[0]), f"counts add up to {total}, but there are {len(xs[0])} rows")
+    blocks = [np.arange(start, start + length) for start, length in zip(starts.T.flat, lengths.T.flat, strict=True)]
+    order = np.concatenate([*blocks, np.empty(0, np.int64)])
+    found = tuple(np.zeros_like(x) for x in xs)
+    for out, x in zip(found, xs, strict=True):
+        out[:total] = x.take(order, axis=0)
+    return found if len(found) > 1 else found[0]

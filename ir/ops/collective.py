@@ -134,3 +134,18 @@ class AllToAllRows(Collective):
             same = x.shape[0] == self.xs[0].shape[0] and all(isinstance(d, int) for d in x.shape[1:])
             require(same, f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
         return tuple(Tensor(x.dtype, (self.rows, *x.shape[1:])) for x in self.xs)
+
+
+@op("own_part")
+class OwnPart(Collective):
+    """This rank's part of what all ranks along the axis hold: [..., size * D, ...] gives [..., D, ...], part i on rank i. Nothing is sent."""
+
+    x: Value
+    axis: str
+    size: int
+    dim: int = 0
+
+    def infer(self) -> tuple[Type, ...]:
+        extent, size = static(self.x, self.name)[axis_of(self.x, self.dim)], self.require_ranks()
+        require(extent % size == 0, f"dimension {self.dim} of {self.x.type} does not make {size} equal parts")
+        return _resized(self.x, self.dim, extent // size)

@@ -9,13 +9,19 @@ from ..types import Bundle, DType, Tensor, Type
 
 @op("param", Trait.SOURCE)
 class Param(Op):
-    """A weight, by the name that the checkpoint gives it. In a called function the name is relative to the call's `weights`."""
+    """A weight, by the name that the checkpoint gives it. In a called function the name is relative to the call's `weights`.
+
+    `shard` says along which axes of the mesh each dimension of the checkpoint's tensor is cut (ir/sharding.py); the result is a rank's part.
+    """
 
     path: str
     result_types: tuple[Type, ...]
+    shard: tuple[str, ...] = ()
 
     def infer(self) -> tuple[Type, ...]:
         require(len(self.result_types) == 1, f"a weight is one tensor, found {len(self.result_types)} results")
+        rank = len(self.result_types[0].shape) if isinstance(self.result_types[0], Tensor) else 0
+        require(len(self.shard) <= rank, f"shard names {len(self.shard)} dimensions of {self.result_types[0]}")
         return self.result_types
 
 

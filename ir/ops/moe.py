@@ -185,3 +185,23 @@ class CombineBackward(Op):
 
     def flops(self) -> int:
         return 3 * self.rows.tensor.size
+
+
+@op("regroup")
+class Regroup(Op):
+    """Blocks of rows, which lie in the order (i, j) with counts[i, j] rows each, put into the order (j, i).
+
+    Rows that come from several ranks lie by rank and then by expert; this puts the rows of an expert together. Every x is [R, ...] and
+    counts i32[I, J]; each result is like its x. Rows beyond the sum of the counts become 0. With the counts transposed it goes back.
+    """
+
+    xs: tuple[Value, ...]
+    counts: Value
+
+    def infer(self) -> tuple[Type, ...]:
+        require_int(self.counts)
+        require(self.counts.tensor.rank == 2, f"expected counts [I, J], found {self.counts.type}")
+        require(len(self.xs) > 0 and all(x.tensor.rank > 0 for x in self.xs), "regroup needs at least one x of rows")
+        for x in self.xs:
+            require(x.shape[0] == self.xs[0].shape[0], f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
+        return tuple(x.tensor for x in self.xs)
