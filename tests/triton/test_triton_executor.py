@@ -21,12 +21,12 @@ from dsc.backends.triton.targets import TARGETS
 from dsc.backends.triton.torch_ops import TORCH
 from dsc.driver.inputs import prepare
 from dsc.driver.run import open_weights
-from dsc.ir.core import OPS, Builder, Func, Module
+from dsc.ir.core import OPS, Builder, Func, Module, Symbol
 from dsc.ir.errors import DscError
 from dsc.ir.ops.control import Call, Constant, Literal, Pack, Param, Unpack
 from dsc.ir.ops.elementwise import Add, Mul
-from dsc.ir.ops.norm import RmsNorm
-from dsc.ir.ops.shape import Gather, Reshape, Slice, Transpose
+from dsc.ir.ops.norm import RmsNorm, Rope
+from dsc.ir.ops.shape import Broadcast, Gather, Reshape, Slice, Transpose
 from dsc.ir.types import Bundle, DType, Tensor
 from dsc.models.trace import trace
 from dsc.passes.manager import parse_pipeline, run_pipeline
@@ -159,6 +159,41 @@ def test_an_observer_sees_every_op_and_may_replace_results() -> None:
     NUMPY.run(module, seeded, (y,), lambda site, *rest: expected.append(str(site)))
     assert seen == expected
     np.testing.assert_array_equal(found[1], 3.0)
+
+
+def test_a_replaced_view_is_read_as_what_it_was_replaced_by() -> None:
+    """Launches are planned for the strides of the view; what an observer hands over for it has strides of its own."""
+    b = Builder("main")
+    x, angles = b.param("x", Tensor(F32, (1, 6, 2, 24))), b.param("angles", Tensor(F32, (6, 4)))
+    part = b.emit(Slice(x, 3, 16, 24)).result
+    one = b.emit(Slice(x, 2, 0, 1)).result
+    same = b.emit(Broadcast(one, (1, 6, 2, 24))).result
+    module = Module((b.finish((b.emit(Rope(part, angles, angles, interleaved=True)).result, b.emit(Add(same, x)).result)),))
+    rng = np.random.default_rng(0)
+    inputs = tuple(rng.standard_normal(p.shape).astype(np.float32) for p in module.main.params)
+    values = {v: rng.standard_normal(v.shape).astype(np.float32) for v in (part, same)}
+
+    def observe(site: backends.Site, op: Any, operands: Any, results: Any) -> Any:
+        return (values[op.result],) if op.results[0] in values else None
+
+    found, expected = (runner.run(module, seeded, inputs, observe) for runner in (POISONED, NUMPY))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_a_function_that_runs_twice_has_two_sites() -> None:
+    """As in the reference: an embedding that two parts of a model share runs twice with the same weights."""
+    b, inner = Builder("main"), Builder("twice")
+    y = inner.param("y", Tensor(F32, (2,)))
+    twice = inner.finish(inner.emit(Add(y, y)).results)
+    x = b.param("x", Tensor(F32, (2,)))
+    first = b.emit(Call(Symbol("twice"), (x,), (x.type,))).result
+    module = Module((b.finish(b.emit(Call(Symbol("twice"), (first,), (x.type,))).results), twice))
+    seen: dict[Any, list[str]] = {POISONED: [], NUMPY: []}
+    for runner, sites in seen.items():
+        runner.run(module, seeded, (np.ones(2, np.float32),), lambda site, *rest, sites=sites: sites.append(str(site)))
+    assert seen[POISONED] == seen[NUMPY]
+    assert len(set(seen[NUMPY])) == 2
 
 
 def test_errors_name_the_op_and_what_was_found() -> None:
