@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..backends.arrays import Array, Data, rounded, widen
 from ..backends.numpy_ref.run import unrounded
 from ..ir.core import Op
-from ..ir.ops import attention, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape
+from ..ir.ops import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape
 from ..ir.types import DType, Tensor, tensors
 
 Floats = NDArray[np.float64]
