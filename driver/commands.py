@@ -10,13 +10,16 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..ir.errors import require
 from .cli import cli, inputs_option, json_option, weights_option
 from .ui import count, emit_json, note, plural, progress, size, table
+
+if TYPE_CHECKING:
+    from ..backends import Site
 
 PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes).'
 
@@ -100,8 +103,13 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
     "--out", "file", type=click.Path(path_type=Path), metavar="FILE.npz", help="Write the results, BF16 and FP8 widened to float32."
 )
 @click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
+@click.option(
+    "--routing-stats", type=click.Path(path_type=Path), metavar="FILE.json", help="Add up here how many tokens chose each expert."
+)
 @json_option
-def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, backend: str, as_json: bool) -> int:
+def run(
+    out: Path, weights: str | None, inputs: str | None, file: Path | None, backend: str, routing_stats: Path | None, as_json: bool
+) -> int:
     """Run a compiled program.
 
     \b
@@ -111,16 +119,26 @@ def run(out: Path, weights: str | None, inputs: str | None, file: Path | None, b
     from ..ir.walk import executed
     from .artifact import load
     from .measure import flat
+    from .routing_stats import Recorder
     from .run import GRADIENT, array_types, check_writable, norm, save, say_defaults, summarise
     from .run import run as execute
 
     program = load(out)
-    if file:
-        check_writable(file)
+    for target in filter(None, (file, routing_stats)):
+        check_writable(target)
+    recorder = Recorder(program.module, routing_stats) if routing_stats else None
     start = time.perf_counter()
     with progress("running", executed(program.module)) as step:
-        results = flat(execute(program, weights, inputs, backend, lambda site, *rest: step(str(site))))
+
+        def observe(site: Site, *seen: Any) -> None:
+            step(str(site))
+            if recorder:
+                recorder(site, *seen)
+
+        results = flat(execute(program, weights, inputs, backend, observe))
     seconds = time.perf_counter() - start
+    if recorder:
+        recorder.save()
     names = list(array_types(program.module))
     if file:
         save(file, names, results)

@@ -1,0 +1,160 @@
+"""The files of expert placement: how many tokens each expert got (`dsc run --routing-stats`), and which GPU holds which (`dsc place -o`).
+
+Both are JSON with a format and a version. A histogram adds up: a run adds its counts to what the file has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from ..backends import Site
+from ..ir.core import Module, Op
+from ..ir.errors import DscError, require
+from ..ir.ops.moe import Route
+from ..ir.walk import weights as weights_of
+from ..passes.placement import Placement
+
+
+class Record(BaseModel):
+    """Base of the files' records: unknown keys are refused, so that a newer version is noticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerStats(Record):
+    """One gate: its routing rule, the bytes of one of its experts' weights, and how many tokens chose each expert."""
+
+    top_k: PositiveInt
+    groups: PositiveInt
+    top_groups: PositiveInt
+    expert_bytes: NonNegativeInt
+    counts: tuple[NonNegativeInt, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if sum(self.counts) % self.top_k or len(self.counts) % self.groups:
+            raise ValueError(f"{sum(self.counts)} choices of {len(self.counts)} experts: expected a multiple of top_k and of groups")
+        return self
+
+    @property
+    def rule(self) -> dict[str, int]:
+        """What two runs of the same model have in common."""
+        return self.model_dump(exclude={"counts"}) | {"experts": len(self.counts)}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the gate has seen."""
+        return sum(self.counts) // self.top_k
+
+
+class RoutingStats(Record):
+    """The histogram, by the prefix of the layer's weight names."""
+
+    format: Literal["dsc-routing-stats"] = "dsc-routing-stats"
+    version: Literal[1] = 1
+    layers: dict[str, LayerStats]
+
+    @property
+    def rule(self) -> dict[str, int]:
+        """The rule that all layers share. `DscError` where they differ."""
+        require(bool(self.layers), "the routing histogram has no layers")
+        rules = {name: layer.rule for name, layer in self.layers.items()}
+        first = next(iter(rules))
+        for name, rule in rules.items():
+            require(rule == rules[first], f"{name} routes by {rule}, but {first} by {rules[first]}: expected one rule for all layers")
+        return rules[first]
+
+
+class PlacementFile(Record):
+    """A placement: the expert in each slot, by layer; slots of GPU 0 first. `policy` is how it was made."""
+
+    format: Literal["dsc-placement"] = "dsc-placement"
+    version: Literal[1] = 1
+    policy: str
+    experts: PositiveInt
+    gpus: PositiveInt
+    nodes: PositiveInt
+    layers: dict[str, tuple[int, ...]]
+
+    @property
+    def placement(self) -> Placement:
+        """The placement itself, checked."""
+        return Placement(tuple(self.layers.values()), self.experts, self.gpus, self.nodes)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read(file: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """The record in `file`. `DscError` with one line where it is none of this kind and version."""
+    try:
+        return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DscError(f"{file}: {f'{where}: ' if where else ''}{first['msg']}") from None
+    except ValueError as error:  # of json and of the decoder
+        raise DscError(f"{file}: not JSON: {error}") from None
+
+
+def write(file: Path, record: Record) -> None:
+    """Write beside and rename: a reader never sees half a file."""
+    draft = file.with_name(f".{file.name}.partial")
+    try:
+        draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        draft.replace(file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise DscError(f"{file} cannot be written: {error.strerror}") from None
+
+
+@dataclass
+class Recorder:
+    """An observer that counts the choices of every gate of `module`, on top of what `file` already has."""
+
+    module: Module
+    file: Path
+
+    def __post_init__(self) -> None:
+        gates = any(isinstance(op, Route) for func in self.module.funcs for op in func.ops)
+        require(gates, "--routing-stats counts what gates choose, but the program has no route op (raise-moe lifts those of imports)")
+        self.earlier = read(self.file, RoutingStats).layers if self.file.exists() else {}
+        self._found: dict[str, tuple[Route, np.ndarray]] = {}
+
+    def __call__(self, site: Site, op: Op, operands: Any, results: Any) -> None:
+        if isinstance(op, Route):
+            experts = op.logits.shape[1]
+            assert isinstance(experts, int), "the type rule of route"
+            name = site.weights or site.func
+            before = self._found[name][1] if name in self._found else 0
+            self._found[name] = op, before + np.bincount(np.ravel(results[0]), minlength=experts)
+
+    def save(self) -> None:
+        """Write everything counted, earlier runs included. `DscError` where those were of another model."""
+        types = weights_of(self.module)
+        layers = dict(self.earlier)
+        for name, (op, counts) in self._found.items():
+            held = sum(type.bytes for weight, type in types.items() if weight.startswith(f"{name}.") and ".experts." in weight)
+            found = LayerStats(
+                top_k=op.top_k,
+                groups=op.groups,
+                top_groups=op.top_groups,
+                expert_bytes=held // len(counts),
+                counts=tuple(counts.tolist()),
+            )
+            layers[name] = _sum(name, [*([layers[name]] if name in layers else []), found])
+        write(self.file, RoutingStats(layers=layers))
+
+
+def _sum(name: str, parts: Iterable[LayerStats]) -> LayerStats:
+    first, *others = parts
+    for other in others:
+        require(other.rule == first.rule, f"{name} routes by {other.rule}, but the histogram so far by {first.rule}")
+    return first.model_copy(update={"counts": tuple(map(sum, zip(*(part.counts for part in (first, *others)), strict=True)))})

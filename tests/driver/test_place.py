@@ -1,0 +1,101 @@
+"""`dsc run --routing-stats` and `dsc place`: what is counted, what is shown, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dsc
+from dsc.ir.ops.moe import Route
+
+
+@pytest.fixture
+def stats(command: Callable[..., Any], tiny: Path, tmp_path: Path) -> Path:
+    """The histogram of one run of the tiny model."""
+    file = tmp_path / "routing.json"
+    assert command("run", tiny, "--routing-stats", file).code == 0
+    return file
+
+
+def layers(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())["layers"]
+    return found
+
+
+def test_runs_add_up_to_what_the_gates_chose(command: Callable[..., Any], tiny: Path, stats: Path) -> None:
+    chosen: dict[str, list[int]] = {}
+
+    def see(site: Any, op: Any, operands: Any, results: Any) -> None:
+        if isinstance(op, Route):
+            chosen[site.weights] = np.bincount(results[0].ravel(), minlength=16).tolist()
+
+    dsc.run(dsc.load(tiny), observe=see)
+    once = layers(stats)
+    assert {name: layer["counts"] for name, layer in once.items()} == chosen
+    assert list(chosen) == ["model.layers.1", "model.layers.2"]
+    assert once["model.layers.1"] | {"counts": 0} == {
+        "top_k": 4,
+        "groups": 4,
+        "top_groups": 2,
+        "expert_bytes": 3 * 56 * 144 * 2,
+        "counts": 0,
+    }
+    command("run", tiny, "--routing-stats", stats)
+    assert {name: layer["counts"] for name, layer in layers(stats).items()} == {k: [2 * n for n in v] for k, v in chosen.items()}
+
+
+def test_place_compares_the_policies_and_writes_one(command: Callable[..., Any], stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "placement.json"
+    arguments = ("place", stats, "--gpus", 4, "--replicas", 20, "--nodes", 2)
+    ended = command(*arguments, "-o", out)
+    assert ended.out.splitlines()[0] == "2 layers of 16 experts, 16 tokens; 20 replicas on 4 GPUs in 2 nodes"
+    assert "balanced *" in ended.out
+    found = command(*arguments, "--previous", out, "--json").json
+    assert set(found["policies"]) == {"balanced", "eplb-hierarchical", "eplb-global"}
+    own = found["policies"]["balanced"]
+    assert own["moved"] == own["moved_bytes"] == own["duplicates"] == 0
+    assert own["balancedness"] <= found["bound"]
+    other = found["policies"]["eplb-global"]
+    assert other["moved_bytes"] == other["moved"] * 3 * 56 * 144 * 2 > 0
+    assert {name: layer["slots"] for name, layer in found["layers"].items()} == json.loads(out.read_text())["layers"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", ": not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("[]", ": Input should be a valid dictionary or instance of RoutingStats"),
+        ('{"layers": {}, "version": 2}', ": version: Input should be 1"),
+        ('{"layers": {}}', "the routing histogram has no layers"),
+    ],
+)
+def test_a_file_that_is_no_histogram(refused: Callable[..., list[str]], tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "routing.json"
+    file.write_text(text)
+    (line,) = refused("place", file, "--gpus", 4, "--replicas", 20)
+    assert line.removeprefix(str(file)) == message
+
+
+def test_what_cannot_be_placed_or_counted(refused: Callable[..., list[str]], stats: Path, tmp_path: Path, tiny: Path, scale: Path) -> None:
+    place = ("place", stats, "--gpus", 4)
+    assert refused(*place, "--replicas", 21) == ["21 replicas do not make equal shares for 4 GPUs"]
+    assert refused(*place, "--replicas", 12) == ["12 replicas cannot hold 16 experts"]
+    assert refused(*place, "--replicas", 20, "--nodes", 3) == ["4 GPUs do not make equal shares for 3 nodes"]
+    assert refused(*place, "--replicas", 20, "--previous", stats)[0].startswith(f"{stats}: ")
+    assert refused(*place, "--replicas", 20, "-o", tmp_path) == [f"{tmp_path} is a folder, expected a file to write"]
+    assert refused("place", tmp_path / "no.json", "--gpus", 4, "--replicas", 20) == [f"{tmp_path / 'no.json'}: No such file or directory"]
+    dsc.compile(str(scale), out=tmp_path / "scale")
+    (line,) = refused("run", tmp_path / "scale", "--routing-stats", tmp_path / "other.json")
+    assert line.startswith("--routing-stats counts what gates choose, but the program has no route op")
+    changed = json.loads(stats.read_text())
+    changed["layers"]["model.layers.2"]["top_groups"] = 3
+    stats.write_text(json.dumps(changed))
+    assert refused(*place, "--replicas", 20)[0].startswith("model.layers.2 routes by {'top_k': 4, 'groups': 4, 'top_groups': 3")
+    assert refused("run", tiny, "--routing-stats", stats)[0].startswith(
+        "model.layers.2 routes by {'top_k': 4, 'groups': 4, 'top_groups': 2"
+    )
