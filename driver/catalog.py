@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..ir.core import OPS, Op
+from ..ir.errors import require
 from ..ir.explain import card, cards, markdown, place
 from .ui import table
 
@@ -71,20 +72,41 @@ def ops_page() -> str:
 
 def describe_passes() -> tuple[list[dict[str, Any]], str]:
     """Every pass with its options, as JSON and as text."""
-    from ..ir.printer import print_attribute
-    from ..passes.manager import PASSES, options
+    from ..passes.manager import PASSES
 
-    value: list[dict[str, Any]] = []
-    for name, cls in sorted(PASSES.items()):
-        defaults = {key: None if f.default is MISSING else f.default for key, f in options(cls).items()}
-        text = inspect.cleandoc(cls.__doc__ or "").split("\n")[0]
-        value.append({"name": name, "options": defaults, "requires": cls.requires, "ensures": cls.ensures, "text": text})
+    value = [_pass(name) for name in sorted(PASSES)]
     rows = []
     for v in value:
-        rows.append((v["name"], v["text"]))
-        shown = [f"{key}={'...' if default is None else print_attribute(default)}" for key, default in v["options"].items()]
-        rows += [("", f"options: {', '.join(shown)}")] if shown else []
-    return value, table(("pass", "what it does"), rows, left=2)
+        rows.append((v["name"], v["text"].split("\n")[0]))
+        rows += [("", f"options: {_options(v)}")] if v["options"] else []
+    return [{**v, "text": v["text"].split("\n")[0]} for v in value], table(("pass", "what it does"), rows, left=2)
+
+
+def describe_pass(name: str) -> tuple[dict[str, Any], str]:
+    """One pass: its rule, a program before and after it, and its options, as JSON and as text."""
+    from ..passes.manager import PASSES, taken
+
+    require(name in PASSES, f"unknown pass {name}; expected one of {', '.join(sorted(PASSES))}")
+    value = _pass(name)
+    lines = [value["text"], "", f"takes      a module {taken(PASSES[name])}", f"gives      {value['ensures'] or 'the same stage'}"]
+    lines += [f"options    {_options(value)}"] if value["options"] else []
+    return value, "\n".join([*lines, f"declared   {place(PASSES[name])}"])
+
+
+def _pass(name: str) -> dict[str, Any]:
+    from ..passes.manager import PASSES, options
+
+    cls = PASSES[name]
+    defaults = {key: None if f.default is MISSING else f.default for key, f in options(cls).items()}
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return {"name": name, "options": defaults, "requires": cls.requires, "ensures": cls.ensures, "text": text}
+
+
+def _options(described: Mapping[str, Any]) -> str:
+    from ..ir.printer import print_attribute
+
+    given = described["options"].items()
+    return ", ".join(f"{key}={'...' if default is None else print_attribute(default)}" for key, default in given)
 
 
 def describe_models() -> tuple[list[dict[str, Any]], str]:

@@ -32,12 +32,20 @@ def ops(name: str | None, markdown: bool, as_json: bool) -> int:
 
 
 @cli.command()
+@click.argument("name", required=False)
 @json_option
-def passes(as_json: bool) -> int:
-    """List the passes and their options."""
-    from .catalog import describe_passes
+def passes(name: str | None, as_json: bool) -> int:
+    """List the passes and their options, or show one.
 
-    value, text = describe_passes()
+    What is shown of one pass is its rule, with a program before and after it.
+
+    \b
+    dsc passes
+    dsc passes autodiff
+    """
+    from .catalog import describe_pass, describe_passes
+
+    value, text = describe_pass(name) if name else describe_passes()
     emit_json(value) if as_json else print(text)
     return 0
 

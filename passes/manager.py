@@ -115,6 +115,12 @@ def _range(cls: type[Pass]) -> tuple[str, str]:
     return first or every[0], last or (latest if dots else first)
 
 
+def taken(cls: type[Pass]) -> str:
+    """The stages whose modules the pass takes, in words."""
+    first, last = _range(cls)
+    return f"at stage {first}" if first == last else f"at the stages from {first} to {last}"
+
+
 def options(cls: type[Pass]) -> dict[str, Field[Any]]:
     """The fields of a pass that a pipeline may set, by the name that it uses: `budget_gb` is `budget-gb` there."""
     return {_option(f.name): f for f in fields(cls) if f.init}
@@ -337,10 +343,8 @@ def _count(module: Module) -> int:
 
 def _check_stage(each: Pass, module: Module) -> None:
     first, last = _range(type(each))
-    if stage_index(first) <= stage_index(module.stage) <= stage_index(last):
-        return
-    taken = f"at stage {first}" if first == last else f"at the stages from {first} to {last}"
-    raise DscError(f"{each.name} takes a module {taken}, but this one is at stage {module.stage}")
+    if not stage_index(first) <= stage_index(module.stage) <= stage_index(last):
+        raise DscError(f"{each.name} takes a module {taken(type(each))}, but this one is at stage {module.stage}")
 
 
 def _check_result(each: Pass, before: Module, after: Module) -> None:

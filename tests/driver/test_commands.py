@@ -15,7 +15,7 @@ from dsc.driver.run import array_types
 from dsc.ir.core import OPS
 from dsc.ir.gradients import bundles, by_name
 from dsc.ir.walk import weights as weights_of
-from dsc.passes.manager import PASSES, parse_pipeline
+from dsc.passes.manager import PASSES, options, parse_pipeline
 
 COMMANDS = ["compile", "run", "inspect", "opt", "diff", "ops", "passes", "models"]
 
@@ -263,6 +263,17 @@ def test_options_are_shown_as_a_pipeline_takes_them(command: Any) -> None:
         shown = re.search(rf"^{each['name']} .*\n +options: (.*)$", command("passes").out, re.M)
         given = [option for option in shown[1].split(", ") if not option.endswith("=...")] if shown else []
         assert parse_pipeline(f"{each['name']}{{{','.join(given)}}}") == parse_pipeline(each["name"])
+
+
+def test_one_pass_is_shown_with_its_example(command: Any) -> None:
+    for name, cls in PASSES.items():
+        shown = command("passes", name)
+        assert all(line.strip() in shown.out for line in (cls.__doc__ or "").splitlines())
+        assert re.search(rf"^gives +{cls.ensures or 'the same stage'}$", shown.out, re.M)
+        assert command("passes", name, "--json").json["options"].keys() == options(cls).keys()
+    unknown = command("passes", "simplfy")
+    assert (unknown.code, unknown.out) == (2, "")
+    assert unknown.err == f"dsc: error: unknown pass simplfy; expected one of {', '.join(sorted(PASSES))}\n"
 
 
 @pytest.mark.parametrize("name", ["matmul", "dispatch", "swiglu", "param"])
