@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,12 +27,15 @@ from typing import Any
 
 from ...ir.core import Module
 from ...ir.errors import DscError
-from .program import Plans, layout_of, plan_function
+from .program import FunctionPlan, Plans, layout_of, plan_function
 from .registry import Launch, Slot
 from .targets import Target
 
 TIME_LIMIT = 300.0
 """Seconds that one kernel may take: the largest take about 20 on a laptop's core."""
+
+METADATA = "triton.json"
+"""The ending of Triton's description of a binary, which its loader wants beside it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Job:
             "options": self.options,
             "target": self.target.name,
             "compiler": compiler(),
+            "files": (self.target.assembly, self.target.binary, METADATA),
         }
 
     @property
@@ -98,15 +102,21 @@ def compiler() -> str:
 
 def jobs(module: Module, targets: Sequence[Target]) -> list[Job]:
     """The kernels that `module` needs on each of `targets`, each once."""
-    found: dict[str, Job] = {}
+    found: list[Job] = []
     for target in targets:
         plans: Plans = {}
-        plan = plan_function(module, module.main, [layout_of(p.type) for p in module.main.params], target, plans)
-        for step in plan.all_steps():
-            for launch in step.launches:
-                job = job_of(launch, target, step.op.name)
-                known = found.get(job.key)
-                found[job.key] = job if known is None else _also(known, job.ops)
+        found += jobs_of(plan_function(module, module.main, [layout_of(p.type) for p in module.main.params], target, plans), target)
+    return found
+
+
+def jobs_of(plan: FunctionPlan, target: Target) -> list[Job]:
+    """The kernels of a plan for `target`, each once."""
+    found: dict[str, Job] = {}
+    for step in plan.all_steps():
+        for launch in step.launches:
+            job = job_of(launch, target, step.op.name)
+            known = found.get(job.key)
+            found[job.key] = job if known is None else _also(known, job.ops)
     return list(found.values())
 
 
@@ -114,8 +124,8 @@ def _also(job: Job, ops: tuple[str, ...]) -> Job:
     return job if set(ops) <= set(job.ops) else Job(**{**vars(job), "ops": (*job.ops, *ops)})
 
 
-def job_of(launch: Launch, target: Target, op: str) -> Job:
-    """The machine code that a launch needs."""
+def job_of(launch: Launch, target: Target, op: str, unaligned: Container[str] = ()) -> Job:
+    """The machine code that a launch needs. Tensors but `unaligned` ones lie at multiples of 16 bytes, as they do in the arena."""
     kernel = launch.kernel
     signature, divisible = {}, []
     for name in kernel.arg_names:
@@ -129,20 +139,25 @@ def job_of(launch: Launch, target: Target, op: str) -> Job:
             signature[name] = "i32" if -(2**31) <= given < 2**31 else "i64"
         else:
             signature[name] = "fp32"
-        if isinstance(given, Slot) or (isinstance(given, int) and given % 16 == 0):
+        if (isinstance(given, Slot) and name not in unaligned) or (isinstance(given, int) and given % 16 == 0):
             divisible.append(name)
     function = kernel.fn
     return Job(
         target,
         function.__module__,
         function.__name__,
-        "\n\n".join(sources(function)),
+        _source(function),
         signature,
         dict(launch.constants),
         tuple(divisible),
         launch.options,
         (op,),
     )
+
+
+@cache
+def _source(function: Any) -> str:
+    return "\n\n".join(sources(function))
 
 
 def sources(function: Any) -> list[str]:
@@ -304,15 +319,15 @@ class _Pool:
 
 
 def write(compiled: Sequence[Compiled], out: Path) -> None:
-    """`out/<target>/<name>.{py,ptx,cubin,json}` (amdgcn and hsaco for AMD), and `out/<target>/kernels.txt`, the table of them."""
+    """`out/<target>/<name>.{py,ptx,cubin,json,triton.json}` (amdgcn and hsaco for AMD), and `out/<target>/kernels.txt`, their table."""
     for target in dict.fromkeys(c.job.target for c in compiled):
         folder = out / target.name
         folder.mkdir(parents=True, exist_ok=True)
         mine = [c for c in compiled if c.job.target is target]
         for c in mine:
-            for ending in ("py", target.assembly, target.binary):
+            for ending in ("py", target.assembly, target.binary, METADATA):
                 shutil.copyfile(c.folder / f"kernel.{ending}", folder / f"{c.job.name}.{ending}")
-            described = {**{k: v for k, v in c.job.content.items() if k != "source"}, "ops": c.job.ops, **c.facts}
+            described = {"key": c.job.key, **{k: v for k, v in c.job.content.items() if k != "source"}, "ops": c.job.ops, **c.facts}
             (folder / f"{c.job.name}.json").write_text(json.dumps(described, indent=2) + "\n")
         (folder / "kernels.txt").write_text("\n".join(table(mine)) + "\n")
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,30 @@ SASS_MATRIX = re.compile(r"\b((?:Q|H|I)GMMA|UTC[QHI]MMA|[QHIO]MMA)(?:\.[\w.]+)?"
 AMD_MATRIX = re.compile(r"\bv_(?:s?mfma|wmma|swmmac)\w+")
 
 
+def ast_source(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], divisible: Iterable[str]) -> Any:
+    """A kernel as Triton's compiler and launcher take it. The arguments `divisible` are multiples of 16."""
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    return ASTSource(kernel, {name: signature[name] for name in names}, dict(constants), attributes)
+
+
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Compile one kernel into `job["folder"]` as kernel.<ending>, and say what the compiler made of it."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(job["module"]), job["function"])
-    names = kernel.arg_names
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in job["divisible"]}
-    source = ASTSource(kernel, {name: job["signature"][name] for name in names}, job["constants"], attributes)
+    source = ast_source(kernel, job["signature"], job["constants"], job["divisible"])
     made = triton.compile(source, target=GPUTarget(*job["gpu"]), options=job["options"])
+    if re.search(r"^\s+trap;", made.asm.get("ptx", ""), re.MULTILINE):
+        raise RuntimeError("the compiler made a trap of it: it wants more tensor memory than there is")
     folder = Path(job["folder"])
     assembly, binary = job["endings"]
     (folder / f"kernel.{assembly}").write_text(made.asm[assembly])
     (folder / f"kernel.{binary}").write_bytes(made.asm[binary])
+    shutil.copyfile(made.metadata_group[f"{source.name}.json"], folder / "kernel.triton.json")
     metadata = made.metadata
     found = {"entry": metadata.name, "shared": metadata.shared, "num_warps": metadata.num_warps}
     return found | (_nvidia(folder / f"kernel.{binary}", made.asm["ptx"]) if assembly == "ptx" else _amd(made.asm["amdgcn"]))

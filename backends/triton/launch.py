@@ -1,33 +1,45 @@
-"""Starting a kernel: a `Launch` with the tensors of its slots, on the GPU or in the interpreter."""
+"""Starting a kernel: a `Launch` bound to the tensors of its slots, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import triton.language as tl
 
 from . import INTERPRET
+from .aot import Job, job_of
 from .registry import Launch, Slot
+from .targets import Target
+
+Action: TypeAlias = Callable[[], object]
+"""A part of a run, with all that can be worked out beforehand worked out."""
+
+Load: TypeAlias = "Callable[[Job, Any], Any]"
+"""From what a kernel's machine code depends on, and the kernel, to what Triton starts (see machine_code.py)."""
 
 
-def start(launch: Launch, tensor: Callable[[Slot], torch.Tensor]) -> None:
-    """Run one launch, with `tensor(slot)` for each of its slots."""
-    arguments = {
-        name: given if not isinstance(given, Slot) else _address(tensor(given), given) if INTERPRET else _typed(tensor(given), given)
-        for name, given in launch.arguments.items()
-    }
+def bind(launch: Launch, tensor: Callable[[Slot], torch.Tensor], target: Target, op: str, load: Load) -> Action:
+    """What starts `launch` with `tensor(slot)` for each of its slots, whose memory must stay where it is.
+
+    On a GPU the action is one call of Triton's launcher with addresses and numbers: nothing is looked up, specialised or allocated.
+    """
     if INTERPRET:
-        with np.errstate(all="ignore"):
-            launch.kernel[launch.grid](**arguments, **launch.constants)
-    else:
-        launch.kernel[launch.grid](**arguments, **launch.constants, **launch.options)
+        arguments = {k: _address(tensor(v), v) if isinstance(v, Slot) else v for k, v in launch.arguments.items()}
+        return partial(_interpret, launch.kernel[launch.grid], {**arguments, **launch.constants})
+    numbers = {name: tensor(given).data_ptr() if isinstance(given, Slot) else given for name, given in launch.arguments.items()}
+    unaligned = {name for name, given in launch.arguments.items() if isinstance(given, Slot) and numbers[name] % 16}
+    code = load(job_of(launch, target, op, unaligned), launch.kernel)
+    values = {**numbers, **launch.constants}
+    return partial(code[(*launch.grid, 1, 1)[:3]], *(values[name] for name in launch.kernel.arg_names))
 
 
-def _typed(tensor: torch.Tensor, slot: Slot) -> torch.Tensor:
-    """The tensor in the dtype that the slot's pointer names."""
-    return tensor.view(torch.uint8) if slot.pointer == "*u8" and tensor.dtype != torch.uint8 else tensor
+def _interpret(kernel: Callable[..., None], arguments: dict[str, Any]) -> None:
+    with np.errstate(all="ignore"):
+        kernel(**arguments)
 
 
 def _address(tensor: torch.Tensor, slot: Slot) -> tl.tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -62,10 +63,7 @@ class Buffer:
 
     @property
     def bytes(self) -> int:
-        size = self.dtype.itemsize
-        for extent in self.shape:
-            size *= extent
-        return size
+        return self.dtype.itemsize * prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ class _Planner:
         copies = tuple((i, self.buffer(packed[i].dtype, tuple(packed[i].shape), index)) for i in uneven)
         wanted = sorted((slot for launch in launches for slot in launch.workspace), key=lambda slot: slot.index)
         workspace = tuple(self.buffer(DTYPES[slot.dtype], slot.shape, index) for slot in wanted)
-        return Step(op, "kernel", results, launches, copies, workspace)
+        return Step(op, "kernel", results, tuple(launch for launch in launches if prod(launch.grid)), copies, workspace)
 
     def call(self, op: Call, operands: tuple[Layout, ...], index: int) -> Step:
         callee = plan_function(self.module, self.module[op.callee], _metas(operands), self.target, self.plans)

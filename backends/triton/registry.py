@@ -148,8 +148,7 @@ def plan(op: Op, target: Target, operands: tuple[Slots, ...], results: tuple[Slo
     if any(t.dtype is DType.f64 for t in every):
         return Declined("f64, but kernels compute in float32")
     found = KERNELS[type(op)].launcher(op, target, *_by_field(op, operands), *results)
-    launches = (found,) if isinstance(found, Launch) else found
-    return launches if isinstance(launches, Declined) else tuple(launch for launch in launches if prod(launch.grid))
+    return (found,) if isinstance(found, Launch) else found
 
 
 def _by_field(op: Op, operands: tuple[Slots, ...]) -> list[Slots | None]:

@@ -6,28 +6,29 @@ On a machine without a GPU the kernels run in Triton's interpreter, on tensors i
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from ...ir.core import Func, Module, Op, Value
+from ...ir.core import Func, Module, Op
 from ...ir.errors import DscError, require
-from ...ir.ops.control import Constant, Param
-from ...ir.types import Bundle, Tensor, Type
-from ...ir.walk import join
-from .. import Observer, Site, Weights
+from ...ir.types import Tensor
+from .. import Observer, Weights
 from ..arrays import Array, Data, describe, fits
 from . import INTERPRET, torch_ops
-from .launch import start
+from .aot import jobs_of
+from .machine_code import MachineCode
 from .memory import aligned
-from .program import Buffer, FunctionPlan, Plans, Step, flat, plan_function, total_bytes
-from .registry import Slot
+from .prepared import Prepared, Walk
+from .program import FunctionPlan, Plans, plan_function, total_bytes
 from .targets import INTERPRETED, Target, this_gpu
 from .tensors import Held, from_numpy, to_numpy
-from .torch_ops.shape import plain
+from .torch_ops.registry import WAITS
 
 
 @cache
@@ -41,29 +42,57 @@ def machine() -> tuple[Target, torch.device]:
 
 @dataclass(frozen=True)
 class Executor:
-    """The Triton backend. With `poison` a buffer is overwritten after its last use, so that a read of dead memory shows."""
+    """The Triton backend.
+
+    poison  overwrite a buffer after its last use, so that a read of dead memory shows
+    graphs  on a GPU, replay a prepared program as a CUDA graph from its second run on, where no op waits for the host
+    code    machine code for the GPU
+    kept    what `run` has prepared, for as long as both the weights and the module are in use elsewhere
+    """
 
     poison: bool = False
-    prepared: WeakKeyDictionary[Module, Plans] = field(default_factory=WeakKeyDictionary, compare=False, repr=False)
+    graphs: bool = True
+    code: MachineCode = field(default_factory=MachineCode, compare=False, repr=False)
+    plans: WeakKeyDictionary[Module, Plans] = field(default_factory=WeakKeyDictionary, compare=False, repr=False)
+    kept: WeakKeyDictionary[Weights, WeakKeyDictionary[Module, dict[Any, Prepared]]] = field(
+        default_factory=WeakKeyDictionary, compare=False, repr=False
+    )
+
+    def with_kernels(self, folder: Path) -> Executor:
+        """An executor that takes machine code from an artifact's `kernels/` where it fits."""
+        return replace(self, code=MachineCode(folder))
 
     def run(self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None) -> tuple[Data, ...]:
-        """What the main function gives for `inputs`. `DscError` where an input or a weight is not what the program declares."""
-        main = module.main
-        takes = f"@{main.name} takes {len(main.params)} inputs"
-        require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
-        for param, given in zip(main.params, inputs, strict=True):
-            require(fits(given, param.type), f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
-        target, device = machine()
-        held = tuple(from_numpy(given, param.type, device) for param, given in zip(main.params, inputs, strict=True))
-        plan = plan_function(module, main, _metas(held), target, self.prepared.setdefault(module, {}))
-        arena = torch.empty(total_bytes(plan), dtype=torch.uint8, device=device)
-        returned, offset = [], plan.bytes
-        for i in plan.returned:
-            returned.append(offset)
-            offset += aligned(plan.buffers[i].bytes)
-        execution = _Execution(module, weights, observe, device, arena, self.poison)
-        results = execution.call(plan, "", held, 0, tuple(returned))
-        return tuple(to_numpy(x, v.type) for x, v in zip(results, main.results, strict=True))
+        """What the main function gives for `inputs`. `DscError` where an input or a weight is not what the program declares.
+
+        A function `weights` stands for the same arrays as long as it lives: with the same one, the same module and the same shapes again,
+        the weights and buffers that are on the device already are used, unless an observer is to see the ops.
+        """
+        _check(module, inputs)
+        if observe is not None:
+            _, _, results = self._walk(module, weights, inputs, observe)
+            return tuple(to_numpy(x, v.type) for x, v in zip(results, module.main.results, strict=True))
+        known = self.kept.setdefault(weights, WeakKeyDictionary()).setdefault(module, {})
+        shapes = tuple(_shape(given) for given in inputs)
+        if shapes not in known:
+            known[shapes] = self.prepare(module, weights, inputs)
+        return known[shapes](inputs)
+
+    def prepare(self, module: Module, weights: Weights, inputs: Sequence[Data]) -> Prepared:
+        """The module made ready to run on inputs of the shapes of these: kernels compiled, weights and one arena on the device."""
+        _check(module, inputs)
+        plan, walk, results = self._walk(module, weights, inputs, None)
+        waits = any(step.how == "torch" and type(step.op) in WAITS for step in plan.all_steps())
+        return Prepared(
+            module.main.params,
+            tuple(v.type for v in module.main.results),
+            walk.inputs,
+            results,
+            walk.actions,
+            walk.labels,
+            self.graphs and not INTERPRET and not waits,
+            (walk.arena, *walk.fetched.values(), *walk.constants.values()),
+        )
 
     def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
         """The results of one op. `DscError` for `param`, `constant` and `call`, which need a module."""
@@ -71,6 +100,25 @@ class Executor:
         given = dict(zip(op.operands, operands, strict=True))
         module = Module((Func("evaluate", tuple(given), (op,), op.results),))
         return self.run(module, _no_weights, tuple(given.values()))
+
+    def _walk(
+        self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None
+    ) -> tuple[FunctionPlan, Walk, tuple[Held, ...]]:
+        """The plan, the way through it, and the results: computed with an observer, else where they are going to lie."""
+        target, device = machine()
+        held = tuple(from_numpy(given, param.type, device) for param, given in zip(module.main.params, inputs, strict=True))
+        if observe is None:
+            held = tuple(map(_own, held))
+        plan = plan_function(module, module.main, _metas(held), target, self.plans.setdefault(module, {}))
+        if not INTERPRET:
+            self.code.obtain(list(jobs_of(plan, target)))
+        arena = torch.empty(total_bytes(plan), dtype=torch.uint8, device=device)
+        returned, offset = [], plan.bytes
+        for i in plan.returned:
+            returned.append(offset)
+            offset += aligned(plan.buffers[i].bytes)
+        walk = Walk(module, weights, observe, device, target, self.code.load, arena, self.poison, held)
+        return plan, walk, walk.call(plan, "", held, 0, tuple(returned))
 
 
 TRITON = Executor()
@@ -80,127 +128,22 @@ def _no_weights(name: str, type: Tensor) -> Array:
     raise DscError(f"weight {name} of type {type}: a single op has none")
 
 
+def _check(module: Module, inputs: Sequence[Data]) -> None:
+    main = module.main
+    takes = f"@{main.name} takes {len(main.params)} inputs"
+    require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
+    for param, given in zip(main.params, inputs, strict=True):
+        require(fits(given, param.type), f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
+
+
+def _shape(given: Data) -> Any:
+    return tuple(map(_shape, given)) if isinstance(given, tuple) else given.shape
+
+
+def _own(held: Held) -> Held:
+    """Memory of the same layout, for the inputs of each run."""
+    return tuple(map(_own, held)) if isinstance(held, tuple) else torch.empty_like(held)
+
+
 def _metas(held: Held) -> Held:
-    return tuple(map(_metas, held)) if isinstance(held, tuple) else held.to("meta") if held.is_contiguous() else _strided_meta(held)
-
-
-def _strided_meta(held: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta")
-
-
-def _offset(buffer: torch.Tensor) -> int:
-    """Bytes from the start of the arena; of an empty tensor, too, whose address is 0."""
-    return int(buffer.storage_offset()) * buffer.element_size()
-
-
-@dataclass(frozen=True)
-class _Execution:
-    """One run of a module. Offsets are in bytes from the start of the arena."""
-
-    module: Module
-    weights: Weights
-    observe: Observer | None
-    device: torch.device
-    arena: torch.Tensor
-    poison: bool
-    bound: dict[tuple[int, int, tuple[int, ...]], tuple[torch.Tensor, ...]] = field(default_factory=dict)
-    """The buffers of a plan as tensors, by where its arena and what it returns lie: the same for every layer of a model."""
-    constants: dict[Op, torch.Tensor] = field(default_factory=dict)
-
-    def bind(self, plan: FunctionPlan, base: int, returned: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-        key = (id(plan), base, returned)
-        if key not in self.bound:
-            where = {i: base + offset for i, offset in plan.offsets.items()} | dict(zip(plan.returned, returned, strict=True))
-            self.bound[key] = tuple(self.tensor(buffer, where[i]) for i, buffer in enumerate(plan.buffers))
-        return self.bound[key]
-
-    def tensor(self, buffer: Buffer, offset: int) -> torch.Tensor:
-        return self.arena[offset : offset + buffer.bytes].view(buffer.dtype).view(buffer.shape)
-
-    def call(self, plan: FunctionPlan, prefix: str, arguments: Sequence[Held], base: int, returned: tuple[int, ...]) -> tuple[Held, ...]:
-        """The results of a function; the arena of its own buffers begins at `base`, those that it returns at `returned`."""
-        buffers = self.bind(plan, base, returned)
-        values: dict[Value, Held] = dict(zip(plan.func.params, arguments, strict=True))
-        for index, step in enumerate(plan.steps):
-            operands = tuple(values[v] for v in step.op.operands)
-            if step.callee is not None:
-                inside = join(prefix, step.op.attributes["weights"])
-                space, *given = (_offset(buffers[i]) for i in (*step.workspace, *step.results))
-                results = self.call(step.callee, inside, operands, space, tuple(given))
-            else:
-                results = self.execute(plan, prefix, step, operands, buffers)
-            values.update(zip(step.op.results, results, strict=True))
-            if self.poison:
-                for i in plan.offsets:
-                    if plan.buffers[i].stop == index:
-                        buffers[i].view(-1).view(torch.uint8).fill_(0xFF)
-        return tuple(values[v] for v in plan.func.results)
-
-    def execute(
-        self, plan: FunctionPlan, prefix: str, step: Step, operands: tuple[Held, ...], buffers: tuple[torch.Tensor, ...]
-    ) -> tuple[Held, ...]:
-        """The results of one op, as the observer leaves them."""
-        site = Site(plan.func.name, prefix, step.op.id)
-        try:
-            results = self.compute(prefix, step, operands, buffers)
-        except (DscError, RuntimeError, IndexError) as error:
-            raise DscError(f"{site}: {step.op.name}: {error}") from None
-        if self.observe is None:
-            return results
-        shown = tuple(to_numpy(x, v.type) for x, v in zip(operands, step.op.operands, strict=True))
-        found = tuple(to_numpy(x, v.type) for x, v in zip(results, step.op.results, strict=True))
-        replaced = self.observe(site, step.op, shown, found)
-        if replaced is None:
-            return results
-        for value, given in zip(step.op.results, replaced, strict=True):
-            require(fits(given, value.type), f"%{value.name}: expected {value.type}, found {describe(given)}")
-        return tuple(from_numpy(x, v.type, self.device) for x, v in zip(replaced, step.op.results, strict=True))
-
-    def compute(self, prefix: str, step: Step, operands: tuple[Held, ...], buffers: tuple[torch.Tensor, ...]) -> tuple[Held, ...]:
-        if step.how == "source":
-            return (self.source(prefix, step.op),)
-        if step.how == "view":
-            return torch_ops.run(step.op, operands)
-        places = [buffers[i] for i in step.results]
-        if step.how == "kernel":
-            tensors = list(flat(operands))
-            for i, copy in step.copies:
-                plain(buffers[copy]).copy_(plain(tensors[i]))
-                tensors[i] = buffers[copy]
-            workspace = [buffers[i] for i in step.workspace]
-            held = {"operand": tensors, "result": places, "workspace": workspace}
-
-            def tensor(slot: Slot) -> torch.Tensor:
-                return held[slot.kind][slot.index]
-
-            for launch in step.launches:
-                start(launch, tensor)
-        else:
-            for place, made in zip(places, flat(torch_ops.run(step.op, operands)), strict=True):
-                plain(place).copy_(plain(made))
-        rest = iter(places)
-        return tuple(_like(v.type, rest) for v in step.op.results)
-
-    def source(self, prefix: str, op: Op) -> torch.Tensor:
-        """A weight, fetched now, or a constant, made at its first use."""
-        expected = op.result.tensor
-        if isinstance(op, Param):
-            name = join(prefix, op.path)
-            found = self.weights(name, expected)
-            require(fits(found, expected), f"weight {name}: expected {expected}, found {describe(found)}")
-            weight: torch.Tensor = from_numpy(found, expected, self.device)
-            return weight
-        if op not in self.constants:
-            if isinstance(op, Constant):
-                require(op.path in self.module.constants, f"the module has no constant {op.path!r}")
-                found = self.module.constants[op.path]
-                require(fits(found, expected), f"constant {op.path}: expected {expected}, found {describe(found)}")
-                self.constants[op] = from_numpy(found, expected, self.device)
-            else:
-                self.constants[op] = torch_ops.run(op, ())[0].to(self.device)
-        return self.constants[op]
-
-
-def _like(type: Type, places: Iterator[torch.Tensor]) -> Held:
-    """The next of `places` for each tensor of a value."""
-    return tuple(_like(field, places) for field in type.fields) if isinstance(type, Bundle) else next(places)
+    return tuple(map(_metas, held)) if isinstance(held, tuple) else held.to("meta")

@@ -14,9 +14,11 @@ import triton.language as tl
 from dsc.backends.arrays import STORAGE
 from dsc.backends.triton import INTERPRET
 from dsc.backends.triton.arithmetic import exp, narrow, sigmoid, widen
-from dsc.backends.triton.launch import start
+from dsc.backends.triton.launch import bind
+from dsc.backends.triton.machine_code import MachineCode
 from dsc.backends.triton.registry import Launch, Slot
 from dsc.backends.triton.run import machine
+from dsc.backends.triton.targets import INTERPRETED
 from dsc.backends.triton.tensors import from_numpy, to_numpy
 from dsc.ir.types import DType, Tensor
 from dsc.numerics.formats import FORMATS
@@ -59,7 +61,7 @@ def launched(kernel, x: np.ndarray, source: DType, target: DType, grid: int = 1,
     slots = [Slot(kind, 0, dtype, x.shape, (1,), as_bytes) for kind, dtype in (("operand", source), ("result", target))]
     as_float32 = [Slot(s.kind, 0, s.dtype, s.shape, s.strides) if s.dtype is DType.f32 else s for s in slots]
     launch = Launch(kernel, (grid,), dict(zip("XY", as_float32, strict=True)), {**constants, "SIZE": x.size // grid})
-    start(launch, lambda slot: given if slot.kind == "operand" else made)
+    bind(launch, lambda slot: given if slot.kind == "operand" else made, INTERPRETED, "cast", MachineCode().load)()
     return to_numpy(made, Tensor(target, x.shape))
 
 

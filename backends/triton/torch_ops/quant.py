@@ -116,7 +116,7 @@ def scaled_matmul(op: ops.ScaledMatmul, a: Tensor, a_scales: Tensor, b: Tensor, 
     return rounded(product, op.out)
 
 
-@torch_op(ops.GroupedScaledMatmul)
+@torch_op(ops.GroupedScaledMatmul, waits=True)
 def grouped_scaled_matmul(op: ops.GroupedScaledMatmul, x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, counts: Tensor) -> Tensor:
     """One product per group that has rows. Waits for the counts."""
     wide = torch.float64 if op.accumulation.arithmetic == "exact" else torch.float32
@@ -131,7 +131,7 @@ def grouped_scaled_matmul(op: ops.GroupedScaledMatmul, x: Tensor, x_scales: Tens
     return rounded(result, op.out)
 
 
-@torch_op(ops.GroupedScaledMatmulWgrad)
+@torch_op(ops.GroupedScaledMatmulWgrad, waits=True)
 def grouped_scaled_matmul_wgrad(
     op: ops.GroupedScaledMatmulWgrad, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor
 ) -> Tensor:

@@ -21,10 +21,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 TORCH: dict[type[Op], Callable[..., Any]] = {}
 """Every op's function, under `torch_op`. `param`, `constant` and `call` have none: they need the module."""
 
+INTO: dict[type[Op], Callable[..., Callable[[], object] | None]] = {}
+"""Of some ops a function of op, operands and the place of the result: what computes it there without memory of its own, or None."""
+
+WAITS: set[type[Op]] = set()
+"""Ops whose function reads values of a tensor on the host, and so waits for the GPU: they cannot be part of a CUDA graph."""
+
 _WIDE: set[type[Op]] = set()
 
 
-def torch_op(*classes: type[Op], operands: Literal["wide", "stored"] = "stored") -> Callable[[Function], Function]:
+def torch_op(*classes: type[Op], operands: Literal["wide", "stored"] = "stored", waits: bool = False) -> Callable[[Function], Function]:
     """Attach the function below to the ops `classes`. A second one for an op raises TypeError."""
 
     def attach(function: Function) -> Function:
@@ -34,6 +40,8 @@ def torch_op(*classes: type[Op], operands: Literal["wide", "stored"] = "stored")
             TORCH[cls] = function
             if operands == "wide":
                 _WIDE.add(cls)
+            if waits:
+                WAITS.add(cls)
         return function
 
     return attach
