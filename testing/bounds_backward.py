@@ -48,7 +48,10 @@ def attention_backward(
     dout: Floats,
     mask: Array | None = None,
 ) -> tuple[Any, ...]:
-    """Per head: P as in attention, dS = P (dP - D) from two sums over Dv, then sums over keys, or over queries and heads."""
+    """Per head: P as in attention, dS = P (dP - D) from two sums over Dv, then sums over keys, or over queries and heads.
+
+    As in attention the sum over keys is granted as many roundings again, for the rescaling of an online softmax.
+    """
     dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
     heads = q.shape[-3] // k.shape[-3]
     for head in np.ndindex(*q.shape[:-2]):
@@ -60,7 +63,7 @@ def attention_backward(
         ds = prob * (dp + row)
         ds_error = ds * (relative + p.gamma(v.shape[-1] + 3))
         length, queries = k.shape[-2], q.shape[-2] * heads
-        dq[head] = abs(op.scale) * (ds_error + p.gamma(length + 2) * ds) @ np.abs(k[shared])
+        dq[head] = abs(op.scale) * (ds_error + p.gamma(2 * length + 2) * ds) @ np.abs(k[shared])
         dk[shared] += abs(op.scale) * (ds_error + p.gamma(queries + 2) * ds).T @ np.abs(q[head])
         dv[shared] += (prob * (relative + p.gamma(queries + 2))).T @ d
     return dq, dk, dv

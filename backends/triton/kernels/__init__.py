@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..registry import KERNELS
 from . import (
     attention,
+    attention_backward,
     attention_decode,
     combine,
     cross_entropy,
@@ -27,6 +28,7 @@ from . import (
 __all__ = [
     "KERNELS",
     "attention",
+    "attention_backward",
     "attention_decode",
     "combine",
     "cross_entropy",

@@ -19,7 +19,7 @@ from ..jit import device
 from ..registry import Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import ceil_div, power_of_two
-from .flash import LOG2_E, flash_tile, multiplicand, online_step, parts_of, product, split_width, unsupported, weighted
+from .flash import LOG2_E, flash_tile, multiplicand, online_step, parts_of, product, split_width, strides_of, unsupported, weighted
 
 LARGEST = 512
 """The widest value head: 64 rows of it in float32 fill half of a multiprocessor's registers."""
@@ -96,15 +96,19 @@ def attention(op: Attention, target: Target, q: Slot, k: Slot, v: Slot, mask: Sl
     batch, heads, queries, _ = (1, *q.shape)[-4:]
     keys, width, value = k.shape[-2], split_width(q.shape[-1]), max(16, power_of_two(v.shape[-1]))
     tile = flash_tile(queries, sum(width), value, q.dtype, target)
-    strides = {
-        f"{name}_{axis}": stride
-        for name, slot in (("q", q), ("k", k), ("v", v))
-        for axis, stride in zip(("batch", "head", "token"), (0, *slot.strides)[-4:-1], strict=True)
-    }
     return Launch(
         attention_kernel,
         grid=(ceil_div(queries, tile.m), batch * heads),
-        arguments={"Q": q, "K": k, "V": v, "OUT": out, "queries": queries, "keys": keys, **strides, "c": op.scale * LOG2_E},
+        arguments={
+            "Q": q,
+            "K": k,
+            "V": v,
+            "OUT": out,
+            "queries": queries,
+            "keys": keys,
+            **strides_of(q=q, k=k, v=v),
+            "c": op.scale * LOG2_E,
+        },
         constants={
             **{"HEADS": heads, "SHARED": heads // k.shape[-3], "DK": q.shape[-1], "DV": v.shape[-1]},
             **{"HEAD": width.head, "TAIL": width.tail, "VALUE": value, "CAUSAL": op.causal, "FORMAT": q.format},

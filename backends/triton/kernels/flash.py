@@ -66,6 +66,31 @@ def flash_tile(queries: int, key_width: int, value_width: int, dtype: DType, tar
     return FlashTile(m, 32 if wide else 64, 8 if m == 128 or wide else 4, 2)
 
 
+def backward_tile(width: int, dtype: DType, target: Target, *, by_key: bool) -> FlashTile:
+    """Queries and keys of a step of the backward pass, `by_key` where a program holds keys and sees queries.
+
+    By query the result [m, Dk] is in registers, by key there are two, [n, Dk] and [n, Dv]: at 192/128 they take 160 of 255 on eight warps,
+    and 32 queries are as many as leave the rest room (Triton 3.7 spills 16 bytes of them on Hopper, and 104 of 64). On Blackwell
+    sums lie in tensor memory, and Triton makes a trap of what exceeds it. Wider heads leave the instruction of warp groups.
+    """
+    if dtype is DType.f32:
+        return FlashTile(32, 32, 8, 1)
+    if target.name == "sm_90" and width <= 320:
+        return FlashTile(32, 128, 8, 2) if by_key else FlashTile(128, 64, 8, 2)
+    if target.name == "sm_100" and width <= 320:
+        return FlashTile(32, 64, 4, 2) if by_key else FlashTile(128, 32, 8, 2)
+    return FlashTile(32, 32, 8 if width > 320 else 4, 1)
+
+
+def strides_of(**slots: Slot) -> dict[str, int]:
+    """`name_batch`, `name_head` and `name_token` of each tensor [B, H, S, D], or of one without a batch."""
+    return {
+        f"{name}_{axis}": stride
+        for name, slot in slots.items()
+        for axis, stride in zip(("batch", "head", "token"), (0, *slot.strides)[-4:-1], strict=True)
+    }
+
+
 def unsupported(*slots: Slot) -> str:
     """Why these operands do not suit the kernels, or nothing."""
     for slot in slots:
@@ -92,6 +117,17 @@ def product(a, b, accumulator):
 
 
 @device
+def product_of_parts(a, b, accumulator, FORMAT: tl.constexpr, PARTS: tl.constexpr):
+    """a b + accumulator for a float32 a, taken apart into so many parts of FORMAT."""
+    for _ in tl.static_range(PARTS):
+        part = narrow(a, FORMAT)
+        accumulator = product(multiplicand(part, FORMAT), b, accumulator)
+        if PARTS > 1:
+            a = a - widen(part, FORMAT)
+    return accumulator
+
+
+@device
 def online_step(scores, v, largest, total, result, c, FORMAT: tl.constexpr, PARTS: tl.constexpr):
     """The running maximum [M] (of scores times c), sum [M] and result [M, Dv] with the keys of `scores` [M, N] and `v` [N, Dv]."""
     larger = tl.maximum(largest, tl.max(scores, axis=1) * c)
@@ -99,12 +135,7 @@ def online_step(scores, v, largest, total, result, c, FORMAT: tl.constexpr, PART
     p = tl.exp2(tl.fma(scores, c, -shift[:, None]))
     rescale = tl.exp2(largest - shift)
     total = total * rescale + tl.sum(p, axis=1)
-    result = result * rescale[:, None]
-    for _ in tl.static_range(PARTS):
-        part = narrow(p, FORMAT)
-        result = product(multiplicand(part, FORMAT), v, result)
-        if PARTS > 1:
-            p = p - widen(part, FORMAT)
+    result = product_of_parts(p, v, result * rescale[:, None], FORMAT, PARTS)
     return larger, total, result
 
 
