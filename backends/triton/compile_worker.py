@@ -40,8 +40,6 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     made = triton.compile(source, target=GPUTarget(*job["gpu"]), options=job["options"])
     if re.search(r"^\s+trap;", made.asm.get("ptx", ""), re.MULTILINE):
         raise RuntimeError("the compiler made a trap of it: it wants more tensor memory than there is")
-    if re.search(r"^\s+trap;", made.asm.get("ptx", ""), re.MULTILINE):
-        raise RuntimeError("the compiler made a trap of it: it wants more tensor memory than there is")
     folder = Path(job["folder"])
     assembly, binary = job["endings"]
     (folder / f"kernel.{assembly}").write_text(made.asm[assembly])
