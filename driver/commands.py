@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from .ui import count, emit_json, note, plural, progress, size, table
 
 if TYPE_CHECKING:
     from ..backends import Site
+    from ..ir.core import Module
 
 PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes).'
 
@@ -58,12 +60,18 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
 
     targets = parse_targets(target, allow_dequant) if target else ()  # first: a wrong name should not cost a compilation
     start = time.perf_counter()
-    with progress("compiling") as step:
-        made = build(source, out, command=click.get_current_context().obj, on_step=step, **options)
     kernels: list[dict[str, Any]] = []
-    if targets:
-        with ExitStack() as stack:
-            kernels = compile_kernels(made.module, out, targets, lambda n: stack.enter_context(progress("compiling kernels", n)))
+    with ExitStack() as bars:
+
+        def bar(title: str, total: int | None = None) -> Callable[[str], None]:
+            bars.close()  # one at a time
+            return bars.enter_context(progress(title, total))
+
+        def add_kernels(module: Module, folder: Path) -> None:
+            kernels.extend(compile_kernels(module, folder, targets, lambda n: bar("compiling kernels", n)))
+
+        command = click.get_current_context().obj
+        made = build(source, out, command=command, on_step=bar("compiling"), add=add_kernels if targets else None, **options)
     seconds = time.perf_counter() - start
     from ..ir.walk import parameters
 

@@ -112,10 +112,11 @@ def compile(
 ) -> Artifact:
     """Compile `source` into the artifact folder `out`, and open it.
 
+    add: Callable[[Module, Path], None] | None = None,
     `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
     text; without it the default one runs, with quantisation by `recipe` if one is named. `until` is a stage to stop at, `weights`
     one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. `on_step` is called with
-    the name of each step that is done.
+    the name of each step that is done; `add` is given the program and the folder before it takes its place, and may write more there.
 
     >>> artifact = dsc.compile("deepseek-v3-tiny", out="tiny", seq=16)
     >>> artifact.manifest.stage, [step.name for step in artifact.manifest.passes]
@@ -157,6 +158,8 @@ def compile(
         manifest = Manifest(
             dsc_version=version("dsc"),
             command=tuple(command),
+        if add:
+            add(module, folder)
             source=found.text,
             source_kind=found.kind,
             source_sha256=found.sha256,

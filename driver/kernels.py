@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,13 +34,7 @@ def compile_kernels(
 
     jobs = aot.jobs(module, targets)
     compiled = aot.compile_jobs(jobs, on_done=on_count(len(jobs)))
-    draft = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=out))
-    try:
-        aot.write(compiled, draft)
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
-        draft.rename(out / FOLDER)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    aot.write(compiled, out / FOLDER)
     found = []
     for target in targets:
         mine = [c for c in compiled if c.job.target is target]

@@ -15,6 +15,7 @@ from ..ir.types import Bundle, Tensor, Type
 from ..ir.walk import weights as weights_of
 from .artifact import Artifact
 from .inputs import Inputs, prepare
+from .kernels import FOLDER as KERNELS
 from .ui import note
 
 Fetch = Callable[[str, Tensor], np.ndarray]
@@ -38,6 +39,8 @@ def run(
     from .. import backends
 
     runner = backends.get(backend)
+    if isinstance(program, Artifact) and (with_kernels := getattr(runner, "with_kernels", None)):
+        runner = with_kernels(program.path / KERNELS)
     module, spec, config = unpack(program, weights)
     return runner.run(module, open_weights(spec, module, config), prepare(module, inputs), observe)
 

@@ -231,3 +231,25 @@ def test_memory_plan_against_sums_by_hand(command: Any, tiny: Path, scale: Path,
     }
     assert command("inspect", out, "--memory", "--json").json == {"memory": plan}
     assert json.loads((tiny / "plan" / "memory.json").read_text()) == command("inspect", tiny, "--memory", "--json").json["memory"]
+
+
+def test_what_is_added_comes_and_goes_with_the_artifact(scale: Path, tmp_path: Path) -> None:
+    """As kernels do: an interrupt while they are compiled leaves the artifact that was there before, whole."""
+    out = tmp_path / "out"
+
+    def add(module: Any, folder: Path) -> None:
+        assert not out.exists() or folder != out
+        (folder / "kernels").mkdir()
+
+    dsc.compile(scale, out=out, add=add)
+    assert (out / "kernels").is_dir()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+    def interrupted(module: Any, folder: Path) -> None:
+        add(module, folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dsc.compile(scale, out=out, add=interrupted)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
