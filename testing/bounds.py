@@ -68,8 +68,9 @@ EXACT: set[type[Op]] = {
     *(quant.Quantize, quant.Dequantize, moe.Dispatch, moe.Redispatch, moe.Regroup),
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
     *(collective.AllGather, collective.ReduceScatter, collective.AllReduce, collective.AllToAll, collective.AllToAllRows),
+    collective.OwnPart,
 }
-"""Ops that compute nothing that could be rounded differently: two implementations agree bit for bit. Collectives say in which order they add."""
+"""Ops that compute nothing that could be rounded differently: two implementations agree bit for bit. Collectives fix the order of sums."""
 
 Function = TypeVar("Function", bound=Error)
 

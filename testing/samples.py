@@ -10,6 +10,7 @@ import math
 
 from ..ir.core import OPS, Op, Symbol
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
+from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
 from ..ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
 from ..ir.ops.elementwise import (
     Abs,
@@ -48,7 +49,7 @@ from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulW
 from ..ir.ops.reduce import All, Any, ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
 from ..ir.ops.shape import Broadcast, CacheAppend, Concat, Gather, IndexAdd, Pad, Reshape, Scatter, Slice, Take, Transpose
 from ..ir.quantization import Accumulation, ScaleRule
-from ..ir.types import DType
+from ..ir.types import DType, Ragged
 from .sampling import (
     Domain,
     Sample,
@@ -318,6 +319,27 @@ QUANTISED = [
            ("i32[2]", counts(300)), b_tile=(128, 128), out=DType.bf16, tag="in blocks"),
 ]  # fmt: skip
 
+
+def _rows(rows: int | Ragged, *xs: str, tag: str = "") -> Sample:
+    every = ("i32[1]", counts(7 if isinstance(rows, Ragged) else rows))
+    return sample(AllToAllRows, *xs, every, every, axis="ep", size=1, rows=rows, tag=tag)
+
+
+COLLECTIVE = [
+    *(sample(AllGather, f"{dtype}[3, 1, 7]", axis="tp", size=1, dim=dim) for dtype in ("f32", "bf16", "f8e4m3") for dim in (0, -1)),
+    *(sample(ReduceScatter, f"{dtype}[3, 1, 7]", axis="dp", size=1, dim=2) for dtype in ("f32", "bf16", "i32")),
+    *(sample(AllReduce, f"{dtype}[2, 1, 7]", axis="dp", size=1, kind=kind) for dtype in ("f32", "bf16", "i64") for kind in ("sum", "max")
+      if (dtype, kind) != ("f32", "max")),
+    sample(AllReduce, "f32[]", axis="dp", size=1, tag="of one number"),
+    sample(AllReduce, ("i32[3]", integers(0, 9)), axis="dp", size=1, kind="max"),
+    *(sample(AllToAll, f"{dtype}[4, 3]", axis="ep", size=1) for dtype in ("f32", "bf16", "i32")),
+    *(_rows(9, f"{dtype}[9, 5]") for dtype in ("f32", "bf16")),
+    _rows(9, "f8e4m3[9, 5]", "f32[9, 1]", tag="with scales"),
+    _rows(Ragged("in", 12), "bf16[rows<=9, 5]", tag="of a ragged number of rows"),
+    _rows(0, "f32[0, 5]", tag="of no rows"),
+    *(sample(OwnPart, f"{dtype}[3, 1, 7]", axis="tp", size=1, dim=2) for dtype in ("f32", "bf16", "f8e4m3")),
+]  # fmt: skip
+
 SAMPLES: tuple[Sample, ...] = (
     *ELEMENTWISE,
     *SHAPES,
@@ -329,6 +351,7 @@ SAMPLES: tuple[Sample, ...] = (
     *LOSSES,
     *QUANTISED,
     *CONTROL,
+    *COLLECTIVE,
 )
 
 

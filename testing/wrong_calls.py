@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..ir.core import OPS, Op
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
+from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
 from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
 from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
@@ -169,6 +170,27 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         *("f8e4m3[300, 3]", "f32[3, 3]", "f8e4m3[300, 5]", "f32[4, 5]", "i32[2]"),
         message="scales of f8e4m3[300, 3] in tiles of [128, 1], restarting at each of 2 groups, are f32[4, 3], found f32[3, 3]",
     ),
+    # collectives
+    wrong(AllGather, "f32[3, 4]", axis="tp", size=0, message="size is 0, expected the number of ranks along tp, 1 or more"),
+    wrong(AllGather, "f32[rows<=3, 4]", axis="tp", size=2, message="all_gather needs a static shape, found f32[rows<=3, 4]"),
+    wrong(AllGather, "f32[3]", axis="tp", size=2, dim=1, message="axis 1 is outside a tensor of rank 1: f32[3]"),
+    wrong(ReduceScatter, "f32[3, 4]", axis="dp", size=2, message="dimension 0 of f32[3, 4] does not make 2 equal parts"),
+    wrong(ReduceScatter, "bool[4]", axis="dp", size=2, message="expected numbers, found bool[4]"),
+    wrong(AllReduce, "bool[4]", axis="dp", size=2, message="expected numbers, found bool[4]"),
+    wrong(AllToAll, "f32[3, 4]", axis="ep", size=4, message="f32[3, 4] does not make 4 equal parts along dimension 0"),
+    wrong(
+        AllToAllRows,
+        *("f32[6, 3]", "i32[2]", "i32[3]"),
+        **{"axis": "ep", "size": 2, "rows": 6},
+        message="expected send and recv of shape [2], found i32[2] and i32[3]",
+    ),
+    wrong(
+        AllToAllRows,
+        *("f32[6, 3]", "f32[5, 1]", "i32[2]", "i32[2]"),
+        **{"axis": "ep", "size": 2, "rows": 6},
+        message="expected every x as [R, ...] with the same R, found f32[6, 3] and f32[5, 1]",
+    ),
+    wrong(OwnPart, "f32[3, 4]", axis="tp", size=2, message="dimension 0 of f32[3, 4] does not make 2 equal parts"),
     # control
     wrong(Param, path="w", result_types=(), message="a weight is one tensor, found 0 results"),
     wrong(Constant, path="c", result_types=result("f32[1]") * 2, message="a constant is one tensor, found 2 results"),

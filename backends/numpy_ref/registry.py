@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
+from ...distributed.world import Program, alone
 from ...ir.core import Op
+from ...ir.ops.collective import Collective
 
 Operands = Literal["wide", "stored", "blocks"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -35,5 +37,20 @@ def reference(cls: type[Op], operands: Operands = "wide") -> Callable[[Function]
         REFERENCES[cls] = function
         OPERANDS[cls] = operands
         return function
+
+    return attach
+
+
+COLLECTIVES: dict[type[Op], Callable[..., Program[Any]]] = {}
+"""The program of each collective on one rank: (op, compute dtype, *operands as stored), results as a reference returns them."""
+
+
+def collective(cls: type[Collective]) -> Callable[[Function], Function]:
+    """Make the program below what `cls` does on one rank. Its reference is the same program where there is only one."""
+
+    def attach(program: Function) -> Function:
+        COLLECTIVES[cls] = program
+        reference(cls, operands="blocks")(lambda op, wide, *operands: alone(program(op, wide, *operands)))
+        return program
 
     return attach

@@ -2,28 +2,30 @@
 
 An op reads its operands exactly, computes in float32 (`FLOAT32`) or float64 (`FLOAT64`, and wherever the program itself says f64), and
 is rounded once, to nearest even, to the dtype of its result. A value is let go at its last use, and a weight is fetched when its op
-is reached.
+is reached. On one rank of many the run is a program (`distributed/world.py`) that stops at each collective until the others are there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 
+from ...distributed.world import Program, alone
 from ...ir.core import Func, Module, Op, Value
 from ...ir.errors import DscError, require
 from ...ir.liveness import last_uses
+from ...ir.ops.collective import Collective
 from ...ir.ops.control import Call, Constant, Param
 from ...ir.types import Bundle, DType, Tensor
 from ...ir.walk import join
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, describe, fits, rounded, widen
-from . import attention, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill REFERENCES
-from .registry import OPERANDS, REFERENCES
+from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill REFERENCES
+from .registry import COLLECTIVES, OPERANDS, REFERENCES
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,26 @@ class Interpreter:
 
     def run(self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None) -> tuple[Data, ...]:
         """What the main function gives for `inputs`. `DscError` where an input or a weight is not what the program declares."""
+        return alone(self.program(module, weights, inputs, observe))
+
+    def program(
+        self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None
+    ) -> Program[tuple[Data, ...]]:
+        """The same on one rank of many: a program that asks the others where a collective stands."""
         main = module.main
         takes = f"@{main.name} takes {len(main.params)} inputs"
         require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
         for param, given in zip(main.params, inputs, strict=True):
             if not fits(given, param.type):
                 raise DscError(f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
-        with np.errstate(all="ignore"):
-            return _Run(self, module, weights, observe, {}, Counter()).call(main, "", inputs)
+        program, answer = _Run(self, module, weights, observe, {}, Counter()).call(main, "", inputs), None
+        while True:
+            with np.errstate(all="ignore"):  # not around the yield: what NumPy warns of is up to whoever computes meanwhile
+                try:
+                    request = program.send(answer)
+                except StopIteration as done:
+                    return cast(tuple[Data, ...], done.value)
+            answer = yield request
 
     def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
         """The results of one op. `DscError` for `param`, `constant` and `call`, which need a module."""
@@ -50,8 +64,20 @@ class Interpreter:
             return self._evaluate(op, operands)
 
     def _evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
-        wide = STORAGE[DType.f64] if any(map(_is_f64, (*op.operands, *op.results))) else self.compute
-        return checked(op, tuple(_stored(v, x) for v, x in zip(op.results, _computed(op, operands, wide), strict=True)))
+        return _all_stored(op, _computed(op, operands, self._wide(op)))
+
+    def _wide(self, op: Op) -> np.dtype[Any]:
+        return STORAGE[DType.f64] if any(map(_is_f64, (*op.operands, *op.results))) else self.compute
+
+    def _together(self, site: Site, op: Collective, operands: Sequence[Data]) -> Program[tuple[Data, ...]]:
+        """The results of a collective, whose requests say where it stands."""
+        program, answer = COLLECTIVES[type(op)](op, self._wide(op), *operands), None
+        while True:
+            try:
+                request = program.send(answer)
+            except StopIteration as done:
+                return _all_stored(op, done.value if len(op.results) > 1 else (done.value,))
+            answer = yield replace(request, op=op.signature, site=str(site))
 
 
 FLOAT32 = Interpreter(STORAGE[DType.f32])
@@ -93,6 +119,10 @@ def _stored(value: Value, x: Any) -> Data:
     return array.astype(STORAGE[value.dtype], copy=False) if value.dtype.is_int and array.dtype.kind in "iu" else array
 
 
+def _all_stored(op: Op, found: Sequence[Any]) -> tuple[Data, ...]:
+    return checked(op, tuple(_stored(v, x) for v, x in zip(op.results, found, strict=True)))
+
+
 def checked(op: Op, results: tuple[Data, ...]) -> tuple[Data, ...]:
     """`results`, if each is of the type that the op's rule gives it."""
     for value, result in zip(op.results, results, strict=True):
@@ -114,7 +144,7 @@ class _Run:
     runs: Counter[tuple[str, str]]
     """How often each function has been entered with each prefix."""
 
-    def call(self, func: Func, prefix: str, inputs: Sequence[Data]) -> tuple[Data, ...]:
+    def call(self, func: Func, prefix: str, inputs: Sequence[Data]) -> Program[tuple[Data, ...]]:
         """The results of `func`, the names of its weights under `prefix`."""
         if func.name not in self.dying:
             self.dying[func.name] = last_uses(func)
@@ -125,7 +155,12 @@ class _Run:
             operands = tuple(values[v] for v in op.operands)
             site = Site(func.name, prefix, op.id, run)
             try:
-                results = self.execute(site, op, operands)
+                if isinstance(op, Call):
+                    results = yield from self.call(self.module[op.callee], join(prefix, op.weights), operands)
+                elif isinstance(op, Collective):
+                    results = self.observed(site, op, operands, (yield from self.interpreter._together(site, op, operands)))
+                else:
+                    results = self.observed(site, op, operands, self.execute(site, op, operands))
             except OpError:
                 raise
             except DscError as error:
@@ -136,17 +171,17 @@ class _Run:
         return tuple(values[v] for v in func.results)
 
     def execute(self, site: Site, op: Op, operands: tuple[Data, ...]) -> tuple[Data, ...]:
-        """The results of one op, as the observer leaves them."""
-        if isinstance(op, Call):
-            return self.call(self.module[op.callee], join(site.weights, op.weights), operands)
+        """The results of one op that a rank runs alone."""
         if isinstance(op, Param):
             name = join(site.weights, op.path)
-            results = self.source(f"weight {name}", op, self.weights(name, op.result.tensor))
-        elif isinstance(op, Constant):
+            return self.source(f"weight {name}", op, self.weights(name, op.result.tensor))
+        if isinstance(op, Constant):
             require(op.path in self.module.constants, f"the module has no constant {op.path!r}")
-            results = self.source(f"constant {op.path}", op, self.module.constants[op.path])
-        else:
-            results = self.interpreter._evaluate(op, operands)
+            return self.source(f"constant {op.path}", op, self.module.constants[op.path])
+        return self.interpreter._evaluate(op, operands)
+
+    def observed(self, site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...]:
+        """`results` as the observer leaves them."""
         if self.observe is None:
             return results
         replaced = self.observe(site, op, operands, results)

@@ -7,10 +7,12 @@ in the order of the ranks and round once, so the result does not depend on who r
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from ..core import Op, Trait, Value, family, op
 from ..errors import require
+from ..printer import print_attribute
 from ..types import Dim, DType, Tensor, Type
 from .rules import axis_of, require_int, static
 
@@ -23,6 +25,13 @@ class Collective(Op):
         """The axis and how many ranks it has."""
         given = self.attributes
         return given["axis"], given["size"]
+
+    @cached_property
+    def signature(self) -> str:
+        """The op with its types and attributes, without the names of values: ranks that run it together have the same."""
+        types = (str(v.type) for v in self.operands)
+        given = (f"{key}={print_attribute(value)}" for key, value in self.attributes.items())
+        return f"{self.name}({', '.join((*types, *given))})"
 
     def require_ranks(self) -> int:
         """`size`, if it is a number of ranks."""
@@ -138,7 +147,7 @@ class AllToAllRows(Collective):
 
 @op("own_part")
 class OwnPart(Collective):
-    """This rank's part of what all ranks along the axis hold: [..., size * D, ...] gives [..., D, ...], part i on rank i. Nothing is sent."""
+    """This rank's part of what all ranks of the axis hold: [..., size * D, ...] gives [..., D, ...], part i on rank i. Nothing is sent."""
 
     x: Value
     axis: str

@@ -1,0 +1,89 @@
+"""Collectives on one rank: what it sends, and what it makes of what comes. Reductions add up in the order of the ranks, and round once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...distributed.world import Exchange, Gather, Index, Program
+from ...ir.errors import require
+from ...ir.ops import collective as ops
+from ...ir.types import DType
+from ..arrays import Array, rounded, widen
+from .registry import collective
+
+Wide = np.dtype[Any]
+
+
+@collective(ops.AllGather)
+def all_gather(op: ops.AllGather, wide: Wide, x: Array) -> Program[Array]:
+    found = yield Gather(op.axis, op.size, x)
+    return np.concatenate(found, axis=op.dim)
+
+
+@collective(ops.ReduceScatter)
+def reduce_scatter(op: ops.ReduceScatter, wide: Wide, x: Array) -> Program[Array]:
+    return (yield from _reduced(op, np.split(x, op.size, axis=op.dim), wide))
+
+
+@collective(ops.AllReduce)
+def all_reduce(op: ops.AllReduce, wide: Wide, x: Array) -> Program[Array]:
+    """Each rank reduces one of `size` equal parts, the last filled up with zeros, and gathers the others'."""
+    flat = np.zeros(-(-x.size // op.size) * op.size, x.dtype)
+    flat[: x.size] = x.reshape(x.size)
+    total = yield from _reduced(op, np.split(flat, op.size), wide)
+    found = yield Gather(op.axis, op.size, _narrowed(total, op.x.dtype))
+    return np.concatenate(found)[: x.size].reshape(x.shape)
+
+
+def _reduced(op: ops.ReduceScatter | ops.AllReduce, parts: Sequence[Array], wide: Wide) -> Program[Array]:
+    """The sum, or the largest, of what all ranks have in this rank's place, not yet rounded."""
+    found = yield Exchange(op.axis, op.size, tuple((part,) for part in parts), ((parts[0].shape,),) * op.size)
+    together = np.maximum if isinstance(op, ops.AllReduce) and op.kind == "max" else np.add
+    terms = (widen(x, wide) if op.x.dtype.is_float else x for (x,) in found)
+    total = next(terms)
+    for x in terms:
+        total = together(total, x)
+    return total
+
+
+def _narrowed(x: Array, dtype: DType) -> Array:
+    return rounded(x, dtype) if dtype.is_float else x
+
+
+@collective(ops.OwnPart)
+def own_part(op: ops.OwnPart, wide: Wide, x: Array) -> Program[Array]:
+    index = yield Index(op.axis, op.size)
+    return np.split(x, op.size, axis=op.dim)[index]
+
+
+@collective(ops.AllToAll)
+def all_to_all(op: ops.AllToAll, wide: Wide, x: Array) -> Program[Array]:
+    parts = np.split(x, op.size)
+    found = yield Exchange(op.axis, op.size, tuple((part,) for part in parts), ((parts[0].shape,),) * op.size)
+    return np.concatenate([part for (part,) in found])
+
+
+@collective(ops.AllToAllRows)
+def all_to_all_rows(op: ops.AllToAllRows, wide: Wide, *operands: Array) -> Program[Any]:
+    *xs, send, recv = operands
+    require((send >= 0).all() and (recv >= 0).all(), f"send is {send.tolist()} and recv {recv.tolist()}, expected no negative number")
+    require(int(send.sum()) <= len(xs[0]), f"send is {send.tolist()}, {send.sum()} rows in all, but there are {len(xs[0])}")
+    require(int(recv.sum()) <= _limit(op), f"{recv.sum()} rows arrive, but there is room for {_limit(op)}: {op.rows}")
+    messages = zip(*(_cut(x, send) for x in xs), strict=True)
+    shapes = tuple(tuple((int(rows), *x.shape[1:]) for x in xs) for rows in recv)
+    found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
+    rows = tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rows if len(rows) > 1 else rows[0]
+
+
+def _limit(op: ops.AllToAllRows) -> int:
+    return op.rows if isinstance(op.rows, int) else op.rows.bound
+
+
+def _cut(x: Array, counts: Array) -> Iterator[Array]:
+    """The first counts[0] rows of x, the next counts[1], ..."""
+    stops = np.cumsum(counts, dtype=np.int64)
+    return (x[stop - count : stop] for stop, count in zip(stops, counts, strict=True))

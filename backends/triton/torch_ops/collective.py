@@ -1,0 +1,106 @@
+"""Collectives in torch, on tensors that stay where they are: what a rank sends, and what it makes of what comes.
+
+Reductions add up in the order of the ranks, in float32, and round once. `TORCH` has each for a single rank; on many, the executor runs the
+program of `COLLECTIVES`, which asks the others (`distributed/world.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from ....distributed.world import Exchange, Gather, Index, Program, alone
+from ....ir.core import Op
+from ....ir.errors import require
+from ....ir.ops import collective as ops
+from ..tensors import rounded, widen
+from .registry import compute_dtype, torch_op
+from .shape import plain
+
+Tensor = torch.Tensor
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COLLECTIVES: dict[type[Op], Callable[..., Program[Any]]] = {}
+"""The program of each collective on one rank: (op, *operands as stored), results as stored."""
+
+
+def collective(cls: type[ops.Collective]) -> Callable[[Function], Function]:
+    """Make the program below what `cls` does on one rank."""
+
+    def attach(program: Function) -> Function:
+        COLLECTIVES[cls] = program
+        torch_op(cls)(lambda op, *operands: alone(program(op, *operands)))
+        return program
+
+    return attach
+
+
+def _concat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat([plain(x) for x in parts], dim).view(parts[0].dtype)
+
+
+@collective(ops.AllGather)
+def all_gather(op: ops.AllGather, x: Tensor) -> Program[Tensor]:
+    return _concat((yield Gather(op.axis, op.size, x)), op.dim)
+
+
+@collective(ops.ReduceScatter)
+def reduce_scatter(op: ops.ReduceScatter, x: Tensor) -> Program[Tensor]:
+    return (yield from _reduced(op, plain(x).chunk(op.size, op.dim), x.dtype))
+
+
+@collective(ops.AllReduce)
+def all_reduce(op: ops.AllReduce, x: Tensor) -> Program[Tensor]:
+    """Each rank reduces one of `size` equal parts, the last filled up with zeros, and gathers the others'."""
+    flat = plain(x).new_zeros(-(-x.numel() // op.size) * op.size)
+    flat[: x.numel()] = plain(x).reshape(-1)
+    total = yield from _reduced(op, flat.chunk(op.size), x.dtype)
+    return _concat((yield Gather(op.axis, op.size, total)))[: x.numel()].reshape(x.shape)
+
+
+def _reduced(op: ops.ReduceScatter | ops.AllReduce, parts: Sequence[Tensor], dtype: torch.dtype) -> Program[Tensor]:
+    """The sum, or the largest, of what all ranks have in this rank's place."""
+    messages = tuple((part.contiguous().view(dtype),) for part in parts)
+    found = yield Exchange(op.axis, op.size, messages, ((tuple(parts[0].shape),),) * op.size)
+    together = torch.maximum if isinstance(op, ops.AllReduce) and op.kind == "max" else torch.add
+    terms = [widen(x, compute_dtype(op)) if op.x.dtype.is_float else x for (x,) in found]
+    total = terms[0]
+    for x in terms[1:]:
+        total = together(total, x)
+    return rounded(total, op.x.dtype) if op.x.dtype.is_float else total
+
+
+@collective(ops.OwnPart)
+def own_part(op: ops.OwnPart, x: Tensor) -> Program[Tensor]:
+    index = yield Index(op.axis, op.size)
+    return plain(x).chunk(op.size, op.dim)[index].contiguous().view(x.dtype)
+
+
+@collective(ops.AllToAll)
+def all_to_all(op: ops.AllToAll, x: Tensor) -> Program[Tensor]:
+    parts = plain(x).chunk(op.size)
+    found = yield Exchange(op.axis, op.size, tuple((part.view(x.dtype),) for part in parts), ((tuple(parts[0].shape),),) * op.size)
+    return _concat([part for (part,) in found])
+
+
+@collective(ops.AllToAllRows)
+def all_to_all_rows(op: ops.AllToAllRows, *operands: Tensor) -> Program[Any]:
+    """A result has all the rows that `rows` has room for, those that did not arrive zero: here a ragged value always has its bound's."""
+    *xs, given, taken = operands
+    send, recv = given.tolist(), taken.tolist()
+    room = op.rows if isinstance(op.rows, int) else op.rows.bound
+    require(min(send) >= 0 and min(recv) >= 0, f"send is {send} and recv {recv}, expected no negative number")
+    require(sum(send) <= len(xs[0]), f"send is {send}, {sum(send)} rows in all, but there are {len(xs[0])}")
+    require(sum(recv) <= room, f"{sum(recv)} rows arrive, but there is room for {room}: {op.rows}")
+    require(sum(recv) == room or not isinstance(op.rows, int), f"{sum(recv)} rows arrive, expected {room}")
+    messages = zip(*([part.view(x.dtype) for part in plain(x)[: sum(send)].split(send)] for x in xs), strict=True)
+    shapes = tuple(tuple((rows, *x.shape[1:]) for x in xs) for rows in recv)
+    found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
+    results = []
+    for parts in zip(*found, strict=True):
+        result = plain(parts[0]).new_zeros((room, *parts[0].shape[1:]))
+        torch.cat([plain(part) for part in parts], out=result[: sum(recv)])
+        results.append(result.view(parts[0].dtype))
+    return tuple(results) if len(results) > 1 else results[0]

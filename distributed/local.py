@@ -1,0 +1,153 @@
+"""All ranks of a mesh in one process, in lockstep: a rank runs until it needs others, and goes on when they have come to the same op.
+
+Nothing is copied, and the order is the same in every run. Where ranks wait for each other for ever, or meet with different ops, the error
+is a table of who waits for what.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from ..ir.errors import DscError, require
+from ..ir.mesh import Mesh
+from .world import Exchange, Gather, Index, Placed, Receive, Request, Send, T, shape_of
+
+
+def run(mesh: Mesh, program: Placed[T]) -> list[T]:
+    """The results of `program(rank)` on every rank of `mesh`. `DscError` names the rank where one fails, or says who waits for what."""
+    programs = [program(rank) for rank in range(mesh.world)]
+    results: dict[int, T] = {}
+    waiting: dict[int, Request] = {}
+    ready: deque[tuple[int, Any]] = deque((rank, None) for rank in range(mesh.world))
+    try:
+        while ready:
+            rank, answer = ready.popleft()
+            try:
+                request = programs[rank].send(answer)
+                size = mesh.size(request.axis)
+                require(request.size == size, f"{_where(request)}: the mesh {mesh} has {size} ranks along {request.axis}")
+            except StopIteration as done:
+                results[rank] = done.value
+                continue
+            except DscError as error:
+                raise DscError("\n".join(f"rank {rank}: {line}" for line in str(error).split("\n"))) from None
+            if isinstance(request, Index):
+                ready.append((rank, mesh.index(request.axis, rank)))
+                continue
+            waiting[rank] = request
+            if partners := _partners(mesh, rank, waiting):
+                answers = _answers(partners, waiting)
+                for partner in partners:
+                    del waiting[partner]
+                ready.extend(zip(partners, answers, strict=True))
+        if waiting:
+            raise DscError(f"{len(waiting)} of {mesh.world} ranks wait for ever:\n{_table(mesh, waiting)}")
+    finally:
+        for one in programs:
+            one.close()
+    return [results[rank] for rank in range(mesh.world)]
+
+
+def _partners(mesh: Mesh, rank: int, waiting: dict[int, Request]) -> tuple[int, ...]:
+    """The ranks, in their order, whose requests make one exchange with that of `rank`; empty while somebody is missing."""
+    request = waiting[rank]
+    group = mesh.group(request.axis, rank)
+    if isinstance(request, Send | Receive):
+        other = group[request.to if isinstance(request, Send) else request.source]
+        found = waiting.get(other)
+        sender, receiver = (rank, other) if isinstance(request, Send) else (other, rank)
+        given, taken = waiting.get(sender), waiting.get(receiver)
+        meet = isinstance(given, Send) and isinstance(taken, Receive) and found is not None and found.axis == request.axis
+        meant = meet and group[given.to] == receiver and group[taken.source] == sender  # type: ignore[union-attr]
+        return (sender, receiver) if meant else ()
+    met = (waiting.get(other) for other in reversed(group))  # ranks mostly come in order: the last is the one to ask for first
+    return group if all(isinstance(r, Exchange | Gather) and r.axis == request.axis for r in met) else ()
+
+
+def _answers(partners: tuple[int, ...], waiting: dict[int, Request]) -> list[Any]:
+    """What each of them gets. `DscError` where they do not mean the same."""
+    requests = [waiting[rank] for rank in partners]
+    given = requests[0]
+    match requests:
+        case [Send(x=x), Receive(like=like)]:
+            if _type(x) != _type(like):
+                raise DscError(f"rank {partners[0]} sends {_type(x)}, but rank {partners[1]} expects {_type(like)}: {_where(given)}")
+            return [None, x]
+    if len({(type(r), r.op) for r in requests}) > 1:
+        raise DscError(f"ranks meet along {given.axis} with different ops:\n{_rows((rank, _where(waiting[rank])) for rank in partners)}")
+    if isinstance(given, Gather):
+        found = [r.x for r in requests if isinstance(r, Gather)]
+        if len({_type(x) for x in found}) > 1:
+            rows = _rows((rank, _type(x)) for rank, x in zip(partners, found, strict=True))
+            raise DscError(f"ranks gather arrays of different types along {given.axis}, {_where(given)}:\n{rows}")
+        return [tuple(found)] * len(partners)
+    exchanges = [r for r in requests if isinstance(r, Exchange)]
+    answers = [tuple(r.messages[j] for r in exchanges) for j in range(len(partners))]
+    for receiver, request, answer in zip(partners, exchanges, answers, strict=True):
+        for sender, message, expected in zip(partners, answer, request.shapes, strict=True):
+            shapes = tuple(map(shape_of, message))
+            if shapes != expected:
+                raise DscError(f"rank {sender} sends {_shapes(shapes)}, but rank {receiver} expects {_shapes(expected)}: {_where(request)}")
+    return answers
+
+
+def _type(x: Any) -> str:
+    return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+
+
+def _shapes(shapes: Iterable[tuple[int, ...]]) -> str:
+    return " and ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+
+
+def _what(request: Request) -> str:
+    return request.op or f"{type(request).__name__.lower()} along {request.axis}"
+
+
+def _where(request: Request) -> str:
+    direction = f" to {request.to}" if isinstance(request, Send) else f" from {request.source}" if isinstance(request, Receive) else ""
+    return f"{_what(request)}{direction}{f' at {request.site}' if request.site else ''}"
+
+
+def _table(mesh: Mesh, waiting: dict[int, Request]) -> str:
+    """One line for all ranks that wait in the same place for the same ranks."""
+    rows = []
+    for rank in range(mesh.world):
+        request = waiting.get(rank)
+        if request is None:
+            rows.append((rank, "has finished"))
+            continue
+        group = mesh.group(request.axis, rank)
+        if isinstance(request, Send | Receive):
+            group = (group[request.to if isinstance(request, Send) else request.source],)
+        missing = [r for r in group if r != rank and not _answers_to(waiting.get(r), request)]
+        rows.append((rank, f"{_where(request)}, for {_ranks(missing)}" if missing else _where(request)))
+    return _rows(rows)
+
+
+def _answers_to(other: Request | None, request: Request) -> bool:
+    """Whether `other` waits in the same collective, as far as it can be told."""
+    same = isinstance(other, Exchange | Gather) and isinstance(request, Exchange | Gather)
+    return same and other is not None and other.axis == request.axis
+
+
+def _rows(rows: Iterable[tuple[int, str]]) -> str:
+    by_text: dict[str, list[int]] = {}
+    for rank, text in rows:
+        by_text.setdefault(text, []).append(rank)
+    names = {text: _ranks(ranks) for text, ranks in by_text.items()}
+    width = max(map(len, names.values()))
+    return "\n".join(f"  {names[text]:{width}}  {text}" for text in by_text)
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 0 to 5, 7`: runs of three and more as their ends."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"rank{'s' if sum(map(len, runs)) > 1 else ''} {', '.join(parts)}"

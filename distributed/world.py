@@ -1,0 +1,123 @@
+"""What a rank asks of the others, and who serves it.
+
+A rank's program is a generator: it computes, yields a `Request` where it needs the other ranks of an axis, and goes on with the answer. Who
+drives the generators is a world: `alone` here, for one rank; `local.run`, all ranks of a mesh in one process, in lockstep;
+`torch_world.TorchWorld`, one process per rank. The same program runs in each.
+
+A world moves arrays as bytes and computes nothing. There are these requests: `Exchange` and `Gather` among the ranks of an axis, `Send` and
+`Receive` between two, and `Index`, which a rank asks of its world alone. Reductions are made of them by the backends, which add up in the
+order of the ranks: a library's own reduction would add in the order of its rings, and round BF16 at every hop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from ..ir.errors import DscError, require
+from ..ir.mesh import Mesh
+
+Array: TypeAlias = Any
+"""A NumPy array or a torch tensor; a world hands on what it was given, and nobody writes to it afterwards."""
+
+Message: TypeAlias = tuple[Array, ...]
+"""What goes from one rank to another at once: arrays that travel together, such as codes and their scales."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a rank waits for. `size` is the number of ranks along `axis`."""
+
+    axis: str
+    size: int
+    op: str = field(default="", kw_only=True)
+    """The op with its attributes and types: the same on every rank that takes part."""
+    site: str = field(default="", kw_only=True)
+    """Where in the program it stands."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange(Request):
+    """Message j goes to rank j of the axis; the answer holds what each rank sent here, in their order.
+
+    `shapes` says what is expected from each rank, array by array. Dtypes are those of the messages that are sent.
+    """
+
+    messages: tuple[Message, ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gather(Request):
+    """The answer is everyone's `x`, in the order of the ranks. All are of one type."""
+
+    x: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Index(Request):
+    """The answer is this rank's index along the axis, at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Send(Request):
+    """`x` goes to rank `to` of the axis, which has to receive it: until then the sender waits. The answer is None."""
+
+    x: Array
+    to: int
+
+
+@dataclass(frozen=True, eq=False)
+class Receive(Request):
+    """The answer is what rank `source` of the axis sends: an array of the type and shape of `like`, whose contents do not matter."""
+
+    like: Array
+    source: int
+
+
+T = TypeVar("T")
+Program: TypeAlias = Generator[Request, Any, T]
+"""One rank's part of a computation, with its result."""
+
+
+class World(Protocol):
+    """Who serves the requests of one rank that has a process of its own."""
+
+    mesh: Mesh
+    rank: int
+
+    def run(self, program: Program[T]) -> T:
+        """The result of this rank's program. `DscError` where another rank fails, dies or does not answer in time."""
+        ...
+
+
+def alone(program: Program[T]) -> T:
+    """The result of a program on one rank, which is its own partner along every axis. `DscError` where it asks for more ranks."""
+    answer: Any = None
+    while True:
+        try:
+            request = program.send(answer)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        what = f"{request.op or type(request).__name__.lower()} is run by {request.size} ranks together"
+        require(request.size == 1, f"{what}, and this is one: run it with --ranks local, or under torchrun")
+        match request:
+            case Exchange(messages=messages):
+                answer = messages
+            case Gather(x=x):
+                answer = (x,)
+            case Index():
+                answer = 0
+            case _:
+                raise DscError(f"{what}, and a rank does not send to itself")
+
+
+def shape_of(x: Array) -> tuple[int, ...]:
+    """The shape of an array of either kind."""
+    return tuple(x.shape)
+
+
+Placed: TypeAlias = Callable[[int], Program[T]]
+"""The program of each rank."""
