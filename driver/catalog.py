@@ -84,9 +84,9 @@ def describe_passes() -> tuple[list[dict[str, Any]], str]:
 
 def describe_pass(name: str) -> tuple[dict[str, Any], str]:
     """One pass: its rule, a program before and after it, and its options, as JSON and as text."""
-    from ..passes.manager import PASSES, taken
+    from ..passes.manager import PASSES, taken, unknown
 
-    require(name in PASSES, f"unknown pass {name}; expected one of {', '.join(sorted(PASSES))}")
+    require(name in PASSES, unknown("pass", name, PASSES))
     value = _pass(name)
     lines = [value["text"], "", f"takes      a module {taken(PASSES[name])}", f"gives      {value['ensures'] or 'the same stage'}"]
     lines += [f"options    {_options(value)}"] if value["options"] else []

@@ -249,26 +249,30 @@ def inspect(
 def opt(file: Path, passes: str, until: str | None, print_after: str | None, timing: bool, why: bool, bisect: bool, as_json: bool) -> int:
     """Run passes over a .dsc file and print the result.
 
-    With no passes the file is checked and printed as it is.
+    With no passes the file is checked and printed as it is. The file - is standard input.
 
     \b
     dsc opt program.dsc -p simplify
+    dsc inspect out --after traced | dsc opt - -p simplify
     dsc opt program.dsc -p "simplify,raise-moe" --print-after simplify --why
     """
+    from ..ir.parser import parse
     from ..passes.manager import bisect as first_bad
     from ..passes.manager import parse_pipeline, run_pipeline
     from .bisect import same_results
     from .compile import read
 
-    require(file.suffix == ".dsc", f"{file}: expected a .dsc file")
+    piped = str(file) == "-"
+    require(piped or file.suffix == ".dsc", f"{file}: expected a .dsc file, or - for standard input")
     pipeline = parse_pipeline(passes)
     names = [p.name for p in pipeline]
     known = ", ".join(("all", *names))
     require(print_after in (None, "all", *names), f"--print-after {print_after} is not in the pipeline; expected one of {known}")
-    module = read(file)[1]
+    text = sys.stdin.read() if piped else ""
+    module = parse(text, "standard input") if piped else read(file)[1]
     if not pipeline and not as_json:
         sys.stdout.flush()
-        sys.stdout.buffer.write(file.read_bytes())
+        sys.stdout.buffer.write(text.encode() if piped else file.read_bytes())
         return 0
     if bisect:
         culprit = first_bad(module, pipeline, same_results(module))

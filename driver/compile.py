@@ -72,6 +72,9 @@ def read(
     for name, given in (("batch", batch), ("seq", seq), ("context", context)):
         require(given is None or given > 0, f"--{name} is {given}, expected 1 or more")
     found = resolve(source)
+    sizes = [f"--{name}" for name, given in (("batch", batch), ("seq", seq), ("context", context)) if given]
+    if found.kind in ("dsc", "factory"):
+        require(not sizes, f"{', '.join(sizes)}: {found.text} has its own sizes; these options are for a model's configuration")
     if found.kind == "dsc":
         from ..ir.parser import parse
 
@@ -109,10 +112,10 @@ def compile(
     overrides: Sequence[str] = (),
     command: Sequence[str] = (),
     on_step: Callable[[str], None] = lambda step: None,
+    add: Callable[[Module, Path], None] | None = None,
 ) -> Artifact:
     """Compile `source` into the artifact folder `out`, and open it.
 
-    add: Callable[[Module, Path], None] | None = None,
     `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
     text; without it the default one runs, with quantisation by `recipe` if one is named. `until` is a stage to stop at, `weights`
     one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. `on_step` is called with
@@ -155,11 +158,11 @@ def compile(
             (folder / artifact.UPDATE).write_text(str(update), encoding="utf-8")
         (folder / "plan").mkdir()
         _write_json(folder / "plan" / "memory.json", memory(module))
+        if add:
+            add(module, folder)
         manifest = Manifest(
             dsc_version=version("dsc"),
             command=tuple(command),
-        if add:
-            add(module, folder)
             source=found.text,
             source_kind=found.kind,
             source_sha256=found.sha256,

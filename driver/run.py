@@ -47,6 +47,10 @@ def run(
 
 def unpack(program: Module | Artifact, weights: Any = None) -> tuple[Module, Any, Mapping[str, Any] | None]:
     """The program, the weights it should take, and its model's config."""
+    known = isinstance(program, Module | Artifact)
+    require(
+        known, f"cannot run a {type(program).__name__}: expected a module (dsc.trace, dsc.parse) or an artifact (dsc.compile, dsc.load)"
+    )
     if isinstance(program, Module):
         return program, "random:0" if weights is None else weights, None
     (own,) = own_weights([program])

@@ -66,6 +66,11 @@ def trace(
         require(isinstance(inputs, (tuple, list)), f"inputs are a {type(inputs).__name__}, expected a tuple: trace(module, (x,))")
         return _trace_module(source, tuple(inputs or ()))
     require(inputs is None, "a configuration's inputs follow from mode, batch, seq and context; none are expected here")
+    known = isinstance(source, (ModelConfig, str, Path))
+    require(known, f"cannot trace a {type(source).__name__}: expected a torch module, or the name or path of a configuration")
+    unused, used = ("seq", "context") if mode == "decode" else ("context", "seq")
+    given = {"seq": seq, "context": context}[unused]
+    require(given is None, f"{unused} is {given}, but mode {mode} has none: {used} says how many tokens a sequence has there")
     config = source if isinstance(source, ModelConfig) and not overrides else _load(source, overrides)
     name = _name(source, config)
     tiny = name.endswith("-tiny")
@@ -144,7 +149,8 @@ def load_factory(source: str) -> tuple[nn.Module, tuple[Any, ...]]:
     except DscError:
         raise
     except Exception as error:
-        raise DscError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())  # one line, whatever the error has
+        raise DscError(f"{_place(error, path)}: {type(error).__name__}: {said}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
     pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], (tuple, list))

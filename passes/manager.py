@@ -169,7 +169,7 @@ class _Pipeline:
         start, name = self._bare("the name of a pass")
         cls = PASSES.get(name)
         if cls is None:
-            self._fail(start, _unknown("pass", name, PASSES))
+            self._fail(start, unknown("pass", name, PASSES))
         given = dict(self._options(cls)) if self._skip("{") else {}
         missing = [key for key, f in options(cls).items() if _default(f) is MISSING and f.name not in given]
         if missing:
@@ -186,7 +186,7 @@ class _Pipeline:
                 self._expect(",")
             start, key = self._bare(f"an option of {cls.name}")
             if key not in known:
-                self._fail(start, _unknown("option", key, known, f" of {cls.name}"))
+                self._fail(start, unknown("option", key, known, f" of {cls.name}"))
             if key in seen:
                 self._fail(start, f"{key} is given twice")
             seen.add(key)
@@ -267,7 +267,7 @@ def _literal(raw: _Bare) -> Any:
     return int(raw) if raw.lstrip("-").isdigit() else float(raw)
 
 
-def _unknown(what: str, name: str, known: Iterable[str], of: str = "") -> str:
+def unknown(what: str, name: str, known: Iterable[str], of: str = "") -> str:
     near = get_close_matches(name, known, 1)
     return f"unknown {what} {name}{of}; {f'did you mean {near[0]}?' if near else 'known are: ' + (', '.join(known) or 'none')}"
 
@@ -334,7 +334,7 @@ def run_pipeline(
 
 def check_until(stage: str | None) -> None:
     """Raise `DscError` where there is no such stage to stop at."""
-    require(stage is None or stage in STAGES, _unknown("stage", stage or "", STAGES))
+    require(stage is None or stage in STAGES, unknown("stage", stage or "", STAGES))
 
 
 def _count(module: Module) -> int:
@@ -364,6 +364,7 @@ def apply(module: Module, pipeline: str | Iterable[Pass]) -> Module:
     >>> len(dsc.apply(module, "simplify").main.ops)
     0
     """
+    require(isinstance(module, Module), f"cannot apply passes to a {type(module).__name__}: expected a module (dsc.trace, dsc.parse)")
     return run_pipeline(module, parse_pipeline(pipeline) if isinstance(pipeline, str) else pipeline).module
 
 

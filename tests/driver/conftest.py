@@ -66,13 +66,18 @@ def refused(command: Command) -> Callable[..., list[str]]:
     return run
 
 
+def sizes(mode: str) -> dict[str, int]:
+    """16 tokens, under the name that they have in a mode."""
+    return {"context" if mode == "decode" else "seq": 16}
+
+
 @pytest.fixture(scope="session")
 def traced() -> Callable[[str, str], Module]:
     """`traced(name, mode)`: a shipped model at 16 tokens, traced once."""
 
     @cache
     def trace(name: str, mode: str = "forward") -> Module:
-        return dsc.trace(name, mode=mode, **({"context": 16} if mode == "decode" else {"seq": 16}))
+        return dsc.trace(name, mode=mode, **sizes(mode))
 
     return trace
 
@@ -94,7 +99,7 @@ def tiny_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_modes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Artifacts of deepseek-v3-tiny in training and decoding form."""
     folder = tmp_path_factory.mktemp("shared")
-    return {mode: dsc.compile("deepseek-v3-tiny", out=folder / mode, mode=mode, seq=16, context=16).path for mode in ("train", "decode")}
+    return {mode: dsc.compile("deepseek-v3-tiny", out=folder / mode, mode=mode, **sizes(mode)).path for mode in ("train", "decode")}
 
 
 SCALE = """module { stage=traced }

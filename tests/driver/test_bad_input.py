@@ -42,6 +42,9 @@ ARGUMENTS = {
     (*TO, "--batch", "0"): "--batch is 0, expected 1 or more",
     (*TO, "--batch", "-3"): "--batch is -3, expected 1 or more",
     (*TO, "--seq", "0"): "--seq is 0, expected 1 or more",
+    (*TO, "--context", "8"): "context is 8, but mode forward has none: seq says how many tokens a sequence has there",
+    (*TO, "--mode", "decode", "--seq", "8"): "seq is 8, but mode decode has none: context says how many tokens a sequence has there",
+    ("compile", "any.py:make", "-o", "out", "--seq", "8"): "--seq: any.py:make has its own sizes; these options are for a model's",
     (*TO, "--mode", "infer"): "unknown mode infer; expected one of forward, train, decode",
     (*TO, "--passes", "simplfy"): "pipeline, column 1: unknown pass simplfy; did you mean simplify?",
     (*TO, "--passes", "simplify{n=1}"): "pipeline, column 10: unknown option n of simplify",
@@ -55,7 +58,7 @@ ARGUMENTS = {
     ("inspect", "nothing.json"): "nothing.json: found neither a file, nor a folder, nor a shipped model",
     ("inspect", "deepseek-v3", "--after", "simplify"): "--after simplify needs an artifact; deepseek-v3 is not one",
     ("opt", "no.dsc"): "no.dsc: no such file",
-    ("opt", "config.json"): "config.json: expected a .dsc file",
+    ("opt", "config.json"): "config.json: expected a .dsc file, or - for standard input",
     ("run", "nowhere"): "nowhere: expected an artifact made by dsc compile, found no such folder",
     ("diff", "nowhere"): "nowhere: expected an artifact made by dsc compile, found no such folder",
 }

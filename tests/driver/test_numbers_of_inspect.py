@@ -94,5 +94,5 @@ def test_memory_of_the_head(command: Any, tiny: Path) -> None:
 def test_a_source_is_inspected_as_its_artifact_is(command: Any, tiny_modes: dict[str, Path]) -> None:
     for mode in tiny_modes:
         found = command("inspect", tiny_modes[mode], "--after", "traced", "--json").json["program"]
-        value, _ = describe_program(dsc.trace("deepseek-v3-tiny", mode=mode, seq=16, context=16))
+        value, _ = describe_program(dsc.trace("deepseek-v3-tiny", mode=mode, **{"context" if mode == "decode" else "seq": 16}))
         assert found == value

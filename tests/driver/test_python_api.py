@@ -52,6 +52,18 @@ def test_the_overview(tmp_path: Path) -> None:
     dsc.testing.assert_backends_agree(module, weights, (tokens.numpy(),), backends=("numpy", "numpy-f64"))
 
 
+def test_what_is_no_program_is_told() -> None:
+    module = dsc.parse("func @main(%x: f32[2]) {\n  %y: f32[2] = neg(%x)  @ main#1 F\n  return %y\n}\n")
+    for call, said in (
+        (lambda: dsc.apply("simplify", "simplify"), "cannot apply passes to a str: expected a module"),  # type: ignore[arg-type]
+        (lambda: dsc.trace(3), "cannot trace a int: expected a torch module, or the name or path of a configuration"),  # type: ignore[arg-type]
+        (lambda: dsc.diff(module, 3), "cannot run a int: expected a module"),  # type: ignore[arg-type]
+        (lambda: dsc.run(None), "cannot run a NoneType: expected a module"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(dsc.DscError, match=f"^{said}"):
+            call()
+
+
 def test_public_names() -> None:
     assert set(dir(dsc)) == set(dsc.__all__)
     assert {*FUNCTIONS, "testing", "DscError"} <= set(dsc.__all__)

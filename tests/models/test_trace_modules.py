@@ -306,6 +306,9 @@ FACTORY = """
         return 3
 
     value = 5
+
+    def long():
+        raise ValueError("one line\\n  and another")
 """
 
 
@@ -329,6 +332,7 @@ def test_factory(factory: Path) -> None:
         ("value", r"model\.py has no function value"),
         ("absent", r"model\.py has no function absent"),
         ("1", r"expected file\.py:function"),
+        ("long", r"model\.py:\d+: ValueError: one line and another$"),
     ],
 )
 def test_factory_errors(factory: Path, name: str, message: str) -> None:

@@ -108,7 +108,7 @@ def test_traced_stack_gives_what_the_module_gives(family: str, mode: Any) -> Non
         kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
         fields = {key: fields[key] for key in kept} | {"model_type": "llama", "num_key_value_heads": 2, "dtype": "float32"}
     config = load_config(fields)
-    program = trace(config, mode=mode, batch=2, seq=16, context=12)
+    program = trace(config, mode=mode, batch=2, **({"context": 12} if mode == "decode" else {"seq": 16}))
     torch.manual_seed(0)
     module = build(config, mode, device="cpu")
     for name, parameter in module.named_parameters():
