@@ -16,11 +16,26 @@ import triton.language as tl
 from ....ir.ops.loss import CrossEntropy
 from ....ir.types import DType
 from ..arithmetic import exp, widen
+from ..jit import device
 from ..registry import Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import power_of_two, warps
 
 BLOCK = 4096
+
+
+@device
+def normalizer(row, columns, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest of a row, and the sum of e^(x - largest)."""
+    largest, total = float("-inf"), 0.0
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.where(column < columns, widen(tl.load(row + column, mask=column < columns, other=0.0), FORMAT), float("-inf"))
+        larger = tl.maximum(largest, tl.max(x, axis=0))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * exp(largest - shift) + tl.sum(exp(x - shift), axis=0)
+        largest = larger
+    return largest, total
 
 
 @triton.jit
@@ -30,14 +45,7 @@ def cross_entropy_rows_kernel(LOGITS, LABELS, LOSSES, columns, IGNORE: tl.conste
     label = tl.load(LABELS + token).to(tl.int64)
     loss = 0.0
     if label != IGNORE:
-        largest, total = float("-inf"), 0.0
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.where(column < columns, widen(tl.load(row + column, mask=column < columns, other=0.0), FORMAT), float("-inf"))
-            larger = tl.maximum(largest, tl.max(x, axis=0))
-            shift = tl.where(larger == float("-inf"), 0.0, larger)
-            total = total * exp(largest - shift) + tl.sum(exp(x - shift), axis=0)
-            largest = larger
+        largest, total = normalizer(row, columns, FORMAT, BLOCK)
         known = (label >= 0) & (label < columns)
         picked = tl.where(known, widen(tl.load(row + label, mask=known, other=0.0), FORMAT), float("nan"))
         loss = tl.log(total) - (picked - largest)
