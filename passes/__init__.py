@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import autodiff, quantize_fp8, raise_moe, recompute, simplify
+from . import autodiff, fuse, quantize_fp8, raise_moe, recompute, simplify
 
-__all__ = ["autodiff", "quantize_fp8", "raise_moe", "recompute", "simplify"]
+__all__ = ["autodiff", "fuse", "quantize_fp8", "raise_moe", "recompute", "simplify"]

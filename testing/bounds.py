@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from ..backends.arrays import Array, Data, rounded, widen
 from ..backends.numpy_ref.run import unrounded
-from ..ir.core import Op
-from ..ir.ops import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape
+from ..ir.core import Module, Op
+from ..ir.ops import attention, collective, control, elementwise, fused, linalg, loss, moe, norm, quant, reduce, shape
 from ..ir.types import DType, Tensor, tensors
 
 Floats = NDArray[np.float64]
@@ -65,7 +65,7 @@ EXACT: set[type[Op]] = {
     *(elementwise.And, elementwise.Or, elementwise.Not, elementwise.Where),
     *(shape.Reshape, shape.Transpose, shape.Broadcast, shape.Slice, shape.Concat, shape.Pad, shape.Take, shape.Gather, shape.Scatter),
     *(shape.CacheAppend, reduce.Max, reduce.Min, reduce.Any, reduce.All, reduce.ArgMax, reduce.TopK, reduce.Sort, reduce.Histogram),
-    *(quant.Quantize, quant.Dequantize, moe.Dispatch, moe.Redispatch, moe.Regroup),
+    *(quant.Quantize, quant.Dequantize, fused.QuantizeTwice, moe.Dispatch, moe.Redispatch, moe.Regroup),
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
     *(collective.AllGather, collective.ReduceScatter, collective.AllReduce, collective.AllToAll, collective.AllToAllRows),
     collective.OwnPart,
@@ -88,16 +88,20 @@ def error_of(*classes: type[Op]) -> Callable[[Function], Function]:
     return attach
 
 
-def bound(op: Op, operands: Sequence[Data], results: Sequence[Data], precision: Precision = FLOAT32) -> tuple[Array | float, ...]:
+def bound(
+    op: Op, operands: Sequence[Data], results: Sequence[Data], precision: Precision = FLOAT32, module: Module | None = None
+) -> tuple[Array | float, ...]:
     """The permitted |difference| between two implementations of `op` on `operands`, one for each result tensor (those in bundles too).
 
     0 where they must agree, infinity where nothing can be said: at tokens whose choice of experts is closer than the error. `results` are
-    those of one implementation: experts are compared on its choice.
+    those of one implementation: experts are compared on its choice. A `fused` op needs the `module` that it stands in.
     """
     if type(op) in EXACT:
         return tuple(0.0 for value in op.results for _ in tensors(value.type))
     precision = FLOAT64 if any(t.dtype is DType.f64 for v in (*op.operands, *op.results) for t in tensors(v.type)) else precision
     with np.errstate(all="ignore"):
+        if isinstance(op, fused.Fused | fused.RmsNormQuantize | fused.SwiGLUQuantize) and (func := fused.expansion(op, module)):
+            return enclosed(func, operands, precision)
         wide = [exact(x) for x in operands]
         if isinstance(op, moe.Route):
             return _route(op, precision, results, *wide)
@@ -395,3 +399,4 @@ def _undecided(scores: Floats, e: Floats, k: int, *, ordered: bool) -> NDArray[n
 
 
 from . import bounds_backward  # noqa: E402, F401 - it fills ERRORS, by `error_of`
+from .bounds_fused import enclosed  # noqa: E402

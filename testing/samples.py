@@ -41,6 +41,7 @@ from ..ir.ops.elementwise import (
     Tanh,
     Where,
 )
+from ..ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
@@ -295,6 +296,8 @@ CONTROL = [
     sample(Unpack, "bundle{i32[4]}", tag="of one"),
 ]
 
+POWERS = ScaleRule(floor=1e-4, apply="multiply", pow2="ceil-bits")
+
 QUANTISED = [
     *(sample(Quantize, (f"{dtype}[2, 3, 200]", wide)) for dtype in ("f32", "bf16")),
     sample(Quantize, ("f32[2, 130, 150]", wide), tile=(128, 128), dtype=DType.f8e5m2),
@@ -340,6 +343,16 @@ COLLECTIVE = [
     *(sample(OwnPart, f"{dtype}[3, 1, 7]", axis="tp", size=1, dim=2) for dtype in ("f32", "bf16", "f8e4m3")),
 ]  # fmt: skip
 
+FUSED = [
+    sample(Fused, "f32[2, 3]", callee=Symbol("doubled"), result_types=result("f32[2, 3]")),
+    *(sample(RmsNormQuantize, (f"{dtype}[2, 3, 200]", wide), f"{dtype}[200]", eps=1e-6) for dtype in ("f32", "bf16")),
+    sample(RmsNormQuantize, "bf16[5, 70]", "f32[70]", eps=1e-5, tile=(1, 16), dtype=DType.f8e5m2, rule=POWERS, keep=True),
+    *(sample(SwiGLUQuantize, f"{dtype}[2, 3, 200]", f"{dtype}[2, 3, 200]") for dtype in ("f32", "bf16")),
+    sample(SwiGLUQuantize, "bf16[5, 70]", ("bf16[5, 70]", wide), tile=(1, 16), rule=POWERS, keep=True),
+    *(sample(QuantizeTwice, (f"{dtype}[2, 70, 200]", wide), transposed=turn) for dtype in ("f32", "bf16") for turn in (False, True)),
+    sample(QuantizeTwice, "bf16[23, 37]", ("i32[4]", counts(23)), tile=8, dtype=DType.f8e5m2, rule=POWERS, tag="of groups"),
+]  # fmt: skip
+
 SAMPLES: tuple[Sample, ...] = (
     *ELEMENTWISE,
     *SHAPES,
@@ -352,6 +365,7 @@ SAMPLES: tuple[Sample, ...] = (
     *QUANTISED,
     *CONTROL,
     *COLLECTIVE,
+    *FUSED,
 )
 
 

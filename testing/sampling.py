@@ -17,6 +17,7 @@ from ..backends.arrays import STORAGE, Array, Data, rounded
 from ..ir.core import Builder, Func, Module, Op, Role, Value
 from ..ir.ops.control import Call, Constant, Param
 from ..ir.ops.elementwise import Add
+from ..ir.ops.fused import Fused
 from ..ir.printer import print_attribute
 from ..ir.types import Bundle, DType, Ragged, Shape, Tensor, Type, tensors
 
@@ -77,7 +78,7 @@ class Sample:
         made = b.emit(self.op(*(b.param(f"x{i}", o.type) for i, o in enumerate(self.operands))))
         funcs: tuple[Func, ...] = (b.finish(made.results),)
         if isinstance(made, Call):
-            funcs = (*funcs, _doubled(made.callee, made.result.tensor))
+            funcs = (*funcs, _doubled(made.callee, made.result.tensor, weighted=not isinstance(made, Fused)))
         constants = {made.path: seeded(made.path, made.result.tensor)} if isinstance(made, Constant) else {}
         return Module(funcs, constants=constants)
 
@@ -101,11 +102,11 @@ def make(cls: type[Op], values: tuple[Value, ...], attributes: dict[str, Any]) -
     return cls(**given, **attributes)
 
 
-def _doubled(name: str, type: Tensor) -> Func:
-    b = Builder(name)
+def _doubled(name: str, type: Tensor, weighted: bool) -> Func:
+    b = Builder(name, component=name)
     x = b.param("x", type)
-    weight = b.emit(Param("w", (type,))).result
-    return b.finish([b.emit(Add(x, weight)).result])
+    other = b.emit(Param("w", (type,))).result if weighted else x
+    return b.finish([b.emit(Add(x, other)).result])
 
 
 @dataclass(frozen=True)

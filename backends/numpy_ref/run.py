@@ -20,12 +20,13 @@ from ...ir.errors import DscError, require
 from ...ir.liveness import last_uses
 from ...ir.ops.collective import Collective
 from ...ir.ops.control import Call, Constant, Param
+from ...ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize, expansion
 from ...ir.types import Bundle, DType, Tensor
 from ...ir.walk import join
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, describe, fits, rounded, widen
 from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill REFERENCES
-from .registry import COLLECTIVES, OPERANDS, REFERENCES
+from .registry import COLLECTIVES, OPERANDS, REFERENCES, reference
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,20 @@ class Interpreter:
 
 FLOAT32 = Interpreter(STORAGE[DType.f32])
 FLOAT64 = Interpreter(STORAGE[DType.f64])
+
+
+def by_expansion(op: Op, wide: np.dtype[Any], *operands: Data) -> tuple[Data, ...]:
+    """The results of a fused op: its expansion run op by op, each rounded."""
+    func = expansion(op)
+    assert func is not None
+    values: dict[Value, Data] = dict(zip(op.operands, operands, strict=True))
+    for inner in func.ops:
+        values.update(zip(inner.results, Interpreter(wide)._evaluate(inner, tuple(values[v] for v in inner.operands)), strict=True))
+    return tuple(values[v] for v in func.results)
+
+
+for _cls in (RmsNormQuantize, SwiGLUQuantize, QuantizeTwice):
+    reference(_cls, operands="blocks")(by_expansion)
 
 
 def unrounded(op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
@@ -146,17 +161,22 @@ class _Run:
 
     def call(self, func: Func, prefix: str, inputs: Sequence[Data]) -> Program[tuple[Data, ...]]:
         """The results of `func`, the names of its weights under `prefix`."""
+        self.runs[func.name, prefix] += 1
+        return (yield from self.steps(func, Site(func.name, prefix, "", self.runs[func.name, prefix]), inputs))
+
+    def steps(self, func: Func, within: Site, inputs: Sequence[Data]) -> Program[tuple[Data, ...]]:
+        """The results of `func`, whose ops are seen in the function, prefix and run of `within`."""
         if func.name not in self.dying:
             self.dying[func.name] = last_uses(func)
-        self.runs[func.name, prefix] += 1
-        run = self.runs[func.name, prefix]
         values: dict[Value, Data] = dict(zip(func.params, inputs, strict=True))
         for op, dying in zip(func.ops, self.dying[func.name], strict=True):
             operands = tuple(values[v] for v in op.operands)
-            site = Site(func.name, prefix, op.id, run)
+            site = replace(within, op=op.id)
             try:
-                if isinstance(op, Call):
-                    results = yield from self.call(self.module[op.callee], join(prefix, op.weights), operands)
+                if isinstance(op, Fused):  # its ops keep the ids that they had here, and are seen before the whole
+                    results = self.observed(site, op, operands, (yield from self.steps(self.module[op.callee], within, operands)))
+                elif isinstance(op, Call):
+                    results = yield from self.call(self.module[op.callee], join(within.weights, op.weights), operands)
                 elif isinstance(op, Collective):
                     results = self.observed(site, op, operands, (yield from self.interpreter._together(site, op, operands)))
                 else:

@@ -27,6 +27,7 @@ from typing import Any
 
 from ...ir.core import Module
 from ...ir.errors import DscError
+from ...ir.ops.fused import Fused
 from .program import FunctionPlan, Plans, layout_of, plan_function
 from .registry import Launch, Slot
 from .targets import Target
@@ -114,7 +115,7 @@ def jobs_of(plan: FunctionPlan, target: Target) -> list[Job]:
     found: dict[str, Job] = {}
     for step in plan.all_steps():
         for launch in step.launches:
-            job = job_of(launch, target, step.op.name)
+            job = job_of(launch, target, str(step.op.callee) if isinstance(step.op, Fused) else step.op.name)
             known = found.get(job.key)
             found[job.key] = job if known is None else _also(known, job.ops)
     return list(found.values())

@@ -182,3 +182,51 @@ def sigmoid(x):
 def silu(x):
     """x / (1 + e^-x) in float32, the division IEEE."""
     return tl.div_rn(x, 1.0 + exp(-x))
+
+
+@device
+def rounded(x, FORMAT: tl.constexpr):
+    """float32 x on the grid of FORMAT, as float32."""
+    return widen(narrow(x, FORMAT), FORMAT)
+
+
+@device
+def tanh(x):
+    """tanh x in float32 within 3 units in the last place: a polynomial up to 0.625 (Cephes, tanhf), above it 1 - 2 / (e^2|x| + 1)."""
+    z = x * x
+    small = tl.fma(-5.70498872745e-3, z, 2.06390887954e-2)
+    small = tl.fma(small, z, -5.37397155531e-2)
+    small = tl.fma(small, z, 1.33314422036e-1)
+    small = tl.fma(small, z, -3.33332819422e-1)
+    small = tl.fma(small * z, x, x)
+    magnitude = tl.abs(x)
+    large = 1.0 - tl.div_rn(2.0, exp(magnitude + magnitude) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0.0, -large, large))
+
+
+@device
+def swiglu_backward(gate, up, dy):
+    """The gradients of silu(gate) * up by gate and up."""
+    s = sigmoid(gate)
+    return ((1.0 - s) * gate + 1.0) * s * up * dy, gate * s * dy
+
+
+@device
+def row_sum(x, inside):
+    """The sum of what is inside of each row, [ROWS, 1], in the order of the reduction tree."""
+    return tl.sum(tl.where(inside, x, 0.0), axis=1)[:, None]
+
+
+@device
+def row_max(x, inside):
+    """The largest number inside each row, [ROWS, 1]; NaN if there is one, which `tl.max` drops."""
+    nan = tl.max(tl.where(inside & (x != x), 1, 0), axis=1)[:, None]
+    largest = tl.max(tl.where(inside & (x == x), x, -float("inf")), axis=1)[:, None]
+    return tl.where(nan > 0, float("nan"), largest)
+
+
+@device
+def rms_norm(x, weight, inside, COLUMNS: tl.constexpr, eps):
+    """x * rsqrt(mean(x^2) + eps) * weight of each row, the division and the root IEEE."""
+    mean = tl.div_rn(row_sum(x * x, inside), COLUMNS * 1.0)
+    return x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps)) * weight

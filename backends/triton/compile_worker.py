@@ -35,7 +35,11 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel = getattr(importlib.import_module(job["module"]), job["function"])
+    from .codegen import GENERATED, import_file
+
+    generated = job["module"].startswith(GENERATED)
+    home = import_file(job["module"].removeprefix(GENERATED)) if generated else importlib.import_module(job["module"])
+    kernel = getattr(home, job["function"])
     source = ast_source(kernel, job["signature"], job["constants"], job["divisible"])
     made = triton.compile(source, target=GPUTarget(*job["gpu"]), options=job["options"])
     if re.search(r"^\s+trap;", made.asm.get("ptx", ""), re.MULTILINE):

@@ -8,7 +8,7 @@ the caller that lives only during the call, and what a function returns lies in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, TypeAlias
 
@@ -16,9 +16,10 @@ import torch
 
 from ...ir.core import Func, Module, Op, Value
 from ...ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
+from ...ir.ops.fused import Fused
 from ...ir.ops.shape import Reshape
 from ...ir.types import Bundle, DType, Ragged, Tensor, Type
-from . import kernels, torch_ops
+from . import codegen, kernels, torch_ops
 from .memory import Lifetime, aligned, place
 from .registry import Declined, Launch, Slot, Slots, plan
 from .targets import Target
@@ -216,35 +217,44 @@ class _Planner:
         if isinstance(op, VIEWS) and (viewed := _view(op, operands[0])) is not None:
             self.values[op.result] = viewed
             return Step(op, "view")
-        if isinstance(op, Call):
+        if isinstance(op, Call) and not isinstance(op, Fused):
             return self.call(op, operands, index)
+        known = len(self.buffers)
         made = tuple(self.results(v.type, index) for v in op.results)
         self.values.update(zip(op.results, made, strict=True))
-        return self.compute(op, operands, made, index)
+        step = self.compute(op, operands, made, index)
+        if isinstance(op, Fused) and step.how != "kernel":
+            del self.buffers[known:]
+            return replace(self.call(op, operands, index), declined=step.declined)
+        return step
 
     def compute(self, op: Op, operands: tuple[Layout, ...], made: tuple[Layout, ...], index: int) -> Step:
         results = tuple(planned.root for planned in flat(made))
         found = kernels.KERNELS.get(type(op))
-        if found is None:
+        region = self.module[op.callee] if isinstance(op, Fused) else codegen.lone(op) if found is None else None
+        if found is None and region is None:
             return Step(op, "torch", results)
+        strided = found is not None and found.strided
         types = [t for v in op.operands for t in _tensor_types(v.type)]
         layouts = [planned.meta for planned in flat(operands)]
-        uneven = [i for i, m in enumerate(layouts) if not found.strided and not m.is_contiguous()]
+        uneven = [i for i, m in enumerate(layouts) if not strided and not m.is_contiguous()]
         packed = [m.contiguous() if i in uneven else m for i, m in enumerate(layouts)]
-        operand_slots = iter([_slot("operand", i, t.dtype, m) for i, (t, m) in enumerate(zip(types, packed, strict=True))])
+        operand_slots = [_slot("operand", i, t.dtype, m) for i, (t, m) in enumerate(zip(types, packed, strict=True))]
         result_types = [t for v in op.results for t in _tensor_types(v.type)]
-        result_slots = iter([_slot("result", i, t.dtype, m.meta) for i, (t, m) in enumerate(zip(result_types, flat(made), strict=True))])
-        launches = plan(
-            op,
-            self.target,
-            tuple(_like(layout, operand_slots) for layout in operands),
-            tuple(_like(layout, result_slots) for layout in made),
-        )
+        result_slots = [_slot("result", i, t.dtype, m.meta) for i, (t, m) in enumerate(zip(result_types, flat(made), strict=True))]
+        launches: tuple[Launch, ...] | Declined
+        if region is not None:
+            own = dict(zip(op.operands, operand_slots, strict=True)) if region.ops[0] is op else dict(enumerate(operand_slots))
+            generated = codegen.launch_of(region, self.target, tuple(own.values()), result_slots)
+            launches = generated if isinstance(generated, Declined) else (generated,)
+        else:
+            slots, wanted = iter(operand_slots), iter(result_slots)
+            launches = plan(op, self.target, tuple(_like(x, slots) for x in operands), tuple(_like(x, wanted) for x in made))
         if isinstance(launches, Declined):
             return Step(op, "torch", results, declined=launches.reason)
         copies = tuple((i, self.buffer(packed[i].dtype, tuple(packed[i].shape), index)) for i in uneven)
-        wanted = sorted((slot for launch in launches for slot in launch.workspace), key=lambda slot: slot.index)
-        workspace = tuple(self.buffer(DTYPES[slot.dtype], slot.shape, index) for slot in wanted)
+        extra = sorted((slot for launch in launches for slot in launch.workspace), key=lambda slot: slot.index)
+        workspace = tuple(self.buffer(DTYPES[slot.dtype], slot.shape, index) for slot in extra)
         return Step(op, "kernel", results, tuple(launch for launch in launches if prod(launch.grid)), copies, workspace)
 
     def call(self, op: Call, operands: tuple[Layout, ...], index: int) -> Step:

@@ -25,6 +25,7 @@ from dsc.ir.core import OPS, Builder, Func, Module, Symbol
 from dsc.ir.errors import DscError
 from dsc.ir.ops.control import Call, Constant, Literal, Pack, Param, Unpack
 from dsc.ir.ops.elementwise import Add, Mul
+from dsc.ir.ops.fused import Fused
 from dsc.ir.ops.norm import RmsNorm, Rope
 from dsc.ir.ops.shape import Broadcast, Gather, Reshape, Slice, Transpose
 from dsc.ir.types import Bundle, DType, Tensor
@@ -45,14 +46,14 @@ def flat(values: Any) -> Iterator[np.ndarray]:
 
 
 def test_every_op_has_a_torch_function() -> None:
-    assert set(OPS.values()) - set(TORCH) == {Param, Constant, Call}
+    assert set(OPS.values()) - set(TORCH) == {Param, Constant, Call, Fused}
     assert set(TORCH) <= set(OPS.values())
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
 def test_every_sample_is_within_its_bound(sample: Sample) -> None:
     operands = sample.arrays()
-    if sample.cls in (Param, Constant, Call):
+    if sample.cls in (Param, Constant, Call, Fused):
         found, expected = (runner.run(sample.module(), seeded, operands) for runner in (POISONED, NUMPY))
         permitted: Any = [0.0] * len(expected)
     else:

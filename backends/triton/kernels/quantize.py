@@ -9,10 +9,13 @@ Compared to   numpy_ref, bit for bit; floor: one read of x, one write of codes a
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from ....ir.ops.quant import Quantize
+from ....ir.quantization import ScaleRule
 from ....ir.types import DType
 from ....numerics.formats import FORMATS
 from ..arithmetic import bits_of, from_bits, narrow, widen
@@ -76,6 +79,20 @@ def scale_of(amax, FLOOR: tl.constexpr, LARGEST: tl.constexpr, SOURCE: tl.conste
     return scale, factor
 
 
+@device
+def quantize_rows(x, inside, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+                  SOURCE_MAX: tl.constexpr, FLOOR: tl.constexpr, LARGEST: tl.constexpr,
+                  SCALE: tl.constexpr, APPLY: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """Rows [ROWS, WIDTH] over or times the factor of their tile, still to be narrowed, and scales [ROWS, tiles], TILE a power of two."""
+    BLOCK: tl.constexpr = min(TILE, WIDTH)
+    tiled = tl.reshape(tl.where(inside, x, 0.0), (ROWS, WIDTH // BLOCK, BLOCK))
+    amax = from_bits(tl.max(bits_of(tiled) & 0x7FFFFFFF, axis=2))
+    scale, factor = scale_of(amax, FLOOR, LARGEST, SOURCE_MAX, SCALE, APPLY, POW2, UNIT)
+    factor = tl.broadcast_to(factor[:, :, None], (ROWS, WIDTH // BLOCK, BLOCK))
+    scaled = tl.div_rn(tiled, factor) if APPLY == "divide" else tiled * factor
+    return tl.reshape(scaled, (ROWS, WIDTH)), scale
+
+
 @triton.jit
 def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, tile_columns,
                     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
@@ -124,6 +141,16 @@ def tiling(height: int, width: int, grouped: bool) -> tuple[int, int, int, int]:
     return more, 1, block_h, block_w
 
 
+def rule_constants(dtype: DType, source: DType, rule: ScaleRule) -> dict[str, Any]:
+    """What `scale_of` is told of a rule that scales numbers of dtype `source` to codes of `dtype`."""
+    return {
+        "FLOOR": rule.floor,
+        "LARGEST": FORMATS[dtype.name].max if rule.max is None else rule.max,
+        "SOURCE_MAX": FORMATS[source.name if source in (DType.bf16, DType.f16) else "f32"].max,
+        **{"SCALE": rule.scale, "APPLY": rule.apply, "POW2": rule.pow2, "UNIT": rule.nonfinite == "unit"},
+    }
+
+
 @kernel(Quantize)
 def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: Slot, scales: Slot) -> Launch | Declined:
     x, codes = x.on(target), codes.on(target)
@@ -135,7 +162,6 @@ def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: 
     rows, columns = x.size // max(1, x.shape[-1] * matrices), x.shape[-1]
     tile_rows, tile_columns = scales.size // max(1, scales.shape[-1] * matrices), scales.shape[-1]
     down, across, block_h, block_w = tiling(height, width, grouped)
-    rule = op.rule
     return Launch(
         quantize_kernel,
         grid=(ceil_div(tile_rows, down), ceil_div(tile_columns, across), matrices),
@@ -147,11 +173,8 @@ def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: 
         constants={
             **{"HEIGHT": height, "WIDTH": width, "DOWN": down, "ACROSS": across, "BLOCK_H": block_h, "BLOCK_W": block_w},
             "GROUPS": power_of_two(counts.size) if counts is not None and grouped else 0,
-            **{"SOURCE": x.format, "FORMAT": codes.format, "CLAMP": rule.clamp},
-            "FLOOR": rule.floor,
-            "LARGEST": FORMATS[op.dtype.name].max if rule.max is None else rule.max,
-            "SOURCE_MAX": FORMATS[x.dtype.name if x.dtype in (DType.bf16, DType.f16) else "f32"].max,
-            **{"SCALE": rule.scale, "APPLY": rule.apply, "POW2": rule.pow2, "UNIT": rule.nonfinite == "unit"},
+            **{"SOURCE": x.format, "FORMAT": codes.format, "CLAMP": op.rule.clamp},
+            **rule_constants(op.dtype, x.dtype, op.rule),
         },
         num_warps=warps(down * across * block_h * block_w),
     )

@@ -6,7 +6,8 @@ kernels and the generated code may replace. Products of plain BF16 matrices stay
 
 from __future__ import annotations
 
-from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape
+from . import attention, collective, control, elementwise, fused, linalg, loss, moe, norm, quant, reduce, shape
 from .registry import TORCH, run
 
-__all__ = ["TORCH", "attention", "collective", "control", "elementwise", "linalg", "loss", "moe", "norm", "quant", "reduce", "run", "shape"]
+__all__ = ["TORCH", "attention", "collective", "control", "elementwise", "fused", "linalg", "loss", "moe", "norm", "quant", "reduce"]
+__all__ += ["run", "shape"]

@@ -1,0 +1,136 @@
+"""Ops that one kernel computes from a single read. Each means its `expand`, bit for bit: values in between are rounded as they are there.
+
+`fuse` forms them, and the general `fused`, out of the ops that they stand for; nothing else makes them. A program is differentiated and
+quantised before. Scales of powers of two, saturation and so on are fields of `rule`, as in `quantize`.
+"""
+
+from __future__ import annotations
+
+from ..core import Builder, Func, Module, Op, Value, op
+from ..errors import require
+from ..quantization import ScaleRule
+from ..types import DType, Tensor, Type
+from .control import Call
+from .elementwise import SwiGLU
+from .norm import RmsNorm
+from .quant import Quantize
+from .rules import require_float, static
+from .shape import Reshape, Transpose
+
+
+@op("fused")
+class Fused(Call):
+    """Run another function of the module, as a call does, in one kernel where the backend can.
+
+    The function reads no weights of its own. Its ops keep the ids that they had in the caller.
+    """
+
+
+def _codes(y: Tensor, tile: tuple[int, int], dtype: DType, rule: ScaleRule, keep: bool) -> tuple[Type, ...]:
+    """The results of a fused op that quantises rows of y: y itself first where it is kept."""
+    require(tile[0] == 1, f"expected tiles of one row, found {list(tile)}")
+    found = tuple(r.type for r in Quantize(Value(y, "y"), tile=tile, dtype=dtype, rule=rule).results)
+    return (y, *found) if keep else found
+
+
+@op("rms_norm_quantize")
+class RmsNormQuantize(Op):
+    """Codes and scales of y = rms_norm(x, weight), in tiles of one row; y itself, before them, where `keep`."""
+
+    x: Value
+    weight: Value
+    eps: float
+    tile: tuple[int, int] = (1, 128)
+    dtype: DType = DType.f8e4m3
+    rule: ScaleRule = ScaleRule(floor=1e-4)
+    keep: bool = False
+
+    def infer(self) -> tuple[Type, ...]:
+        y = RmsNorm(self.x, self.weight, self.eps).result.tensor
+        return _codes(y, self.tile, self.dtype, self.rule, self.keep)
+
+    def flops(self) -> int:
+        return 7 * self.x.tensor.size
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        y = b.emit(RmsNorm(self.x, self.weight, self.eps)).result
+        found = b.emit(Quantize(y, tile=self.tile, dtype=self.dtype, rule=self.rule)).results
+        return (y, *found) if self.keep else found
+
+
+@op("swiglu_quantize")
+class SwiGLUQuantize(Op):
+    """Codes and scales of y = swiglu(gate, up), in tiles of one row; y itself, before them, where `keep`. Gate and up have one type."""
+
+    gate: Value
+    up: Value
+    tile: tuple[int, int] = (1, 128)
+    dtype: DType = DType.f8e4m3
+    rule: ScaleRule = ScaleRule(floor=1e-4)
+    keep: bool = False
+
+    def infer(self) -> tuple[Type, ...]:
+        require_float(self.gate)
+        require(self.gate.type == self.up.type, f"types differ: gate is {self.gate.type} and up {self.up.type}")
+        return _codes(self.gate.tensor, self.tile, self.dtype, self.rule, self.keep)
+
+    def flops(self) -> int:
+        return 4 * self.gate.tensor.size
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        y = b.emit(SwiGLU(self.gate, self.up)).result
+        found = b.emit(Quantize(y, tile=self.tile, dtype=self.dtype, rule=self.rule)).results
+        return (y, *found) if self.keep else found
+
+
+@op("quantize_twice")
+class QuantizeTwice(Op):
+    """Codes and scales of x in tiles [1, tile] along its rows, and again in tiles [tile, 1] down its columns, from one read of x.
+
+    The first copy is like x. The second is of x[..., C] as a matrix [R, C]: where `transposed` its codes are [C, R] and its scales
+    [C, R / tile], as a product that sums over rows takes them, else [R, C] and [R / tile, C]. With `counts` (i32[groups]) the tiles of
+    the second copy restart at each group of rows. Activations and gradients are read so by the forward product and the one for weights
+    (DeepSeek-V3 report, section 3.5.2).
+    """
+
+    x: Value
+    counts: Value | None = None
+    tile: int = 128
+    dtype: DType = DType.f8e4m3
+    rule: ScaleRule = ScaleRule(floor=1e-4)
+    transposed: bool = False
+
+    def infer(self) -> tuple[Type, ...]:
+        return tuple(value.type for value in self.expand(Builder("types")))
+
+    def flops(self) -> int:
+        return 6 * self.x.tensor.size
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        require(self.x.tensor.rank >= 2, f"expected [..., rows, columns], found {self.x.type}")
+        require(not (self.transposed and self.counts), "tiles that restart at groups are not transposed")
+        along = b.emit(Quantize(self.x, tile=(1, self.tile), dtype=self.dtype, rule=self.rule))
+        x = self.x
+        if x.tensor.rank > 2:
+            shape = static(x, "quantize_twice of more than a matrix")
+            x = b.emit(Reshape(x, (x.tensor.size // max(1, shape[-1]), shape[-1]))).result
+        down = b.emit(Quantize(x, self.counts, (self.tile, 1), self.dtype, self.rule)).results
+        if self.transposed:
+            down = tuple(b.emit(Transpose(value, (1, 0))).result for value in down)
+        return (*along.results, *down)
+
+
+def expansion(op: Op, module: Module | None = None) -> Func | None:
+    """What a fused op means, as a function of its operands; None for a primitive. A `fused` op's function stands in the module."""
+    if isinstance(op, Fused):
+        require(module is not None, f"fused @{op.callee} has no meaning outside a module")
+        return module[op.callee] if module else None
+    b = Builder(op.name, component=op.name)
+    results = op.expand(b)
+    return None if results is None else Func(op.name, tuple(dict.fromkeys(op.operands)), tuple(b.ops), results)
+
+
+def alone(op: Op, module: Module) -> Module:
+    """A module that runs one op of `module` on its operands, a parameter each."""
+    func = Func("evaluate", tuple(dict.fromkeys(op.operands)), (op,), op.results)
+    return Module((func, module[op.callee]) if isinstance(op, Call) else (func,), constants=module.constants)

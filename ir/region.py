@@ -1,0 +1,135 @@
+"""What one kernel can compute from one read: ops element by element, and along rows.
+
+A region has a space, the shape [..., C] of its widest ops, seen as rows of C elements. A value lies *full* in it, element for element, or,
+in a region that goes along rows, as one number for each *row*. `member` says whether an op can belong to a region, `region_of` whether
+several ops together are one, and each says why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from .core import Op, Trait, Value
+from .errors import DscError
+from .ops.control import Literal
+from .ops.elementwise import Pow, Remainder
+from .ops.norm import RmsNorm
+from .ops.quant import Dequantize, Quantize
+from .ops.reduce import Max, Mean, Min, Sum
+from .ops.shape import Reshape
+from .types import DType, Shape, Tensor, bound
+
+WIDEST = 1 << 16
+"""Elements of a row that a kernel holds at once, at most."""
+
+COMPUTED = (DType.f32, DType.bf16, DType.f16, DType.f8e4m3, DType.f8e5m2, DType.bool)
+"""What values within a region are: all that float32 holds, and bool."""
+
+ROWWISE = (Sum, Mean, Max, Min, RmsNorm, Quantize, Dequantize)
+
+
+@dataclass(frozen=True)
+class Region:
+    """How the values of some ops lie.
+
+    space    the shape of the widest ops; its last extent is the row's
+    rowwise  whether something goes along rows: if not, the space is as good as flat
+    rows     the values that are one number for each row; the others that the ops make are full, scales of `quantize` apart
+    """
+
+    space: Shape
+    rowwise: bool
+    rows: frozenset[Value]
+
+
+def free(op: Op) -> bool:
+    """Whether an op costs nothing within a region, and may be repeated in several: a number, or a view."""
+    return isinstance(op, Reshape) or (isinstance(op, Literal) and len(op.values) == 1 and op.result.tensor.size == 1)
+
+
+def member(op: Op) -> str | None:
+    """Why `op` cannot be in a region; None where it can."""
+    if isinstance(op, Literal):
+        return None if free(op) else f"{op.result.type} of several numbers"
+    if isinstance(op, Quantize | Dequantize):
+        width = op.tile[1]
+        if op.tile[0] != 1 or width & (width - 1):
+            return f"tiles of {list(op.tile)}, expected [1, a power of two]"
+    elif isinstance(op, Sum | Mean | Max | Min):
+        last = op.x.tensor.rank - 1
+        if tuple(a % (last + 1) for a in op.axes) != (last,):
+            return f"{op.name} over axes {list(op.axes)} of {op.x.type}, expected the last one"
+    elif isinstance(op, Pow | Remainder):
+        return f"{op.name} is left to a library"
+    elif not isinstance(op, RmsNorm | Reshape) and Trait.ELEMENTWISE not in op.traits:
+        return f"{op.name} is neither element by element nor along rows"
+    quantised = isinstance(op, Quantize)
+    for value in (*op.operands[:1], *(() if quantised else (*op.operands[1:], *op.results))):
+        if isinstance(value.type, Tensor) and value.dtype not in COMPUTED:
+            return f"{value.type}, expected one of {', '.join(map(str, COMPUTED))}"
+    if isinstance(op, ROWWISE):
+        width = bound(_domain(op)[-1]) if _domain(op) else 0
+        if not 0 < width <= WIDEST:
+            return f"rows of {width} elements, expected 1 to {WIDEST}"
+    return None
+
+
+def _domain(op: Op) -> Shape:
+    """The shape that the op runs over."""
+    return op.operands[0].shape if isinstance(op, ROWWISE) else op.results[0].shape
+
+
+def region_of(ops: Sequence[Op]) -> Region:
+    """How the values of `ops`, members all, lie in one kernel. `DscError` says why they do not fit in one."""
+    domains = [_domain(op) for op in ops if not isinstance(op, Literal)]
+    space = max(domains, key=_size, default=())
+    rowwise = any(isinstance(op, ROWWISE) for op in ops)
+    made = {value for op in ops for value in op.results}
+    rows: set[Value] = set()
+    for op in ops:
+        if isinstance(op, Literal):
+            continue
+        domain = _domain(op)
+        row = not _full(domain, space, rowwise)
+        if row and not (rowwise and _row(domain, space)):
+            raise DscError(f"{op.name} over {_show(domain)} beside ops over {_show(space)}")
+        if row and isinstance(op, ROWWISE):
+            raise DscError(f"{op.name} along rows of {_show(domain)} beside rows of {_show(space)}")
+        if row or isinstance(op, Sum | Mean | Max | Min):
+            rows.update(op.results)
+        for index, value in enumerate(op.operands):
+            if value in made and not isinstance(value.owner, Literal):
+                _check(op, index, value, domain, value in rows)
+    return Region(space, rowwise, frozenset(rows))
+
+
+def _check(op: Op, index: int, value: Value, domain: Shape, row: bool) -> None:
+    """An operand that the region makes is at hand where the op wants it."""
+    if isinstance(value.owner, Quantize):
+        raise DscError(f"{op.name} reads what {value.owner.name} {value.owner.id} makes")
+    whole = not isinstance(op, ROWWISE) or (index == 0 and not row and not isinstance(op, Dequantize))
+    fits = isinstance(op, Reshape) or value.shape == domain or (row and value.shape == (*domain[:-1], 1))
+    if not (whole and fits):
+        raise DscError(f"{op.name} over {_show(domain)} reads {value.type} of {value.owner.id if value.owner else ''}")
+
+
+def _full(domain: Shape, space: Shape, rowwise: bool) -> bool:
+    return domain == space or (_size(domain) == _size(space) and (not rowwise or domain[-1:] == space[-1:]) and _static(domain, space))
+
+
+def _row(domain: Shape, space: Shape) -> bool:
+    return domain in (space[:-1], (*space[:-1], 1)) or (_size(domain) == _size(space[:-1]) and _static(domain, space))
+
+
+def _static(*shapes: Shape) -> bool:
+    return all(isinstance(d, int) for shape in shapes for d in shape)
+
+
+def _size(shape: Shape) -> int:
+    return prod(map(bound, shape))
+
+
+def _show(shape: Shape) -> str:
+    return f"[{', '.join(map(str, shape))}]"

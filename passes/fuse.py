@@ -1,0 +1,395 @@
+"""Gathering ops that one kernel can compute from one read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..ir.core import Builder, Func, Module, Op, Phase, Symbol, Value, users
+from ..ir.errors import DscError
+from ..ir.ops.elementwise import SwiGLU
+from ..ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
+from ..ir.ops.norm import RmsNorm
+from ..ir.ops.quant import Quantize
+from ..ir.ops.shape import Reshape, Transpose
+from ..ir.region import free, member, region_of
+from .manager import Pass, register
+
+MOST_TENSORS = 16
+"""Tensors that a kernel reads and writes, at most: each takes registers for its address."""
+
+
+@register
+@dataclass(frozen=True)
+class Fuse(Pass):
+    """Gather ops element by element and along rows into regions that one kernel computes each.
+
+    A region becomes a function, and one `fused` op in its place; a norm or SwiGLU with the quantisation of its result has a name.
+    What is read elsewhere is a result of the region. No op is computed twice, numbers and reshapes apart; ops of different phases stay
+    apart, and ops outside of regions keep their order.
+
+    Before `fuse`:
+
+        module { stage=quantized }
+
+        func @f(%x: bf16[4, 256], %r: bf16[4, 256], %w: bf16[256]) {
+          %h: bf16[4, 256] = add(%x, %r)                           @ f#1 F
+          %y: bf16[4, 256] = rms_norm(%h, %w, eps=1e-06)           @ f#2 F
+          %q: f8e4m3[4, 256], %s: f32[4, 2] = quantize(%y)         @ f#3 F
+          %z: bf16[4, 256] = silu(%y)                              @ f#4 W
+          return %h, %q, %s, %z
+        }
+
+    after:
+
+        module { stage=lowered }
+
+        func @f(%x: bf16[4, 256], %r: bf16[4, 256], %w: bf16[256]) {
+          %h: bf16[4, 256], %y: bf16[4, 256], %q: f8e4m3[4, 256], %s: f32[4, 2] = fused(@add_rms_norm_quantize, [%x, %r, %w])  @ f#3.1 F
+          %z: bf16[4, 256] = silu(%y)                              @ f#4 W
+          return %h, %q, %s, %z
+        }
+
+        func @add_rms_norm_quantize(%x: bf16[4, 256], %r: bf16[4, 256], %w: bf16[256]) {
+          %h: bf16[4, 256] = add(%x, %r)                           @ f#1 F
+          %y: bf16[4, 256] = rms_norm(%h, %w, eps=1e-06)           @ f#2 F
+          %q: f8e4m3[4, 256], %s: f32[4, 2] = quantize(%y)         @ f#3 F
+          return %h, %y, %q, %s
+        }
+
+    Before `fuse`:
+
+        module { stage=quantized }
+
+        func @f(%gate: bf16[4, 256], %up: bf16[4, 256], %dy: bf16[2, 3, 256]) {
+          %y: bf16[4, 256] = swiglu(%gate, %up)                             @ f#1 F
+          %q: f8e4m3[4, 256], %s: f32[4, 2] = quantize(%y)                  @ f#2 F
+          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2] = quantize(%dy)         @ f#3 I
+          %dm: bf16[6, 256] = reshape(%dy, shape=[6, 256])                  @ f#4 W
+          %wq: f8e4m3[6, 256], %ws: f32[1, 256] = quantize(%dm, tile=[128, 1])  @ f#5 W
+          %tq: f8e4m3[256, 6] = transpose(%wq, perm=[1, 0])                 @ f#6 W
+          %ts: f32[256, 1] = transpose(%ws, perm=[1, 0])                    @ f#7 W
+          return %q, %s, %dq, %ds, %tq, %ts
+        }
+
+    after:
+
+        module { stage=lowered }
+
+        func @f(%gate: bf16[4, 256], %up: bf16[4, 256], %dy: bf16[2, 3, 256]) {
+          %q: f8e4m3[4, 256], %s: f32[4, 2] = swiglu_quantize(%gate, %up)   @ f#2 F
+          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %tq: f8e4m3[256, 6], %ts: f32[256, 1] = quantize_twice(%dy, transposed=true)  @ f#3 I
+          return %q, %s, %dq, %ds, %tq, %ts
+        }
+
+    The two quantisations of a gradient are of two phases: the one for weights is done with the one for inputs, which reads the same.
+    """
+
+    name: ClassVar[str] = "fuse"
+    ensures: ClassVar[str | None] = "lowered"
+
+    def __call__(self, module: Module) -> Module:
+        names = {func.name for func in module.funcs}
+        funcs: list[Func] = []
+        regions: list[Func] = []
+        for func in module.funcs:
+            fusion = _Fusion(self, _pair(self, func), names)
+            funcs.append(fusion.rebuilt())
+            regions += fusion.regions
+        return module.replace(funcs=(*funcs, *regions), stage="lowered")
+
+
+# ---- two quantisations of one tensor
+
+
+def _pair(rule: Fuse, func: Func) -> Func:
+    """`func` with `quantize_twice` in place of a quantisation along rows and one down the columns of the same tensor."""
+    down: dict[Value, Quantize] = {}
+    for op in func.ops:
+        if isinstance(op, Quantize) and op.tile[1] == 1 and op.tile[0] > 1:
+            down.setdefault(_source(op.x), op)
+    new: dict[Value, Value] = {}
+    dropped: set[Op] = set()
+    made: dict[Op, QuantizeTwice] = {}
+    readers = users(func)
+    place = {op: i for i, op in enumerate(func.ops)}
+    for op in func.ops:
+        if not (isinstance(op, Quantize) and op.tile[0] == 1 and (other := down.get(_source(op.x)))):
+            continue
+        del down[_source(op.x)]
+        if reason := _unlike(op, other, place):
+            rule.decline(func, other, reason)
+            continue
+        turns = [_transposed(v, readers, func) for v in other.results]
+        turned = [turn for turn in turns if turn is not None and other.counts is None]
+        transposed = len(turned) == 2
+        second = tuple(turn.result for turn in turned) if transposed else other.results
+        values = (*op.results, *second)
+        names = tuple(v.name for v in values)
+        twice = QuantizeTwice(op.x, other.counts, op.tile[1], op.dtype, op.rule, transposed, id=op.id, phase=op.phase, names=names)
+        made[op] = twice
+        dropped |= {other, *(turned if transposed else ())}
+        new |= dict(zip(values, twice.results, strict=True))
+    if not made:
+        return func
+    ops = [made.get(op) or op for op in func.ops if op not in dropped]
+    return _unread(_replaced(func, ops, new), {op.x for op in dropped if isinstance(op, Quantize)})
+
+
+def _source(x: Value) -> Value:
+    """What x is a matrix of: reshapes that keep its rows do not count."""
+    while isinstance(x.owner, Reshape) and x.owner.x.shape[-1:] == x.shape[-1:]:
+        x = x.owner.x
+    return x
+
+
+def _unlike(op: Quantize, other: Quantize, place: Mapping[Op, int]) -> str | None:
+    """Why the two are not one `quantize_twice` in the place of the first."""
+    if (op.tile[1], op.dtype, op.rule) != (other.tile[0], other.dtype, other.rule):
+        return f"{op.id} quantises the same in tiles of {list(op.tile)}, {op.dtype}, by another rule or format"
+    if place[op] > place[other]:
+        return f"{op.id} quantises the same, but later"
+    if other.x.tensor.rank != 2:
+        return f"a stack of matrices {other.x.type}, expected one"
+    known = None if other.counts is None else other.counts.owner
+    if known is not None and place[known] > place[op]:
+        return f"its counts are not known yet where {op.id} reads the same"
+    return None
+
+
+def _transposed(value: Value, readers: Mapping[Value, list[Op]], func: Func) -> Transpose | None:
+    """The one op that reads `value`, if it turns the matrix."""
+    match readers.get(value, []):
+        case [Transpose(perm=(1, 0)) as turn] if value not in func.results:
+            return turn
+    return None
+
+
+def _replaced(func: Func, ops: list[Op], new: dict[Value, Value]) -> Func:
+    """`func` of `ops`, values replaced as `new` says, and in turn by the results of ops that change for it."""
+
+    def now(value: Value) -> Value:
+        while value in new:
+            value = new[value]
+        return value
+
+    body = []
+    for op in ops:
+        changed = op.with_operands(now)
+        new |= {a: b for a, b in zip(op.results, changed.results, strict=True) if a is not b}
+        body.append(changed)
+    return Func(func.name, func.params, tuple(body), tuple(map(now, func.results)), func.updates)
+
+
+def _unread(func: Func, suspects: set[Value]) -> Func:
+    """`func` without the views that nothing reads any more, of those that made `suspects`."""
+    read = set(users(func)) | set(func.results)
+    ops = tuple(op for op in func.ops if not (isinstance(op, Reshape) and op.result in suspects and op.result not in read))
+    return func if len(ops) == len(func.ops) else Func(func.name, func.params, ops, func.results, func.updates)
+
+
+# ---- regions
+
+
+@dataclass
+class _Fusion:
+    """The regions of one function."""
+
+    rule: Fuse
+    func: Func
+    names: set[str]
+    regions: list[Func] = field(default_factory=list)
+    group: dict[Op, list[Op]] = field(default_factory=dict)
+    """The ops of the region that an op belongs to, in program order; the same list for all of them."""
+
+    def __post_init__(self) -> None:
+        self.place = {op: i for i, op in enumerate(self.func.ops)}
+        self.readers = users(self.func)
+        for op in self.func.ops:
+            if not free(op) and member(op) is None:
+                self.group[op] = [op]
+        for op in self.func.ops:
+            for value in op.operands if op in self.group else ():
+                for owner in self.made_by(value):
+                    if self.group[owner] is not self.group[op]:
+                        self.merge(self.group[owner], self.group[op])
+
+    def made_by(self, value: Value) -> Iterator[Op]:
+        """The op of a region that makes `value`, by way of reshapes or not."""
+        while isinstance(value.owner, Reshape):
+            value = value.owner.x
+        if value.owner in self.group:
+            yield value.owner
+
+    def merge(self, a: list[Op], b: list[Op]) -> None:
+        """Make one region of two, if they fit in one kernel and the order of the program allows it; else say why not."""
+        both = sorted((*a, *b), key=self.place.__getitem__)
+        reason = self.unfit(both)
+        if reason is None:
+            before = {op: self.group[op] for op in both}
+            self.group |= dict.fromkeys(both, both)
+            if self.order() is None:
+                self.group |= before
+                reason = "what lies between them would have to change places"
+        if reason is not None:
+            self.rule.decline(self.func, b[-1], f"not fused with {a[-1].id}: {reason}")
+
+    def unfit(self, ops: list[Op]) -> str | None:
+        phases = dict.fromkeys(op.phase for op in ops)
+        if len(phases) > 1:
+            return f"phases {' and '.join(p.name for p in phases)}"
+        body, results = self.body(ops), self.results(ops)
+        try:
+            region_of(body)
+        except DscError as error:
+            return str(error)
+        if not results:
+            return "nothing reads what they make"
+        tensors = len(self.operands(body)) + len(results)
+        return f"{tensors} tensors to read and write, expected at most {MOST_TENSORS}" if tensors > MOST_TENSORS else None
+
+    def body(self, ops: list[Op]) -> list[Op]:
+        """The ops with the free ones that they read, those that lead from one of them to another."""
+        chosen, found = set(ops), list[Op]()
+
+        def visit(op: Op) -> None:
+            for value in op.operands:
+                owner = value.owner
+                if owner is not None and owner not in found and free(owner) and owner in self.place and self.inside(owner, chosen):
+                    visit(owner)
+                    found.append(owner)
+
+        for op in ops:
+            visit(op)
+            found.append(op)
+        return found
+
+    def inside(self, op: Op, chosen: set[Op]) -> bool:
+        """Whether a free op belongs into the region that reads it: a number does, a view of what the region makes, too."""
+        while isinstance(op, Reshape):
+            if op.x.owner is None or member(op) is not None:
+                return False
+            op = op.x.owner
+            if op in chosen:
+                return True
+        return not op.operands and free(op)
+
+    def operands(self, body: list[Op]) -> tuple[Value, ...]:
+        made = {value for op in body for value in op.results}
+        return tuple(dict.fromkeys(v for op in body for v in op.operands if v not in made))
+
+    def results(self, ops: list[Op]) -> tuple[Value, ...]:
+        """What is read outside of the region, by another op or by a free one that is."""
+        chosen = set(ops)
+        made = (value for op in ops for value in op.results)
+        return tuple(v for v in made if v in self.func.results or any(self.outside(u, chosen) for u in self.readers.get(v, ())))
+
+    def outside(self, reader: Op, chosen: set[Op]) -> bool:
+        if reader in chosen:
+            return False
+        if not isinstance(reader, Reshape):
+            return True
+        return reader.result in self.func.results or any(self.outside(u, chosen) for u in self.readers.get(reader.result, ()))
+
+    def order(self) -> list[list[Op]] | None:
+        """Regions and other ops, each after what it reads, the others in their order; None where there is no such order.
+
+        A region runs where its last op stood, or before the first op that reads from it.
+        """
+        found: list[list[Op]] = []
+        state: dict[int, bool] = {}
+        reached = -1
+
+        def visit(unit: list[Op]) -> bool:
+            nonlocal reached
+            if id(unit) in state:
+                return state[id(unit)]
+            state[id(unit)] = False
+            for value in self.operands(self.body(unit) if unit[0] in self.group else unit):
+                owner = value.owner
+                if owner is not None and not visit(self.units[owner]):
+                    return False
+            if unit[0] not in self.group and not free(unit[0]):
+                if self.place[unit[0]] < reached:
+                    return False
+                reached = self.place[unit[0]]
+            state[id(unit)] = True
+            found.append(unit)
+            return True
+
+        self.units = {op: self.group.get(op) or [op] for op in self.func.ops}
+        return found if all(visit(self.units[op]) for op in self.func.ops if op is self.units[op][-1]) else None
+
+    def rebuilt(self) -> Func:
+        """The function with a fused op for each region of two ops or more."""
+        order = self.order()
+        if order is None or all(len(unit) == 1 for unit in order):
+            return self.func
+        taken = {op.id for op in self.func.ops}
+        ops: list[Op] = []
+        new: dict[Value, Value] = {}
+        for unit in order:
+            if len(unit) == 1:
+                ops.append(unit[0])
+                continue
+            made, values = self.fused(unit, taken)
+            ops.append(made)
+            new |= dict(zip(values, made.results, strict=True))
+        return _dead(_replaced(self.func, ops, new))
+
+    def fused(self, ops: list[Op], taken: set[str]) -> tuple[Op, tuple[Value, ...]]:
+        """The op that stands for a region, and the values that its results replace."""
+        body, results = self.body(ops), self.results(ops)
+        match ops:
+            case [RmsNorm() | SwiGLU() as first, Quantize() as second] if _named(first, second, body):
+                keep = first.result in results
+                values = (first.result, *second.results) if keep else second.results
+                made = _by_name(first, second, keep)
+                return made.copy(id=second.id, phase=second.phase, names=tuple(v.name for v in values)), values
+        operands = self.operands(body)
+        b = Builder(self.named(ops))
+        inner = {value: b.param(value.name, value.type) for value in operands}
+        for op in body:
+            moved = b.emit(op.with_operands(inner.__getitem__))
+            inner |= dict(zip(op.results, moved.results, strict=True))
+        func = b.finish([inner[v] for v in results])
+        self.regions.append(func)
+        id = next(f"{ops[-1].id}.{n}" for n in range(1, len(taken) + 2) if f"{ops[-1].id}.{n}" not in taken)
+        taken.add(id)
+        phase: Phase = ops[0].phase
+        types = tuple(v.type for v in results)
+        return Fused(Symbol(func.name), operands, types, id=id, phase=phase, names=tuple(v.name for v in results)), results
+
+    def named(self, ops: list[Op]) -> str:
+        """A name after the ops, new in the module."""
+        kinds = [op.name for op in ops]
+        name = stem = "_".join(kinds if len(kinds) <= 4 else [*kinds[:2], "to", kinds[-1]])
+        number = 1
+        while name in self.names:
+            name, number = f"{stem}_{number}", number + 1
+        self.names.add(name)
+        return name
+
+
+def _named(first: RmsNorm | SwiGLU, second: Quantize, body: list[Op]) -> bool:
+    like = isinstance(first, RmsNorm) or first.gate.type == first.up.type
+    return len(body) == 2 and second.x is first.result and like
+
+
+def _by_name(first: RmsNorm | SwiGLU, second: Quantize, keep: bool) -> Op:
+    tile, dtype, rule = second.tile, second.dtype, second.rule
+    if isinstance(first, RmsNorm):
+        return RmsNormQuantize(first.x, first.weight, first.eps, tile, dtype, rule, keep)
+    return SwiGLUQuantize(first.gate, first.up, tile, dtype, rule, keep)
+
+
+def _dead(func: Func) -> Func:
+    """`func` without the free ops that nothing reads any more: regions have their own."""
+    read, kept = set(func.results), list[Op]()
+    for op in reversed(func.ops):
+        if free(op) and op.result not in read:
+            continue
+        read.update(op.operands)
+        kept.append(op)
+    return Func(func.name, func.params, tuple(reversed(kept)), func.results, func.updates)
