@@ -10,7 +10,6 @@ github.com/deepseek-ai/DualPipe).
 from __future__ import annotations
 
 from collections import Counter, deque
-from difflib import get_close_matches
 
 from ..ir.errors import require
 from .actions import Action, Kind, Overlap, Schedule, Step
@@ -23,9 +22,7 @@ def generate(name: str, stages: int, microbatches: int, chunks: int | None = Non
 
     `DscError` where the schedule has no such form: each says what it takes.
     """
-    close = get_close_matches(name, NAMES, 1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(NAMES)}"
-    require(name in NAMES, f"unknown schedule {name}; {hint}")
+    require(name in NAMES, f"unknown schedule {name}, expected one of {', '.join(NAMES)}")
     require(stages > 0, f"--stages is {stages}, expected 1 or more")
     require(microbatches > 0, f"--microbatches is {microbatches}, expected 1 or more")
     if name in ("dualpipe", "dualpipev"):
