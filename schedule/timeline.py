@@ -81,7 +81,8 @@ def _tick(time: Number) -> str:
 def svg(timeline: Timeline) -> str:
     """The schedule as an SVG picture: a bar for each step, and under it the activations that each rank holds."""
     ranks, time = timeline.schedule.ranks, float(timeline.time)
-    left, top, row, width = 70, 50, 26, max(800.0, min(6000.0, 14 * sum(map(len, timeline.spans)) / ranks))
+    shortest = float(min(span.end - span.start for row in timeline.spans for span in row if span.end > span.start))
+    left, top, row, width = 70, 50, 26, max(600.0, min(8000.0, 17 * time / shortest))
     scale = width / time
     held = in_flight(timeline.schedule)
     most = float(max(map(max, held)))
@@ -104,10 +105,8 @@ def svg(timeline: Timeline) -> str:
         for span, chunks in zip(spans, held[rank], strict=True):
             start, long = left + float(span.start) * scale, float(span.end - span.start) * scale
             title = f"{span.step} from {_tick(span.start)} to {_tick(span.end)}, {_tick(chunks)} chunks held"
-            parts.append(
-                f'<g><title>{escape(title)}</title><rect x="{start:.2f}" y="{y}" width="{long:.2f}" height="18" '
-                f'fill="{COLOURS[kind_of(span.step)]}" stroke="white" stroke-width="0.5"/>'
-            )
+            fill = f'fill="{COLOURS[kind_of(span.step)]}" fill-opacity="{0.6 if span.step.parts[0].reverse else 1}" stroke="white"'
+            parts.append(f'<g><title>{escape(title)}</title><rect x="{start:.2f}" y="{y}" width="{long:.2f}" height="18" {fill}/>')
             words = "+".join(str(a.microbatch) for a in span.step.parts)
             if long > 6 * len(words):
                 parts.append(f'<text x="{start + long / 2:.2f}" y="{y + 13}" text-anchor="middle">{words}</text>')
@@ -117,7 +116,9 @@ def svg(timeline: Timeline) -> str:
     step = 10 ** (len(str(int(time))) - 1)
     for tick in range(0, int(time) + 1, step):
         parts.append(f'<text x="{left + tick * scale:.2f}" y="{y}" text-anchor="middle">{tick}</text>')
-    parts.append(f'<text x="{left}" y="{y + 20}">numbers: micro-batches; grey: activations held, at most {_tick(most)} chunks</text></svg>')
+    parts.append(
+        f'<text x="{left}" y="{y + 20}">numbers: micro-batches, pale in reverse; grey: activations, most {_tick(most)} chunks</text></svg>'
+    )
     return "\n".join(parts) + "\n"
 
 
