@@ -12,7 +12,7 @@ from typing import Any
 
 from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh
-from .world import Exchange, Gather, Index, Placed, Receive, Request, Send, T, shape_of
+from .world import Exchange, Gather, Index, Placed, Receive, Request, Send, T, ranks_text, where
 
 
 def run(mesh: Mesh, program: Placed[T]) -> list[T]:
@@ -27,7 +27,7 @@ def run(mesh: Mesh, program: Placed[T]) -> list[T]:
             try:
                 request = programs[rank].send(answer)
                 size = mesh.size(request.axis)
-                require(request.size == size, f"{_where(request)}: the mesh {mesh} has {size} ranks along {request.axis}")
+                require(request.size == size, f"{where(request)}: the mesh {mesh} has {size} ranks along {request.axis}")
             except StopIteration as done:
                 results[rank] = done.value
                 continue
@@ -73,23 +73,23 @@ def _answers(partners: tuple[int, ...], waiting: dict[int, Request]) -> list[Any
     match requests:
         case [Send(x=x), Receive(like=like)]:
             if _type(x) != _type(like):
-                raise DscError(f"rank {partners[0]} sends {_type(x)}, but rank {partners[1]} expects {_type(like)}: {_where(given)}")
+                raise DscError(f"rank {partners[0]} sends {_type(x)}, but rank {partners[1]} expects {_type(like)}: {where(given)}")
             return [None, x]
     if len({(type(r), r.op) for r in requests}) > 1:
-        raise DscError(f"ranks meet along {given.axis} with different ops:\n{_rows((rank, _where(waiting[rank])) for rank in partners)}")
+        raise DscError(f"ranks meet along {given.axis} with different ops:\n{_rows((rank, where(waiting[rank])) for rank in partners)}")
     if isinstance(given, Gather):
         found = [r.x for r in requests if isinstance(r, Gather)]
         if len({_type(x) for x in found}) > 1:
             rows = _rows((rank, _type(x)) for rank, x in zip(partners, found, strict=True))
-            raise DscError(f"ranks gather arrays of different types along {given.axis}, {_where(given)}:\n{rows}")
+            raise DscError(f"ranks gather arrays of different types along {given.axis}, {where(given)}:\n{rows}")
         return [tuple(found)] * len(partners)
     exchanges = [r for r in requests if isinstance(r, Exchange)]
     answers = [tuple(r.messages[j] for r in exchanges) for j in range(len(partners))]
     for receiver, request, answer in zip(partners, exchanges, answers, strict=True):
         for sender, message, expected in zip(partners, answer, request.shapes, strict=True):
-            shapes = tuple(map(shape_of, message))
+            shapes = tuple(tuple(x.shape) for x in message)
             if shapes != expected:
-                raise DscError(f"rank {sender} sends {_shapes(shapes)}, but rank {receiver} expects {_shapes(expected)}: {_where(request)}")
+                raise DscError(f"rank {sender} sends {_shapes(shapes)}, but rank {receiver} expects {_shapes(expected)}: {where(request)}")
     return answers
 
 
@@ -101,28 +101,19 @@ def _shapes(shapes: Iterable[tuple[int, ...]]) -> str:
     return " and ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
 
 
-def _what(request: Request) -> str:
-    return request.op or f"{type(request).__name__.lower()} along {request.axis}"
-
-
-def _where(request: Request) -> str:
-    direction = f" to {request.to}" if isinstance(request, Send) else f" from {request.source}" if isinstance(request, Receive) else ""
-    return f"{_what(request)}{direction}{f' at {request.site}' if request.site else ''}"
-
-
 def _table(mesh: Mesh, waiting: dict[int, Request]) -> str:
     """One line for all ranks that wait in the same place for the same ranks."""
     rows = []
     for rank in range(mesh.world):
         request = waiting.get(rank)
         if request is None:
-            rows.append((rank, "has finished"))
+            rows.append((rank, "finished"))
             continue
         group = mesh.group(request.axis, rank)
         if isinstance(request, Send | Receive):
             group = (group[request.to if isinstance(request, Send) else request.source],)
         missing = [r for r in group if r != rank and not _answers_to(waiting.get(r), request)]
-        rows.append((rank, f"{_where(request)}, for {_ranks(missing)}" if missing else _where(request)))
+        rows.append((rank, f"{where(request)}, for {ranks_text(missing)}" if missing else where(request)))
     return _rows(rows)
 
 
@@ -136,18 +127,6 @@ def _rows(rows: Iterable[tuple[int, str]]) -> str:
     by_text: dict[str, list[int]] = {}
     for rank, text in rows:
         by_text.setdefault(text, []).append(rank)
-    names = {text: _ranks(ranks) for text, ranks in by_text.items()}
+    names = {text: ranks_text(ranks) for text, ranks in by_text.items()}
     width = max(map(len, names.values()))
     return "\n".join(f"  {names[text]:{width}}  {text}" for text in by_text)
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """`rank 3`, `ranks 0 to 5, 7`: runs of three and more as their ends."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
-    return f"rank{'s' if sum(map(len, runs)) > 1 else ''} {', '.join(parts)}"

@@ -11,7 +11,7 @@ order of the ranks: a library's own reduction would add in the order of its ring
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -80,6 +80,9 @@ T = TypeVar("T")
 Program: TypeAlias = Generator[Request, Any, T]
 """One rank's part of a computation, with its result."""
 
+Placed: TypeAlias = Callable[[int], Program[T]]
+"""The program of each rank."""
+
 
 class World(Protocol):
     """Who serves the requests of one rank that has a process of its own."""
@@ -101,8 +104,8 @@ def alone(program: Program[T]) -> T:
         except StopIteration as done:
             result: T = done.value
             return result
-        what = f"{request.op or type(request).__name__.lower()} is run by {request.size} ranks together"
-        require(request.size == 1, f"{what}, and this is one: run it with --ranks local, or under torchrun")
+        alone_here = "and this is one: run it with --ranks local, or under torchrun"
+        require(request.size == 1, f"{where(request)} is run by {request.size} ranks together, {alone_here}")
         match request:
             case Exchange(messages=messages):
                 answer = messages
@@ -111,13 +114,23 @@ def alone(program: Program[T]) -> T:
             case Index():
                 answer = 0
             case _:
-                raise DscError(f"{what}, and a rank does not send to itself")
+                raise DscError(f"{where(request)}: a rank does not send to itself")
 
 
-def shape_of(x: Array) -> tuple[int, ...]:
-    """The shape of an array of either kind."""
-    return tuple(x.shape)
+def where(request: Request) -> str:
+    """What a rank asks and where, for messages."""
+    what = request.op or f"{type(request).__name__.lower()} along {request.axis}"
+    direction = f" to {request.to}" if isinstance(request, Send) else f" from {request.source}" if isinstance(request, Receive) else ""
+    return f"{what}{direction}{f' at {request.site}' if request.site else ''}"
 
 
-Placed: TypeAlias = Callable[[int], Program[T]]
-"""The program of each rank."""
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 0 to 5, 7`: runs of three and more as their ends."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"rank{'s' if sum(map(len, runs)) > 1 else ''} {', '.join(parts)}"

@@ -1,0 +1,208 @@
+"""One process per rank, started by torchrun: torch.distributed carries the bytes, over NCCL on GPUs and gloo on CPUs.
+
+Everything goes as bytes, for gloo refuses FP8. A group is made when an axis is first used, by its members alone. Where a rank dies or
+hangs, every other one ends within the time-out: each that waits says so in the store which torchrun keeps, and the lowest of them names
+the ranks that did not.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from ..ir.errors import DscError
+from ..ir.mesh import Mesh
+from .world import Array, Exchange, Gather, Index, Program, Receive, Request, Send, T, ranks_text, where
+
+GRACE = 2.0
+"""Seconds within which ranks that lost a partner hear of one another."""
+
+
+class _Ended(BaseException):
+    """torchrun ends this rank, which is in the middle of a computation: another one has failed, and says so."""
+
+
+@dataclass
+class TorchWorld:
+    """This process's place among the ranks of `mesh`, which torchrun started. Use it in a `with`: leaving it closes the connections.
+
+    `timeout` is how many seconds a rank waits for the others in one op; then all end with an error.
+    """
+
+    mesh: Mesh
+    timeout: float = 600.0
+    rank: int = field(init=False)
+    _groups: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict)
+    _waiting: bool = field(init=False, default=True)
+
+    def __post_init__(self) -> None:
+        ranks = int(os.environ.get("WORLD_SIZE", "0"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if ranks != self.mesh.world:
+            found = f"torchrun started {ranks}" if ranks else "there is no torchrun"
+            raise DscError("" if self.rank else f"the mesh {self.mesh} is {self.mesh.world} ranks, but {found}")
+        gpus = torch.cuda.is_available()
+        self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpus else torch.device("cpu")
+        if gpus:
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a time-out becomes an exception, not the end of the process
+            torch.cuda.set_device(self._device)
+        limit = timedelta(seconds=self.timeout)
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=limit))
+            self._store = dist.PrefixStore("dsc", store)
+            backend = "nccl" if gpus else "gloo"
+            dist.init_process_group(backend, store=dist.PrefixStore("torch", store), rank=self.rank, world_size=ranks, timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            raise DscError(f"rank {self.rank} found no connection to the others within {self.timeout:g} s: {_first(error)}") from None
+        self._groups[tuple(range(ranks))] = dist.group.WORLD
+        self._before = signal.signal(signal.SIGTERM, self._terminated)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+        if kind is None:
+            dist.destroy_process_group()  # after a failure it would wait for those that are gone
+
+    def run(self, program: Program[T]) -> T:
+        """The result of this rank's program. `DscError` where another rank fails, dies or does not answer in time.
+
+        Where several ranks fail of one cause the error of all but one is empty: who prints them prints it once.
+        """
+        answer: Any = None
+        try:
+            while True:
+                self._waiting = False
+                request = program.send(answer)
+                self._waiting = True
+                answer = self._served(request)
+        except StopIteration as done:
+            self._waiting = True
+            result: T = done.value
+            return result
+        except _Lost as lost:
+            raise self._diagnosed(lost) from None
+        except DscError as error:
+            self._waiting = True
+            self._say("failed")
+            raise DscError("\n".join(f"rank {self.rank}: {line}" for line in str(error).split("\n"))) from None
+        except _Ended:
+            raise DscError("") from None
+
+    def _served(self, request: Request) -> Any:
+        size = self.mesh.size(request.axis)
+        if request.size != size:
+            raise DscError(f"{where(request)}: the mesh {self.mesh} has {size} ranks along {request.axis}")
+        members = self.mesh.group(request.axis, self.rank)
+        if isinstance(request, Index):
+            return members.index(self.rank)
+        start = time.monotonic()
+        try:
+            return self._carried(request, members)
+        except RuntimeError as error:
+            raise _Lost(request, members, time.monotonic() - start, _first(error)) from None
+
+    def _carried(self, request: Request, members: tuple[int, ...]) -> Any:
+        match request:
+            case Gather(x=x):
+                given = self._bytes(x)
+                found = given.new_empty(len(members) * len(given))
+                dist.all_gather_into_tensor(found, given, group=self._group(members))
+                return tuple(_like(part, x, tuple(x.shape)) for part in found.view(len(members), -1))
+            case Exchange(messages=messages, shapes=shapes):
+                return self._exchanged(messages, shapes, members)
+            case Send(x=x, to=to):
+                dist.send(self._bytes(x), members[to])
+                return None
+            case Receive(like=like, source=source):
+                found = torch.empty(_size(like, tuple(like.shape)), dtype=torch.uint8, device=self._device)
+                dist.recv(found, members[source])
+                return _like(found, like, tuple(like.shape))
+        raise TypeError(f"no world serves {type(request).__name__}")
+
+    def _exchanged(self, messages: Sequence[Sequence[Array]], shapes: Sequence[Sequence[tuple[int, ...]]], members: tuple[int, ...]) -> Any:
+        sent = [[self._bytes(x) for x in message] for message in messages]
+        kinds = messages[0]
+        sizes = [[_size(x, shape) for x, shape in zip(kinds, one, strict=True)] for one in shapes]
+        found = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=self._device)
+        out, into = [sum(map(len, one)) for one in sent], [sum(one) for one in sizes]
+        dist.all_to_all_single(found, torch.cat([x for one in sent for x in one]), into, out, group=self._group(members))
+        parts = iter(found.split([n for one in sizes for n in one]))
+        return tuple(tuple(_like(next(parts), x, shape) for x, shape in zip(kinds, one, strict=True)) for one in shapes)
+
+    def _group(self, members: tuple[int, ...]) -> Any:
+        if members not in self._groups:
+            limit = timedelta(seconds=self.timeout)
+            self._groups[members] = dist.new_group(list(members), timeout=limit, use_local_synchronization=True)
+        return self._groups[members]
+
+    def _bytes(self, x: Array) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            return x.reshape(-1).view(torch.uint8)
+        flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(self._device)
+
+    # ---- when somebody is gone
+
+    def _terminated(self, number: int, frame: object) -> None:
+        """SIGTERM. A rank that waits will hear of the loss by itself, and say what it waited for; one that computes just ends."""
+        if not self._waiting:
+            raise _Ended
+
+    def _say(self, what: str) -> None:
+        self._store.set(f"stopped/{self.rank}", what)
+
+    def _diagnosed(self, lost: _Lost) -> DscError:
+        """What became of the others, by what they say within `GRACE`; empty where another rank says it."""
+        try:
+            self._say("waits")
+            end = time.monotonic() + GRACE
+            others = [rank for rank in range(self.mesh.world) if rank != self.rank]
+            while (silent := [r for r in others if not self._store.check([f"stopped/{r}"])]) and time.monotonic() < end:
+                time.sleep(0.05)
+            said = {rank: self._store.get(f"stopped/{rank}").decode() for rank in others if rank not in silent}
+        except RuntimeError:  # the store went with the rank that kept it
+            silent, said = [], {}
+        if "failed" in said.values() or any(rank < self.rank for rank in said):
+            return DscError("")
+        missing = [rank for rank in lost.members if rank in silent] or silent
+        slow = lost.seconds >= 0.9 * self.timeout
+        fate = f"no answer from {ranks_text(missing)} within {self.timeout:g} s" if slow else f"{ranks_text(missing)} ended"
+        return DscError(f"{fate if missing else lost.reason}; rank {self.rank} waited in {where(lost.request)}")
+
+
+class _Lost(Exception):
+    """A partner did not answer."""
+
+    def __init__(self, request: Request, members: tuple[int, ...], seconds: float, reason: str) -> None:
+        super().__init__(reason)
+        self.request, self.members, self.seconds, self.reason = request, members, seconds, reason
+
+
+def _first(error: Exception) -> str:
+    return str(error).split("\n")[0].strip()
+
+
+def _size(like: Array, shape: tuple[int, ...]) -> int:
+    """Bytes of an array of the dtype of `like`."""
+    return int(np.prod(shape, dtype=np.int64)) * int(like.dtype.itemsize)
+
+
+def _like(found: torch.Tensor, like: Array, shape: tuple[int, ...]) -> Array:
+    """Bytes as an array of the kind and dtype of `like`; torch wants them to begin at a multiple of an element's size."""
+    if isinstance(like, torch.Tensor):
+        aligned = found if found.storage_offset() % like.dtype.itemsize == 0 else found.clone()
+        return aligned.view(like.dtype).reshape(shape)
+    return found.cpu().numpy().view(like.dtype).reshape(shape)

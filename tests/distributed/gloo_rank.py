@@ -1,0 +1,117 @@
+"""One rank of a pool, for test_torch_world.py: takes cases from standard input and answers each on standard output, both pickled.
+
+A case is (text of a module, the inputs of every rank). The answer is the results under `TorchWorld`, and what is wrong with them by
+torch.distributed's own collectives.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import dsc
+from dsc import backends
+from dsc.backends.arrays import widen
+from dsc.distributed.torch_world import TorchWorld
+from dsc.distributed.world import Program, Receive, Send
+from dsc.ir.mesh import mesh_of
+from dsc.ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, ReduceScatter
+from dsc.testing.bounds import FLOAT32, permitted
+
+GROUPS: dict[tuple[int, ...], Any] = {}
+
+
+def bits(x: np.ndarray) -> torch.Tensor:
+    """Bytes along a new last axis: any dtype, exactly."""
+    return torch.from_numpy(np.ascontiguousarray(x)[..., None].view(np.uint8).copy())
+
+
+def verdict(op: Collective, group: Any, operands: list[np.ndarray], results: tuple[np.ndarray, ...]) -> str:
+    """What torch.distributed, asked for the same, says otherwise; empty where it agrees."""
+    axis, size = op.along()
+    x = operands[0]
+    match op:
+        case AllGather(dim=dim):
+            found = [torch.empty_like(bits(x)) for _ in range(size)]
+            dist.all_gather(found, bits(x), group=group)
+            same = torch.equal(torch.cat(found, dim % x.ndim), bits(results[0]))
+        case AllToAll():
+            expected = torch.empty_like(bits(x))
+            dist.all_to_all_single(expected, bits(x), group=group)
+            same = torch.equal(expected, bits(results[0]))
+        case AllToAllRows():
+            *xs, send, recv = operands
+            same = True
+            for given, result in zip(xs, results, strict=True):
+                expected = torch.empty((int(recv.sum()), *bits(given).shape[1:]), dtype=torch.uint8)
+                dist.all_to_all_single(expected, bits(given)[: send.sum()].contiguous(), recv.tolist(), send.tolist(), group=group)
+                same &= torch.equal(expected, bits(result))
+        case AllReduce(kind="max"):
+            wide = torch.from_numpy(widen(x, np.float64).copy())
+            dist.all_reduce(wide, dist.ReduceOp.MAX, group=group)
+            same = np.array_equal(wide.numpy(), widen(results[0], np.float64), equal_nan=True)
+        case AllReduce() | ReduceScatter():
+            exact, magnitude = (torch.from_numpy(f(widen(x, np.float64)).copy()) for f in (np.asarray, np.abs))
+            dist.all_reduce(exact, group=group)
+            dist.all_reduce(magnitude, group=group)
+            y, m = exact.numpy(), magnitude.numpy()
+            if isinstance(op, ReduceScatter):
+                index = dist.get_rank(group) if group is not None else 0
+                y, m = (np.split(a, size, op.dim)[index] for a in (y, m))
+            limit = permitted(op.result.tensor, y, FLOAT32.gamma(size - 1) * m)  # a sum of `size` terms, in any order
+            rounded = dsc.backends.arrays.rounded(y, op.result.dtype)
+            same = bool((np.abs(widen(results[0], np.float64) - widen(rounded, np.float64)) <= limit).all())
+        case _:
+            return f"no oracle for {op.name}"
+    return "" if same else f"{op.signature} differs from torch.distributed along {axis}"
+
+
+def stages(world: TorchWorld, x: np.ndarray) -> Program[np.ndarray]:
+    """x goes down the pipeline, each stage adding 1, and back up."""
+    size, index = world.mesh.size("pp"), world.mesh.index("pp", world.rank)
+    if index > 0:
+        x = yield Receive("pp", size, x, index - 1)
+    x = x + 1
+    if index < size - 1:
+        yield Send("pp", size, x, index + 1)
+        x = yield Receive("pp", size, x, index + 1)
+    if index > 0:
+        yield Send("pp", size, x, index - 1)
+    return x
+
+
+def main() -> None:
+    answers = sys.stdout.buffer
+    sys.stdout = sys.stderr
+    world: TorchWorld | None = None
+    while True:
+        text, inputs = pickle.load(sys.stdin.buffer)
+        if text == "stop":
+            break
+        module = dsc.parse(text)
+        if world is None:
+            world = TorchWorld(mesh_of(module), timeout=30.0)
+        world.mesh = mesh_of(module)
+        if not module.main.ops:
+            answer: Any = ((world.run(stages(world, inputs[world.rank][0])),), "")
+        else:
+            (op,) = module.main.ops
+            assert isinstance(op, Collective)
+            members = world.mesh.group(op.along()[0], world.rank)
+            results = world.run(backends.get("numpy").program(module, None, inputs[world.rank]))
+            if members not in GROUPS:
+                GROUPS[members] = dist.new_group(list(members), use_local_synchronization=True)
+            answer = (results, verdict(op, GROUPS[members], list(inputs[world.rank]), results))
+        pickle.dump(answer, answers)
+        answers.flush()
+    if world is not None:
+        world.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Collectives on four real processes over gloo: against torch.distributed's own, and bit for bit against the ranks in lockstep.
+
+The pool is started once. What a dying, hanging or failing rank does to the others is tested here as well, on processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dsc
+from dsc import backends
+from dsc.backends.arrays import STORAGE, rounded
+from dsc.distributed import local
+from dsc.driver.measure import same_bits
+from dsc.ir.mesh import Mesh, mesh_of, parse_mesh
+from dsc.ir.types import DType
+
+pytestmark = pytest.mark.slow
+RANKS = 4
+HERE = Path(__file__).parent
+MESHES = [parse_mesh(text) for text in ("dp=2,tp=2,ep=4,node=2", "pp=2,dp=2,ep=2", "dp=4,ep=2,node=2")]
+
+
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would set; the package is found where this test found it."""
+    where = str(Path(dsc.__file__).parents[1])
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    path = os.pathsep.join(filter(None, (where, os.environ.get("PYTHONPATH"))))
+    return os.environ | {key: str(value) for key, value in given.items()} | {"PYTHONPATH": path}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class Pool:
+    """Four ranks that wait for cases."""
+
+    def __init__(self) -> None:
+        port = free_port()
+        command = [sys.executable, str(HERE / "gloo_rank.py")]
+        pipe = subprocess.PIPE
+        self.ranks = [subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment(r, RANKS, port)) for r in range(RANKS)]
+
+    def run(self, text: str, inputs: Sequence[Sequence[Any]]) -> list[Any]:
+        """Each rank's answer."""
+        for process in self.ranks:
+            assert process.stdin
+            pickle.dump((text, inputs), process.stdin)
+            process.stdin.flush()
+        return [pickle.load(process.stdout) for process in self.ranks if process.stdout]
+
+    def close(self) -> None:
+        for process in self.ranks:
+            assert process.stdin
+            assert process.stdout
+            pickle.dump(("stop", ()), process.stdin)
+            process.stdin.close()
+            process.wait(30)
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool()
+    yield made
+    made.close()
+
+
+def numbers(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Finite numbers over 12 binades, zeros among them; or small whole ones."""
+    if not DType[dtype].is_float:
+        return rng.integers(-9, 9, shape).astype(STORAGE[DType[dtype]])
+    return rounded(rng.standard_normal(shape) * np.exp2(rng.integers(-6, 6, shape)) * (rng.random(shape) > 0.1), DType[dtype])
+
+
+def module(mesh: Mesh, params: dict[str, str], results: list[str], call: str) -> str:
+    record = ", ".join(f"{k}={v}" for k, v in mesh.record().items())
+    declared = ", ".join(f"%{name}: {type}" for name, type in params.items())
+    made = ", ".join(f"%y{i}: {type}" for i, type in enumerate(results))
+    returned = ", ".join(f"%y{i}" for i in range(len(results)))
+    head = f"module {{ stage=sharded, mesh={{{record}}} }}\n\nfunc @main({declared}) {{\n"
+    return head + (f"  {made} = {call}  @ main#1 F\n  return {returned}\n}}\n" if call else "  return %x\n}\n")
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[str, list[tuple[np.ndarray, ...]]]:
+    """A collective along some axis, and inputs for every rank."""
+    mesh = draw(st.sampled_from(MESHES))
+    axis = draw(st.sampled_from([axis for axis in mesh.axes if mesh.size(axis) > 1]))
+    size = mesh.size(axis)
+    kind = draw(st.sampled_from(("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "all_to_all_rows")))
+    dtype = draw(st.sampled_from(("f32", "bf16", "f16") if "reduce" in kind else ("f32", "bf16", "f8e4m3", "i32", "i64", "bool")))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    along = f'axis="{axis}", size={size}'
+
+    def tensor(*shape: int) -> str:
+        return f"{dtype}[{', '.join(map(str, shape))}]"
+
+    if kind == "all_to_all_rows":
+        width = draw(st.integers(1, 5))
+        counts = rng.integers(0, 4, (mesh.world, mesh.world)) * (rng.random((mesh.world, mesh.world)) < draw(st.sampled_from((0.3, 1.0))))
+        inputs, most = [], 0
+        for rank in range(mesh.world):
+            group = mesh.group(axis, rank)
+            send, recv = (np.array(c, np.int32) for c in ([counts[rank, r] for r in group], [counts[r, rank] for r in group]))
+            rows = int(send.sum()) + rank % 2  # one that stays behind
+            most = max(most, rows, int(recv.sum()))
+            inputs.append((numbers(rng, dtype, (rows, width)), numbers(rng, "f32", (rows, 1)), send, recv))
+        params = {"x": f"{dtype}[rows<={most}, {width}]", "s": f"f32[rows<={most}, 1]", "n": f"i32[{size}]", "m": f"i32[{size}]"}
+        results = [f"{dtype}[got<={most}, {width}]", f"f32[got<={most}, 1]"]
+        return module(mesh, params, results, f'{kind}([%x, %s], %n, %m, {along}, rows={{name="got", bound={most}}})'), inputs
+    shape = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+    dim = draw(st.integers(-len(shape), len(shape) - 1)) if kind in ("all_gather", "reduce_scatter") else 0
+    cut = list(shape)
+    shape[dim] *= 1 if kind in ("all_gather", "all_reduce") else size
+    cut[dim] *= size if kind == "all_gather" else 1
+    result = {"all_gather": cut, "reduce_scatter": cut}.get(kind, shape)
+    extra = f", dim={dim}" if kind in ("all_gather", "reduce_scatter") else ""
+    extra += ', kind="max"' if kind == "all_reduce" and draw(st.booleans()) else ""
+    inputs = [(numbers(rng, dtype, tuple(shape)),) for _ in range(mesh.world)]
+    return module(mesh, {"x": tensor(*shape)}, [tensor(*result)], f"{kind}(%x, {along}{extra})"), inputs
+
+
+@given(case=cases())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_collectives_agree_with_torch_and_in_both_worlds(pool: Pool, case: tuple[str, list[tuple[np.ndarray, ...]]]) -> None:
+    text, inputs = case
+    parsed = dsc.parse(text)
+    runner = backends.get("numpy")
+    in_lockstep = local.run(mesh_of(parsed), lambda rank: runner.program(parsed, None, inputs[rank]))
+    for rank, (results, verdict) in enumerate(pool.run(text, inputs)):
+        assert not verdict, f"rank {rank}: {verdict}"
+        for found, expected in zip(results, in_lockstep[rank], strict=True):
+            assert found.shape == expected.shape
+            assert same_bits(found, expected), f"rank {rank}: gloo and lockstep differ in {text}"
+
+
+def test_stages_send_to_each_other(pool: Pool) -> None:
+    inputs = [(np.full((2, 3), rank, np.float32),) for rank in range(RANKS)]
+    answers = pool.run(module(parse_mesh("pp=4,dp=1"), {"x": "f32[2, 3]"}, [], ""), inputs)
+    assert [np.unique(results[0]).tolist() for results, _ in answers] == [[4.0]] * RANKS
