@@ -315,6 +315,8 @@ QUANTISED = [
            ("i32[3]", counts(20)), tag="with spare rows"),
     sample(GroupedScaledMatmul, "f8e5m2[23, 20]", ("f32[8, 5]", positive), "f8e4m3[3, 9, 20]", ("f32[3, 1, 1]", positive),
            ("i32[3]", counts(20)), x_tile=(4, 4), out=DType.f32, tag="in tiles of several rows"),
+    sample(GroupedScaledMatmul, "f8e4m3[3, 7, 200]", ("f32[3, 7, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
+           ("i32[3]", integers(0, 8)), tag="with rows of its own for each group"),
     *(sample(GroupedScaledMatmulWgrad, "f8e4m3[23, 5]", ("f32[6, 5]", positive), "f8e5m2[23, 9]", ("f32[6, 9]", positive),
              ("i32[3]", counts(20)), a_tile=(7, 1), b_tile=(7, 1), accumulation=model, out=out)
       for model, out in ((Accumulation("float32"), DType.f32), (Accumulation("exact"), DType.bf16), (Accumulation(), DType.bf16))),

@@ -167,6 +167,12 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         message="scales of f8e4m3[4, 20] in tiles of [2, 128], restarting at each of 2 groups, are f32[4, 1], found f32[2, 1]",
     ),
     wrong(
+        GroupedScaledMatmul,
+        *("f8e4m3[2, 4, 20]", "f32[2, 3, 1]", "f8e4m3[2, 5, 20]", "f32[2, 1, 1]", "i32[2]"),
+        x_tile=(4, 128),
+        message="expected x [E, M, K] with 2 groups, in tiles of one row, found f8e4m3[2, 4, 20] in tiles of [4, 128]",
+    ),
+    wrong(
         GroupedScaledMatmulWgrad,
         *("f8e4m3[300, 3]", "f32[3, 3]", "f8e4m3[300, 5]", "f32[4, 5]", "i32[2]"),
         message="scales of f8e4m3[300, 3] in tiles of [128, 1], restarting at each of 2 groups, are f32[4, 3], found f32[3, 3]",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...ir.errors import require
 from ...ir.ops import quant as ops
 from ...ir.types import bound
 from ...numerics import scale, tensorcore
@@ -44,6 +45,13 @@ def scaled_matmul(op: ops.ScaledMatmul, wide: np.dtype[Any], a: Array, a_scales:
 def grouped_scaled_matmul(
     op: ops.GroupedScaledMatmul, wide: np.dtype[Any], x: Array, x_scales: Array, w: Array, w_scales: Array, counts: Array
 ) -> Array:
+    if x.ndim == 3:
+        inside = bool(((counts >= 0) & (counts <= x.shape[1])).all())
+        require(inside, f"counts are {counts.tolist()}, but each group has {x.shape[1]} rows")
+        kept = np.arange(x.shape[1]) < counts[:, None]
+        result = np.zeros((*x.shape[:2], w.shape[1]), wide)
+        result[kept] = grouped_scaled_matmul(op, wide, x[kept], x_scales[kept], w, w_scales, counts)
+        return result
     used, groups = int(check_counts(counts, len(x))[-1]), counts.tolist()
     rows, factors = _used(x, x_scales, op.x_tile, used, groups)
     if wide == np.float64 and op.accumulation.arithmetic == "float32":

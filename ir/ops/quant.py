@@ -126,7 +126,9 @@ class GroupedScaledMatmul(Op):
     """Row r of x[R, K] times the matrix of its group, w[E, N, K], both quantised, gives [R, N]: `grouped_matmul` of scaled operands.
 
     The first counts[0] rows are group 0, the next counts[1] rows group 1, ...; rows past the sum of the counts give 0. Tiles of x
-    that span several rows restart at each group, as those of `quantize` with the same counts do.
+    that span several rows restart at each group, as those of `quantize` with the same counts do. Where x is [E, M, K], in tiles of one
+    row, each group has its own M rows, of which the first counts[e] are multiplied and the others give 0: [E, M, N]. It is what decoding
+    uses, whose shapes stay the same from one token to the next ("masked" layout).
     """
 
     x: Value
@@ -144,13 +146,15 @@ class GroupedScaledMatmul(Op):
         check_scales(x, self.x_scales.tensor, self.x_tile, _groups(self.counts))
         check_scales(w, self.w_scales.tensor, self.w_tile)
         require_int(self.counts)
-        require(x.rank == 2 and w.rank == 3, f"expected x [R, K] and w [E, N, K], found {x} and {w}")
-        require(x.shape[1] == w.shape[2], f"inner dimensions differ: x is {x}, so k = {x.shape[1]}, but w is {w}, so k = {w.shape[2]}")
+        require(x.rank in (2, 3) and w.rank == 3, f"expected x [R, K] or [E, M, K] and w [E, N, K], found {x} and {w}")
+        require(x.shape[-1] == w.shape[2], f"inner dimensions differ: x is {x}, so k = {x.shape[-1]}, but w is {w}, so k = {w.shape[2]}")
         require(self.counts.shape == w.shape[:1], f"counts are {self.counts.type}, expected one for each of {w.shape[0]} groups")
-        return (Tensor(self.out, (x.shape[0], w.shape[1])),)
+        masked = x.rank == 2 or (x.shape[0] == w.shape[0] and self.x_tile[0] == 1)
+        require(masked, f"expected x [E, M, K] with {w.shape[0]} groups, in tiles of one row, found {x} in tiles of {list(self.x_tile)}")
+        return (Tensor(self.out, (*x.shape[:-1], w.shape[1])),)
 
     def flops(self) -> int:
-        return 2 * self.result.tensor.size * bound(self.x.shape[1])
+        return 2 * self.result.tensor.size * bound(self.x.shape[-1])
 
 
 @op("grouped_scaled_matmul_wgrad")

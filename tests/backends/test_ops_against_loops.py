@@ -152,6 +152,12 @@ def scaled_matmul(op: ScaledMatmul, a: Array, a_scales: Array, b: Array, b_scale
 
 
 def grouped_scaled_matmul(op: GroupedScaledMatmul, x: Array, x_scales: Array, w: Array, w_scales: Array, counts: Array) -> list:
+    if x.ndim == 3:
+        result = np.zeros((*x.shape[:2], w.shape[1]))
+        for e, count in enumerate(numbers(counts)):
+            rows = dequantised(x[e, :count], x_scales[e, :count], op.x_tile).reshape(count, x.shape[2])
+            result[e, :count] = rows @ dequantised(w[e], w_scales[e], op.w_tile).T
+        return result.tolist()
     groups = by_group(x, x_scales, op.x_tile, counts)
     found = [rows @ dequantised(w[e], w_scales[e], op.w_tile).T for e, rows in enumerate(groups)]
     return np.concatenate([*found, np.zeros((len(x) - sum(map(len, found)), w.shape[1]))]).tolist()

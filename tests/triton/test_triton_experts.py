@@ -17,6 +17,7 @@ from dsc.backends.triton import registry
 from dsc.backends.triton.program import layout_of, plan_function
 from dsc.backends.triton.run import Executor, machine
 from dsc.backends.triton.targets import TARGETS
+from dsc.driver.measure import same_bits as same_array
 from dsc.ir.core import Func, Module, Op, Value
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad
 from dsc.ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul, scale_shape
@@ -103,6 +104,36 @@ def test_scaled_products_of_small_integers_are_exact(counts: list[int]) -> None:
     """Any order gives the same bits where every partial sum is a small integer and scales are powers of two; spare rows are +0."""
     op, operands = scaled(counts, 40, 140, exact=True)
     same_bits(op, *operands)
+
+
+def masked(counts: list[int], each: int, n: int, k: int, **attributes: Any) -> tuple[Op, tuple[Any, ...]]:
+    """A product in which every group has `each` rows of its own; those past its count are no numbers, and are never read."""
+    x, w = normal(F8, len(counts), each, k), normal(F8, len(counts), n, k)
+    sx, sw = scales(len(counts), each, -(-k // 128)), scales(len(counts), -(-n // 128), -(-k // 128))
+    for e, count in enumerate(counts):
+        x[e, count:], sx[e, count:] = np.nan, np.nan
+    operands = (x, sx, w, sw, np.array(counts, np.int32))
+    return GroupedScaledMatmul(*operands_of(*operands), **attributes), operands
+
+
+@pytest.mark.parametrize(("counts", "each"), [([70, 0, 1, 64, 65], 70), ([0, 0], 5), ([3], 200), ([1, 0], 1)], ids=str)
+def test_scaled_rows_of_groups_that_have_their_own(counts: list[int], each: int) -> None:
+    """Within the bound, 0 past each count, and to the bit what the same rows give one after another."""
+    for formula, n, k in (("deepgemm", 130, 200), ("cublas", 9, 128)):
+        op, operands = masked(counts, each, n, k, accumulation=Accumulation("float32", formula=formula))  # type: ignore[arg-type]
+        assert agrees(op, operands)
+        found = TRITON.evaluate(op, operands)[0]
+        kept = np.arange(each) < operands[-1][:, None]
+        assert not widen(found)[~kept].any()
+        rows = (operands[0][kept], operands[1][kept], *operands[2:])
+        joined = GroupedScaledMatmul(*operands_of(*rows), accumulation=op.accumulation)
+        assert same_array(found[kept], TRITON.evaluate(joined, rows)[0])
+
+
+def test_the_bound_notices_a_row_too_few_of_a_group() -> None:
+    op, operands = masked([70, 0, 3], 70, 130, 200)
+    assert agrees(op, operands)
+    assert not agrees(op, operands, (*operands[:-1], operands[-1] - np.array([1, 0, 0], np.int32)))
 
 
 def wgrad(counts: list[int], m: int, n: int, rule: str = "deepgemm", tile: int = 128, x: Any = None) -> tuple[Op, tuple[Any, ...]]:

@@ -15,6 +15,7 @@ from ....numerics.formats import FORMATS
 from ..tensors import DTYPES, rounded, widen
 from .linalg import by_groups_of_rows
 from .registry import torch_op
+from .shape import plain
 
 Tensor = torch.Tensor
 
@@ -119,6 +120,11 @@ def scaled_matmul(op: ops.ScaledMatmul, a: Tensor, a_scales: Tensor, b: Tensor, 
 @torch_op(ops.GroupedScaledMatmul, waits=True)
 def grouped_scaled_matmul(op: ops.GroupedScaledMatmul, x: Tensor, x_scales: Tensor, w: Tensor, w_scales: Tensor, counts: Tensor) -> Tensor:
     """One product per group that has rows. Waits for the counts."""
+    if x.dim() == 3:
+        kept = torch.arange(x.shape[1], device=x.device) < counts[:, None]
+        result = torch.zeros((*x.shape[:2], w.shape[1]), dtype=DTYPES[op.out], device=x.device)
+        plain(result)[kept] = plain(grouped_scaled_matmul(op, x[kept], x_scales[kept], w, w_scales, counts))
+        return result
     wide = torch.float64 if op.accumulation.arithmetic == "exact" else torch.float32
     rows = _times_scales(x, x_scales, op.x_tile, wide)
     result = torch.zeros((len(x), w.shape[1]), dtype=DTYPES[DType.f64 if wide == torch.float64 else DType.f32], device=x.device)
