@@ -24,7 +24,7 @@ from ...ir.walk import join
 from .. import Observer, Site, Weights
 from ..arrays import Data, describe, fits
 from . import torch_ops
-from .launch import Action, Load, bind
+from .launch import Action, Load, Scratch, bind
 from .program import Buffer, FunctionPlan, Step, flat
 from .registry import Slot
 from .targets import Target
@@ -39,6 +39,7 @@ class Prepared:
 
     inputs, results  where they lie: for who has data on the device already, between calls of `execute`
     actions, labels  what runs, in order, and the op that each belongs to
+    scratch          what kernels write down for themselves
     graphed          whether a GPU may replay the whole as one CUDA graph, recorded at the second run
     memory           what else the actions read, kept alive
     """
@@ -49,6 +50,7 @@ class Prepared:
     results: tuple[Held, ...]
     actions: list[Action]
     labels: list[str]
+    scratch: Scratch
     graphed: bool
     memory: tuple[Any, ...]
     graph: Any = None
@@ -73,6 +75,7 @@ class Prepared:
 
     def launch(self) -> None:
         """The actions one after the other. `DscError` names the op whose action failed."""
+        self.scratch.use()
         at = 0
         try:
             for at, action in enumerate(self.actions):  # noqa: B007 - read where an action fails
@@ -108,6 +111,7 @@ class Walk:
     device: torch.device
     target: Target
     load: Load
+    scratch: Scratch
     arena: torch.Tensor
     poison: bool
     inputs: tuple[Held, ...]
@@ -171,6 +175,7 @@ class Walk:
     def do(self, label: str, actions: Sequence[Action]) -> None:
         """Collect the actions, or do them now where an observer is to see what they did."""
         if self.observe is not None:
+            self.scratch.use()
             for action in actions:
                 action()
         else:

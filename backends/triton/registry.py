@@ -84,6 +84,7 @@ class Launch:
     constants  the `tl.constexpr` parameters: ints, floats, bools, strings
     fusion     whether the compiler may contract a * b + c where the kernel does not say `tl.fma`
     workspace  tensors that it needs besides: each as `Slot("workspace", i, ...)` among the arguments of this or a later launch
+    described  arguments that the kernel copies by tensor descriptors, which want them at multiples of 16 bytes
     """
 
     kernel: Any
@@ -94,6 +95,7 @@ class Launch:
     num_stages: int = 2
     fusion: bool = False
     workspace: tuple[Slot, ...] = ()
+    described: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:

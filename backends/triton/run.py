@@ -22,6 +22,7 @@ from .. import Observer, Weights
 from ..arrays import Array, Data, describe, fits
 from . import INTERPRET, torch_ops
 from .aot import jobs_of
+from .launch import Scratch
 from .machine_code import MachineCode
 from .memory import aligned
 from .prepared import Prepared, Walk
@@ -90,6 +91,7 @@ class Executor:
             results,
             walk.actions,
             walk.labels,
+            walk.scratch,
             self.graphs and not INTERPRET and not waits,
             (walk.arena, *walk.fetched.values(), *walk.constants.values()),
         )
@@ -117,7 +119,7 @@ class Executor:
         for i in plan.returned:
             returned.append(offset)
             offset += aligned(plan.buffers[i].bytes)
-        walk = Walk(module, weights, observe, device, target, self.code.load, arena, self.poison, held)
+        walk = Walk(module, weights, observe, device, target, self.code.load, Scratch(device), arena, self.poison, held)
         return plan, walk, walk.call(plan, "", held, 0, tuple(returned))
 
 

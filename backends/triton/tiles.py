@@ -54,17 +54,21 @@ class Gemm:
     num_warps: int
     num_stages: int
     group: int = 8
+    specialized: bool = False
+    """Whether warps divide the work: one group copies, two multiply."""
 
 
-def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, groups: int = 1, column_scales: bool = False) -> Gemm:
+def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, scale_rows: int, groups: int = 1, specialize: bool = False) -> Gemm:
     """The tile of a block-scaled FP8 product [m, k] x [n, k], scaled every `k_step` elements of k.
 
-    With `groups` it is one of so many, each of m rows on average; with `column_scales` each row of [n, k] has its own scales.
+    With `groups` it is one of so many, each of m rows on average; one scale is for `scale_rows` rows of [n, k]; `specialize` where the
+    kernel can.
 
     On Hopper m is never below 64: a narrower tile leaves the warp-group instruction, which changes speed and the bits of the result. Of
-    the tiles that do not spill there, 128 x 128 on 8 warps has the least operand traffic, 64 x 128 on 4 fills the machine sooner: it is
-    taken where the larger one would leave more than half of the units idle, where groups are short, each of which wastes half a tile, and
-    where scales of columns take the registers: Triton 3.7 spills 56 bytes of 128 x 128 then (on Blackwell 352). Where rows are not
+    the tiles that do not spill there, 128 x 128 has the least operand traffic, and is the only one that can be specialised; 64 x 128 on 4
+    warps fills the machine sooner: it is taken where the larger one would leave more than half of the units idle, where groups are short,
+    each of which wastes half a tile, and where scales of columns take the registers: Triton 3.7 spills 56 bytes of 128 x 128 on 8 warps
+    then (on Blackwell 352). Specialised tiles take one scale for all columns, and steps of 128, whose buffers fit. Where rows are not
     aligned to 16 bytes, copies cannot run ahead of the product: operands wait in registers, and the tile is smaller. CDNA3 clears -0 in
     registers, which leaves no room for 128 x 128 either: Triton 3.9 spills 120 bytes of it, 3.7 none.
     """
@@ -73,10 +77,12 @@ def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, groups: 
     if target.backend == "hip":
         return Gemm(64 if m <= 64 or target.fp8 == "fnuz" else 128, 128, k_step, 8, 2)
     if target.name == "sm_90":
-        large = _fills(m, n, 128, 128, groups, target) and not column_scales
-        return Gemm(128, 128, k_step, 8, 4) if large else Gemm(64, 128, k_step, 4, 4)
+        if scale_rows < 128 or not _fills(m, n, 128, 128, groups, target):
+            return Gemm(64, 128, k_step, 4, 4)
+        specialized = specialize and scale_rows % 128 == 0 and k_step == 128 <= k and groups * n < 2**31
+        return Gemm(128, 128, k_step, 4, 4, specialized=True) if specialized else Gemm(128, 128, k_step, 8, 4)
     if target.name == "sm_100":
-        return Gemm(64 if column_scales else 128, 128, k_step, 8, 3)
+        return Gemm(64 if scale_rows < 128 else 128, 128, k_step, 8, 3)
     return Gemm(64, 128, k_step, 8, 2)  # shared memory of 99 KiB, and accumulators in registers
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import weakref
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from dsc import backends
 from dsc.backends.triton import torch_ops
+from dsc.backends.triton.launch import Scratch
 from dsc.backends.triton.prepared import Prepared
 from dsc.backends.triton.program import layout_of, plan_function
 from dsc.backends.triton.registry import KERNELS, Kernel, Launch, Slot
@@ -149,6 +151,9 @@ def test_a_product_written_in_place_has_the_bits_of_the_other() -> None:
         assert torch.equal(made, torch_ops.run(op, (a, c))[0])
 
 
+NO_SCRATCH = Scratch(torch.device("cpu"))
+
+
 class FakeGraph:
     """Stands for torch.cuda.CUDAGraph."""
 
@@ -175,7 +180,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, failing: bool = False) -> list[st
 
 def counted(graphed: bool) -> tuple[Prepared, list[int]]:
     calls: list[int] = []
-    return Prepared((), (), (), (), [lambda: calls.append(1)], ["@main main#0: add"], graphed, ()), calls
+    return Prepared((), (), (), (), [lambda: calls.append(1)], ["@main main#0: add"], NO_SCRATCH, graphed, ()), calls
 
 
 def test_the_second_run_is_recorded_and_the_next_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,20 +214,22 @@ def test_an_action_that_fails_names_its_op() -> None:
         raise IndexError("out of range")
 
     with pytest.raises(DscError, match=r"^@main main#1: take: out of range$"):
-        Prepared((), (), (), (), [lambda: None, fail], ["@main main#0: add", "@main main#1: take"], False, ()).execute()
+        Prepared((), (), (), (), [lambda: None, fail], ["@main main#0: add", "@main main#1: take"], NO_SCRATCH, False, ()).execute()
 
 
 def test_ops_that_wait_for_values_are_named_and_no_others_do() -> None:
     """On tensors without memory an op whose function reads a value fails."""
-    for cls, sample in {s.cls: s for s in SAMPLES if s.cls in torch_ops.TORCH and "collective" not in s.cls.__module__}.items():
-        op = sample.op()
-        operands = tuple(layout_of(v.type) for v in op.operands)
-        reads = False
-        try:
-            torch_ops.run(op, operands)
-        except (RuntimeError, NotImplementedError) as error:
-            reads = "meta tensor" in str(error)
-        assert reads == (cls in WAITS), cls.name
+    reading = set()
+    seen: Counter[type[Op]] = Counter()
+    for sample in SAMPLES:
+        seen[sample.cls] += 1
+        if seen[sample.cls] <= 2 and sample.cls in torch_ops.TORCH and "collective" not in sample.cls.__module__:
+            op = sample.op()
+            try:
+                torch_ops.run(op, tuple(layout_of(v.type) for v in op.operands))
+            except (RuntimeError, NotImplementedError) as error:
+                reading |= {sample.cls} if "meta tensor" in str(error) else set()
+    assert reading == WAITS
 
 
 def test_the_workspace_of_a_launch_without_programs_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +285,9 @@ from dsc.backends.triton import aot, machine_code, run
 from dsc.backends.triton.targets import TARGETS
 from dsc.backends.triton.torch_ops.registry import INTO, WAITS
 from dsc.ir.core import Builder, Module
+from dsc.backends.arrays import STORAGE
 from dsc.ir.ops.norm import RmsNorm
+from dsc.ir.ops.quant import ScaledMatmul
 from dsc.ir.types import DType, Tensor
 run.machine = lambda: (TARGETS["sm_90"], torch.device("cpu"))
 b, layers = Builder("main"), 50
@@ -302,16 +311,30 @@ prepared.execute()
 found |= {"launches": read("launches"), "threads": read("last_threads"), "grid": read("last_grid")}
 prepared.actions[0]()
 found |= {"pointer": read("last_pointer") == prepared.inputs[0].data_ptr()}
-times = []
-for _ in range(200):
-    start = time.perf_counter()
-    prepared.execute()
-    times.append((time.perf_counter() - start) / layers)
-found["microseconds"] = min(times) * 1e6
+def microseconds(prepared):
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        prepared.execute()
+        times.append((time.perf_counter() - start) / len(prepared.actions))
+    return min(times) * 1e6
+found["microseconds"] = [microseconds(prepared)]
 (description,) = (folder / "kernels" / "sm_90").glob("*[0-9a-f].json")
 description.write_text(description.read_text().replace('"key": "', '"key": "0'))
 run.Executor().with_kernels(folder / "kernels").prepare(module, lambda *_: None, inputs)
 found["compiled where the key differs"] = len(compiled)
+b, size = Builder("main"), 2048
+a, c = (b.param(name, Tensor(DType.f8e4m3, (size, 256))) for name in "ac")
+sa, sc = b.param("sa", Tensor(DType.f32, (size, 2))), b.param("sc", Tensor(DType.f32, (size // 128, 2)))
+ops = [ScaledMatmul(a, sa, c, sc) for _ in range(20)]
+module = Module((b.finish([b.emit(op).result for op in ops]),))
+inputs = [np.ones(p.type.shape, STORAGE[p.type.dtype]) for p in module.main.params]
+prepared = run.Executor(graphs=False).prepare(module, lambda *_: None, inputs)
+prepared.execute()
+found |= {"kernel": compiled[-1].function, "grid of products": read("last_grid"), "scratch": len(prepared.scratch.buffer) > 0}
+buffer = prepared.scratch.buffer.data_ptr()
+found["microseconds"].append(microseconds(prepared))
+found["scratch stays"] = prepared.scratch.buffer.data_ptr() == buffer
 print(json.dumps(found))
 """
 
@@ -332,9 +355,10 @@ def test_launches_through_tritons_own_launcher(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    print(f"{found['microseconds']:.2f} microseconds a launch")
-    assert found.pop("microseconds") <= 8
+    print("microseconds a launch:", ", ".join(f"{each:.2f}" for each in found["microseconds"]))
+    assert max(found.pop("microseconds")) <= 8
     assert found == {
         **{"compiled": 0, "before": 0, "launches": 50, "threads": 256, "grid": 8, "pointer": True},
-        **{"compiled where the key differs": 1},
+        **{"compiled where the key differs": 1, "kernel": "scaled_matmul_specialized_kernel", "grid of products": 132},
+        **{"scratch": True, "scratch stays": True},
     }

@@ -90,7 +90,7 @@ def grouped_scaled_matmul_wgrad(
         )
         for x, y in zip((a, b), turned, strict=True)
     )
-    tile = scaled_gemm(m, n, padded, step, target, groups=groups, column_scales=op.b_tile[1] < 128)
+    tile = scaled_gemm(m, n, padded, step, target, groups=groups, scale_rows=op.b_tile[1])
     product = Launch(
         grouped_scaled_matmul_wgrad_kernel,
         grid=(ceil_div(m, tile.m) * ceil_div(n, tile.n), groups),

@@ -10,6 +10,8 @@ Accumulation  one tensor-core sum p over T elements of K, then promotion into fl
 Compared to   numpy_ref within gamma(K + 4) sum |a||b|; exactly where all sums are small integers and scales powers of two
 CDNA3 reads E4M3 with bias 8 and has no -0: stored codes count half there, so -0 is cleared and the scale is times 4 (FNUZ). A target
 without FP8 instructions widens codes to BF16, which is exact (DEQUANTIZE).
+Large products on Hopper run specialised: of the four groups of warps one copies tiles by tensor descriptors (TMA), two multiply 64 rows
+each and promote on their own, so that one promotes while the other multiplies, as in DeepGEMM. Programs persist, one on each unit.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ....ir.quantization import Accumulation
 from ....ir.types import DType
 from ..arithmetic import INTERPRET, narrow, to_bf16, widen
 from ..jit import device
-from ..registry import Declined, Launch, Slot, kernel
+from ..registry import Argument, Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import ceil_div, scaled_gemm
 
@@ -92,6 +94,39 @@ def scaled_product(a_at, sa_at, b_at, sb_at, k, steps, a_step, sa_step, b_step, 
     return accumulator
 
 
+@device
+def described_product(a_rows, row, b_rows, column, sa_at, sb_at, steps,
+                      FORMULA: tl.constexpr, A_FIRST: tl.constexpr, FORMAT_A: tl.constexpr, FORMAT_B: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """As `scaled_product`, of tiles that descriptors of the matrices copy from `row` and `column` on: zeros past the edges."""
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(steps):
+        a_scale, b_scale = tl.load(sa_at + step), tl.load(sb_at + step)  # first: behind the product the promotion would wait for them
+        a = operand(a_rows.load([row, step * BLOCK_K]), FORMAT_A, False, False)
+        b = operand(b_rows.load([column, step * BLOCK_K]), FORMAT_B, False, False)
+        accumulator = promote(tl.dot(a, tl.trans(b)), a_scale, b_scale, accumulator, FORMULA, A_FIRST)
+    return accumulator
+
+
+@triton.jit
+def scaled_matmul_specialized_kernel(A, SA, B, SB, C, m, n, k, steps, tiles,
+                                     TILE_A: tl.constexpr, TILE_B: tl.constexpr, FORMULA: tl.constexpr, FORMAT_A: tl.constexpr,
+                                     FORMAT_B: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                                     BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    a_rows = tl.make_tensor_descriptor(A, [m, k], [k, 1], [BLOCK_M, BLOCK_K])
+    b_rows = tl.make_tensor_descriptor(B, [n, k], [k, 1], [BLOCK_N, BLOCK_K])
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False, warp_specialize=True):
+        row_tile, column_tile = tile_of(tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
+        row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        sa_at = SA + (tl.minimum(row, m - 1) // TILE_A).to(tl.int64) * steps
+        sb_at = SB + (column_tile * BLOCK_N // TILE_B).to(tl.int64) * steps
+        accumulator = described_product(a_rows, row_tile * BLOCK_M, b_rows, column_tile * BLOCK_N, sa_at, sb_at, steps,
+                                        FORMULA, TILE_A == 1 or TILE_B != 1, FORMAT_A, FORMAT_B, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        at = row.to(tl.int64)[:, None] * n + column[None, :]
+        tl.store(C + at, narrow(accumulator, OUT), mask=(row < m)[:, None] & (column < n)[None, :])
+
+
 @triton.jit
 def scaled_matmul_kernel(A, SA, B, SB, C, m, n, k, steps,
                          TILE_A: tl.constexpr, TILE_B: tl.constexpr, FORMULA: tl.constexpr, FORMAT_A: tl.constexpr, FORMAT_B: tl.constexpr,
@@ -152,18 +187,42 @@ def scaled_matmul(op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: 
         return Declined(f"tiles of {op.a_tile[0]} rows over a stack of matrices, expected tiles of one row")
     a, b = a.on(target), b.on(target)
     m, n, k = c.size // max(1, c.shape[-1]), c.shape[-1], a.shape[-1]
-    tile = scaled_gemm(m, n, k, op.a_tile[1], target, column_scales=op.b_tile[0] < 128)
+    tile = scaled_gemm(m, n, k, op.a_tile[1], target, scale_rows=op.b_tile[0], specialize=True)
+    tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
+    arguments: dict[str, Argument] = {
+        "A": a,
+        "SA": a_scales,
+        "B": b,
+        "SB": b_scales,
+        "C": c,
+        "m": m,
+        "n": n,
+        "k": k,
+        "steps": ceil_div(k, tile.k),
+    }
+    constants = {
+        **{"TILE_A": op.a_tile[0], "TILE_B": op.b_tile[0], "FORMULA": accumulation.formula},
+        **{"FORMAT_A": a.format, "FORMAT_B": b.format, "OUT": c.format},
+        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group},
+    }
+    fusion = accumulation.formula != "unfused"
+    if tile.specialized:
+        return Launch(
+            scaled_matmul_specialized_kernel,
+            grid=(min(tiles, target.units),),
+            arguments=arguments | {"tiles": tiles},
+            constants=constants,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            fusion=fusion,
+            described=("A", "B"),
+        )
     return Launch(
         scaled_matmul_kernel,
-        grid=(ceil_div(m, tile.m) * ceil_div(n, tile.n),),
-        arguments={"A": a, "SA": a_scales, "B": b, "SB": b_scales, "C": c, "m": m, "n": n, "k": k, "steps": ceil_div(k, tile.k)},
-        constants={
-            **{"TILE_A": op.a_tile[0], "TILE_B": op.b_tile[0], "FORMULA": accumulation.formula},
-            **{"FORMAT_A": a.format, "FORMAT_B": b.format, "OUT": c.format},
-            **{"FNUZ": target.fp8 == "fnuz", "DEQUANTIZE": target.fp8 == "none"},
-            **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group},
-        },
+        grid=(tiles,),
+        arguments=arguments,
+        constants=constants | {"FNUZ": target.fp8 == "fnuz", "DEQUANTIZE": target.fp8 == "none"},
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        fusion=accumulation.formula != "unfused",
+        fusion=fusion,
     )
