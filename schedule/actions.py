@@ -21,6 +21,9 @@ from functools import cached_property
 
 from ..ir.errors import DscError, require
 
+Number = float
+"""Of times and sizes. Any ordered field will do: with `fractions.Fraction` every result is exact."""
+
 
 class Kind(StrEnum):
     """What an action does, in torch's words."""

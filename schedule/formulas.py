@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .simulate import Durations, Number
+from .actions import Number
+from .simulate import Durations
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..ir.errors import DscError, require
+from .actions import Number
 from .generate import NAMES, generate
-from .simulate import Durations, Number, in_flight, simulate
-from .validate import check
+from .simulate import Durations, simulate
+from .validate import check, in_flight
 
 
 @dataclass(frozen=True)

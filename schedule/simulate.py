@@ -1,4 +1,4 @@
-"""What a schedule takes: when every step runs, how long ranks idle, and how many micro-batches they keep the activations of."""
+"""What a schedule takes: when every step runs, how long ranks idle, and in which order they communicate."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..ir.errors import DscError, require
-from .actions import Action, Kind, Overlap, Schedule, Step, Token
+from .actions import Action, Kind, Number, Overlap, Schedule, Step, Token
 from .validate import counterpart, execution, needs, peer, sending
-
-Number = float
-"""Any ordered field will do: with `fractions.Fraction` durations every result is exact."""
 
 
 @dataclass(frozen=True)
@@ -140,25 +137,6 @@ def simulate(schedule: Schedule, durations: Durations | Callable[[Step], Number]
                 come[token, target] = link_free[rank, target] = begin + delay
                 transfers.append(Transfer(token, send, rank, target, begin, begin + delay))
     return Timeline(plain, tuple(map(tuple, spans)), tuple(transfers))
-
-
-def in_flight(schedule: Schedule, kept_for_weights: Number = 1) -> tuple[tuple[Number, ...], ...]:
-    """The chunks of activations that each rank holds while each of its steps runs.
-
-    A chunk is held from its forward to the end of its backward. Where that is split, I lets go of all but `kept_for_weights` of it, and W
-    of the rest.
-    """
-    freed = {Kind.F: 0, Kind.B: 1, Kind.I: 1 - kept_for_weights, Kind.W: kept_for_weights}
-    rows = []
-    for row in schedule.compute().rows:
-        held: Number = 0
-        found = []
-        for step in row:
-            held += sum(action.kind is Kind.F for action in step.parts)
-            found.append(held)
-            held -= sum(freed[action.kind] for action in step.parts)
-        rows.append(tuple(found))
-    return tuple(rows)
 
 
 def lower(timeline: Timeline) -> Schedule:

@@ -7,8 +7,9 @@ from html import escape
 from math import floor
 from typing import Any
 
-from .actions import Action, Overlap, Step, Token
-from .simulate import Number, Span, Timeline, in_flight
+from .actions import Action, Number, Overlap, Step, Token
+from .simulate import Span, Timeline
+from .validate import in_flight
 
 COLOURS = {"F": "#8fb8de", "I": "#f2c078", "W": "#a5c882", "B": "#e8998d", "FB": "#b9a0d0"}
 """Of each kind of step in SVG."""

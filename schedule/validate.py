@@ -7,24 +7,50 @@ anywhere.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from ..ir.errors import DscError
-from .actions import COMPUTE, Action, Kind, Schedule, Step, Token
+from .actions import COMPUTE, Action, Kind, Number, Schedule, Step, Token
 
 AROUND = 3
 """Cells that are shown on each side of the one that is wrong."""
 
 
-def check(schedule: Schedule) -> None:
-    """Raise `DscError` at the first fault: one line that says what is wrong, and the part of the grid where, the cell marked."""
+def check(schedule: Schedule, most: Number | None = None) -> None:
+    """Raise `DscError` at the first fault: one line that says what is wrong, and the part of the grid where, the cell marked.
+
+    `most` is how many chunks of activations a rank has room for.
+    """
     _check_counts(schedule)
     for _ in execution(schedule.compute()):
         pass
     if schedule.lowered:
         _check_transfers(schedule)
         _check_rendezvous(schedule)
+    for rank, row in enumerate(in_flight(schedule)):
+        cell = next((cell for cell, held in enumerate(row) if most is not None and held > most), None)
+        if cell is not None:
+            _fail(schedule.compute(), f"the rank holds the activations of {row[cell]:g} chunks, but has room for {most:g}", rank, cell)
+
+
+def in_flight(schedule: Schedule, kept_for_weights: Number = 1, sizes: Sequence[Number] | None = None) -> tuple[tuple[Number, ...], ...]:
+    """The chunks of activations that each rank holds while each of its computations runs, in that order.
+
+    A chunk is held from its forward to the end of its backward. Where that is split, I lets go of all but `kept_for_weights` of it, and W of
+    the rest. `sizes` are what a chunk of each stage counts, in bytes say, instead of 1.
+    """
+    freed = {Kind.F: 0, Kind.B: 1, Kind.I: 1 - kept_for_weights, Kind.W: kept_for_weights}
+    rows = []
+    for row in schedule.compute().rows:
+        held: Number = 0
+        found = []
+        for step in row:
+            held += sum(sizes[a.stage] if sizes else 1 for a in step.parts if a.kind is Kind.F)
+            found.append(held)
+            held -= sum(freed[a.kind] * (sizes[a.stage] if sizes else 1) for a in step.parts)
+        rows.append(tuple(found))
+    return tuple(rows)
 
 
 def execution(schedule: Schedule) -> Iterator[tuple[int, int, Step]]:

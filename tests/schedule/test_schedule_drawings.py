@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from dsc.schedule.generate import generate
-from dsc.schedule.simulate import Durations, Timeline, in_flight, simulate
+from dsc.schedule.simulate import Durations, Timeline, simulate
 from dsc.schedule.timeline import MOST_BANDS, svg, text_grid, trace
+from dsc.schedule.validate import in_flight
 
 
 def timelines() -> list[Timeline]:

@@ -136,6 +136,18 @@ def test_a_swapped_microbatch_is_shown() -> None:
     assert ">1RECV_F1<" in text
 
 
+def test_more_activations_than_there_is_room_for_are_shown() -> None:
+    schedule = generate("1f1b", 4, 8)
+    check(schedule, most=4)
+    with pytest.raises(DscError) as error:
+        check(schedule, most=3)
+    assert str(error.value).splitlines()[:3] == [
+        "1f1b, rank 0, cell 3: the rank holds the activations of 4 chunks, but has room for 3",
+        "          0    1    2    3      4    5    6",
+        "  rank 0  0F0  0F1  0F2  >0F3<  0B0  0F4  0B1",
+    ]
+
+
 def test_ranks_that_wait_for_each_other_are_named() -> None:
     """Rank 0 wants the gradient of micro-batch 1 first, rank 1 makes it after that of micro-batch 0, for which it wants a later forward."""
     text = fault(parse("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "ring.csv"))

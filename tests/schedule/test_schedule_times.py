@@ -17,8 +17,8 @@ from dsc.schedule.actions import Kind, Schedule, parse
 from dsc.schedule.formulas import closed_form
 from dsc.schedule.generate import NAMES, generate
 from dsc.schedule.search import Memory, search
-from dsc.schedule.simulate import Durations, in_flight, lower, parse_durations, simulate
-from dsc.schedule.validate import check
+from dsc.schedule.simulate import Durations, lower, parse_durations, simulate
+from dsc.schedule.validate import check, in_flight
 
 Case = tuple[str, int, int, int]
 
@@ -190,6 +190,19 @@ def test_weights_may_let_go_early() -> None:
     assert [max(row) for row in in_flight(schedule, 0)] == [4, 3, 2, 1]
     assert [max(row) for row in in_flight(schedule)] == [4, 4, 4, 4]
     assert max(map(max, in_flight(schedule, Fraction(1, 2)))) == 4
+
+
+def test_stages_may_hold_more_or_less() -> None:
+    """Stage s keeps 10 s bytes of a micro-batch: with two stages on a rank, each counts by its own."""
+    schedule = generate("interleaved", 4, 2)
+    sizes = [0, 10, 20, 30]
+    for rank, row in enumerate(schedule.rows):
+        held = most = 0
+        for step in row:
+            held += sizes[step.parts[0].stage] if step.parts[0].kind is Kind.F else 0
+            most = max(most, held)
+            held -= sizes[step.parts[0].stage] if step.parts[0].kind is Kind.B else 0
+        assert max(in_flight(schedule, sizes=sizes)[rank]) == most
 
 
 def test_stages_that_differ() -> None:
