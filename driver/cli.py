@@ -51,7 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]  # it may stand before or after the command
     try:
-        from . import commands, diff_command, list_commands, place_command, schedule_command, train_command  # noqa: F401 - attach the commands to the group
+        from . import (  # noqa: F401 - attach the commands to the group
+            commands,
+            diff_command,
+            export_command,
+            list_commands,
+            place_command,
+            schedule_command,
+            train_command,
+        )
 
         code = cli.main(given or ["--help"], prog_name="dsc", standalone_mode=False, obj=("dsc", *given))
         sys.stdout.flush()

@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,11 +22,19 @@ from .random_weights import RandomWeights
 from .safetensors_file import FileTensor, SafetensorsFile, write_safetensors
 from .state_dict import StateDict
 from .stored_weights import StoredWeights
-from .weights import DTYPE_NAMES, Wanted, Weights
+from .weights import DTYPE_NAMES, Wanted, Weights, type_text
 
 __all__ = ["CheckpointFolder", "RandomWeights", "StateDict", "Wanted", "Weights", "open_weights", "save_checkpoint"]
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+class Place(NamedTuple):
+    """Where a tensor of `shape` begins in a file, in bytes."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
 
 
 class CheckpointFolder(StoredWeights):
@@ -46,6 +54,20 @@ class CheckpointFolder(StoredWeights):
         self.config: dict[str, Any] = read_json(path) if path.exists() else {}
         tensors = self._single() if (self.folder / SINGLE).exists() else self._sharded()
         super().__init__(tensors, f"checkpoint {self.folder}", {**self.config, **(config or {})})
+
+    def places(self, wanted: Wanted) -> list[Place]:
+        """Where the bytes of `wanted` lie just as the program reads them: in one place, or one for each matrix of a stack.
+
+        Raises `DscError` where `check` would, and where the tensor would have to be converted.
+        """
+        copies, problems = self._plan(wanted)
+        self._report(problems)
+        found = []
+        for tensor, part in ((self.tensors[copy.source.tensor.name], copy.source.part) for copy in copies):
+            stored, expected = type_text(tensor.dtype, part.shape), f"{wanted.name}: expected {type_text(wanted.dtype, part.shape)}"
+            require(tensor.dtype == wanted.dtype, f"{expected} as the program reads it, found {stored} in {tensor.where}")
+            found.append(Place(tensor.file.path, tensor.start + _offset(tensor, part.index), part.shape))
+        return found
 
     def _single(self) -> dict[str, FileTensor]:
         return SafetensorsFile(self.folder / SINGLE).tensors
@@ -92,6 +114,15 @@ def open_weights(spec: str | Path | Mapping[str, Any] | Weights, *, config: Mapp
         return spec
     found = repr(str(spec)) if isinstance(spec, str | Path) else f"an object of type {type(spec).__name__}"
     raise DscError(f"weights: found {found}, expected random:SEED, a checkpoint folder, or a mapping such as model.state_dict()")
+
+
+def _offset(tensor: FileTensor, index: tuple[int | slice, ...]) -> int:
+    """How many bytes into `tensor` its part `tensor[index]` begins, which is whole rows of it."""
+    stride, offset = tensor.nbytes, 0
+    for at, extent in zip(index, tensor.shape, strict=False):
+        stride //= extent
+        offset += stride * (at.start if isinstance(at, slice) else at)
+    return offset
 
 
 def save_checkpoint(folder: str | Path, weights: Mapping[str, np.ndarray], config: Mapping[str, Any], shard_bytes: float = 5e9) -> None:
