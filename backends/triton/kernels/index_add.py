@@ -20,7 +20,7 @@ from ..registry import Argument, Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import ceil_div, power_of_two, warps
 
-BLOCK, LINKED, COMPARED = 4096, 32, 128
+BLOCK, LINKED, COMPARED = 4096, 32, 64
 """Elements that a program copies; rows that one links; others that they are compared with at a time."""
 DTYPES = (DType.f32, DType.bf16, DType.f16)
 
