@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             place_command,
             schedule_command,
             train_command,
+            tune_command,
         )
 
         code = cli.main(given or ["--help"], prog_name="dsc", standalone_mode=False, obj=("dsc", *given))

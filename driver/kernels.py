@@ -1,4 +1,4 @@
-"""`dsc compile --target`: machine code of every kernel that a program needs, beside its IR."""
+"""`dsc compile --target`: machine code of every kernel that a program needs, beside its IR. And `dsc tune`: tiles measured on a GPU."""
 
 from __future__ import annotations
 
@@ -43,3 +43,20 @@ def compile_kernels(
         cached = sum(c.cached for c in mine)
         found.append({"target": target.name, "kernels": len(mine), "cached": cached, "spilling": spilled, "matrix": matrix})
     return found
+
+
+def tune_tiles(module: Module, file: Path, on_done: Callable[[str], None] = lambda key: None) -> tuple[str, list[Any]]:
+    """Measure the tiles of the program's products on this machine's GPU, add the fastest to `file`; the GPU's name, what was measured.
+
+    `DscError` where there is no GPU.
+    """
+    require(find_spec("triton") is not None, "dsc tune needs the package triton: pip install 'dsc[triton]'")
+    import torch
+
+    require(torch.cuda.is_available(), "dsc tune measures on a GPU, and there is none here; tiles are chosen by shape and device")
+    from ..backends.triton import targets, tune, tuned
+
+    device = torch.cuda.get_device_name(0)
+    found = tune.tune(module, targets.this_gpu(), tune.time_on_gpu, on_done)
+    tuned.write_tiles(file, device, {m.key: m.best for m in found})
+    return device, found

@@ -6,7 +6,7 @@ On a machine without a GPU the kernels run in Triton's interpreter, on tensors i
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from .program import FunctionPlan, Plans, plan_function, total_bytes
 from .targets import INTERPRETED, Target, this_gpu
 from .tensors import Held, from_numpy, to_numpy
 from .torch_ops.registry import WAITS
+from .tuned import tuned_here
 
 
 @cache
@@ -38,7 +39,7 @@ def machine() -> tuple[Target, torch.device]:
     if INTERPRET:
         print("dsc: no GPU: Triton kernels run in its interpreter, on the CPU", file=sys.stderr)
         return INTERPRETED, torch.device("cpu")
-    return this_gpu(), torch.device("cuda")
+    return replace(this_gpu(), tuned=tuned_here()), torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,14 @@ class Executor:
 
     poison  overwrite a buffer after its last use, so that a read of dead memory shows
     graphs  on a GPU, replay a prepared program as a CUDA graph from its second run on, where no op waits for the host
+    tuned   tiles in place of those chosen by shape, and of those that a file gives (tune.py)
     code    machine code for the GPU
     kept    what `run` has prepared, for as long as both the weights and the module are in use elsewhere
     """
 
     poison: bool = False
     graphs: bool = True
+    tuned: Mapping[str, Any] | None = None
     code: MachineCode = field(default_factory=MachineCode, compare=False, repr=False)
     plans: WeakKeyDictionary[Module, Plans] = field(default_factory=WeakKeyDictionary, compare=False, repr=False)
     kept: WeakKeyDictionary[Weights, WeakKeyDictionary[Module, dict[Any, Prepared]]] = field(
@@ -108,6 +111,8 @@ class Executor:
     ) -> tuple[FunctionPlan, Walk, tuple[Held, ...]]:
         """The plan, the way through it, and the results: computed with an observer, else where they are going to lie."""
         target, device = machine()
+        if self.tuned is not None:
+            target = replace(target, tuned=self.tuned)
         held = tuple(from_numpy(given, param.type, device) for param, given in zip(module.main.params, inputs, strict=True))
         if observe is None:
             held = tuple(map(_own, held))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from ...ir.errors import DscError, require
 
@@ -16,6 +16,7 @@ class Target:
     fp8           how its matrix instruction takes E4M3: "ocp" as stored | "fnuz" with bias 8 and no -0, so codes stored as OCP count half
                   (CDNA3) | "none": no such instruction
     units         streaming multiprocessors or compute units of the usual part: how many programs run at once
+    tuned         a mapping from what a tile is chosen for to the tile, in place of what tiles.py computes; or None (tune.py)
     instructions  what a matrix product of FP8 becomes there, as it stands in PTX or AMD assembly: compiled kernels are checked for it
     """
 
@@ -26,6 +27,7 @@ class Target:
     fp8: Literal["ocp", "fnuz", "none"]
     units: int
     instruction: str
+    tuned: Any = field(default=None, compare=False)
 
     @property
     def binary(self) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec
 
 from .targets import Target
 
@@ -58,6 +62,28 @@ class Gemm:
     """Whether warps divide the work: one group copies, two multiply."""
 
 
+P = ParamSpec("P")
+
+
+def tunable(choose: Callable[P, Gemm]) -> Callable[P, Gemm]:
+    """A choice that a file may override: by the name of the function and its arguments, `m` up to a power of two."""
+    parameters = signature(choose)
+
+    @wraps(choose)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> Gemm:
+        given = parameters.bind(*args, **kwargs)
+        target = given.arguments["target"]
+        if target.tuned is None:
+            return choose(*args, **kwargs)
+        given.apply_defaults()
+        values = {name: power_of_two(v) if name == "m" else v for name, v in given.arguments.items() if name != "target"}
+        key = " ".join((choose.__name__, *(f"{name}={v}" for name, v in values.items())))
+        return target.tuned.get(key, choose(*args, **kwargs))
+
+    return chosen
+
+
+@tunable
 def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, scale_rows: int, groups: int = 1, specialize: bool = False) -> Gemm:
     """The tile of a block-scaled FP8 product [m, k] x [n, k], scaled every `k_step` elements of k.
 
@@ -86,6 +112,7 @@ def scaled_gemm(m: int, n: int, k: int, k_step: int, target: Target, *, scale_ro
     return Gemm(64, 128, k_step, 8, 2)  # shared memory of 99 KiB, and accumulators in registers
 
 
+@tunable
 def gemm(m: int, n: int, groups: int, bits: int, aligned: bool, target: Target) -> Gemm:
     """The tile of `groups` products of m x n elements on average, with operands of 16 or 32 `bits`; `aligned`: their rows are, to 16 bytes.
 
