@@ -32,7 +32,8 @@ from .ui import emit_json, plural, table
     "--durations",
     default="",
     metavar="F=1,I=1,W=1,...",
-    help="Time of a stage's forward and of its backward's two parts; overlap=, a forward and a backward as one; comm=, a transfer.",
+    help="Time of a stage's forward and of its backward's two parts; overlap=, a forward and a backward as one; comm=, a transfer; "
+    "comm_overlap=, a transfer after an overlapped pair.",
 )
 @click.option(
     "--memory", type=float, metavar="CAP", help="With auto: what a rank has for activations and parameters, in stage-activations."
@@ -146,7 +147,7 @@ def _document(shown: Schedule, timeline: Timeline, cost: Durations) -> dict[str,
         "stages": shown.stages,
         "ranks": shown.ranks,
         "microbatches": shown.microbatches,
-        "durations": {"F": cost.F, "I": cost.I, "W": cost.W, "overlap": cost.FB, "comm": cost.comm},
+        "durations": {"F": cost.F, "I": cost.I, "W": cost.W, "overlap": cost.FB, "comm": cost.comm, "comm_overlap": cost.comm_overlap},
         "time": timeline.time,
         "bubbles": timeline.bubbles,
         "peak_chunks": [max(row) for row in in_flight(shown)],

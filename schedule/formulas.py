@@ -30,7 +30,7 @@ def closed_form(name: str, stages: int, chunks: int, durations: Durations) -> Cl
     """
     d, ranks = durations, stages // chunks
     even = d.FB == d.F + d.B
-    free = d.comm == 0
+    free = d.comm == 0 == (d.comm_overlap or 0)
     match name:
         case "1f1b":
             return ClosedForm((stages - 1) * (d.F + d.B), stages, free, "(PP-1)(F+B)", "DeepSeek-V3 report, table 2")

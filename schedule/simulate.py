@@ -16,7 +16,8 @@ class Durations:
     """How long the steps of a chunk (a stage of one rank) take, in any unit. A full backward, B, is I and W.
 
     `overlap` is a forward and a full backward as one, F + B where it is not given. `comm` passes between the end of a step and the moment
-    at which what it made has come to another rank; the link to that rank carries one tensor at a time.
+    at which what it made has come to another rank; the link to that rank carries one tensor at a time. `comm_overlap` is the same for
+    overlapped pairs, whose transfers may go on inside them (DeepSeek-V3 report, figure 4: 0); without it, it is `comm`.
     """
 
     F: Number = 1
@@ -24,6 +25,7 @@ class Durations:
     W: Number = 1
     overlap: Number | None = None
     comm: Number = 0
+    comm_overlap: Number | None = None
 
     @property
     def B(self) -> Number:
@@ -40,6 +42,10 @@ class Durations:
         if isinstance(step, Overlap):
             return self.FB
         return {Kind.F: self.F, Kind.I: self.I, Kind.W: self.W, Kind.B: self.B}[step.kind]
+
+    def transfer(self, step: Step) -> Number:
+        """How long what `step` made is under way after it."""
+        return self.comm if self.comm_overlap is None or isinstance(step, Action) else self.comm_overlap
 
     def scaled(self, part: Number) -> Durations:
         """Those of a chunk that is `part` of this one. What a transfer takes does not depend on that."""
@@ -109,14 +115,19 @@ class Timeline:
         return tuple(self.time - sum(span.end - span.start for span in row) for row in self.spans)
 
 
-def simulate(schedule: Schedule, durations: Durations | Callable[[Step], Number] | None = None, comm: Number | None = None) -> Timeline:
+def simulate(
+    schedule: Schedule,
+    durations: Durations | Callable[[Step], Number] | None = None,
+    transfer: Callable[[Step], Number] | None = None,
+) -> Timeline:
     """Run a schedule that `check` passes: each step as soon as its rank is free and what it needs has come.
 
-    `durations` may be any function of the step, for stages that differ; then `comm` is the time of a transfer. Sends and receives that
-    stand in the schedule are not waited for in order: transfers run beside computation, as asynchronous ones do.
+    `durations` may be any function of the step, for stages that differ, and `transfer` another, of the time for which what a step made is
+    under way to another rank. Sends and receives that stand in the schedule are not waited for in order: transfers run beside
+    computation.
     """
     cost = durations or Durations()
-    delay = comm if comm is not None else cost.comm if isinstance(cost, Durations) else 0
+    delay = transfer or (cost.transfer if isinstance(cost, Durations) else lambda step: 0)
     plain = schedule.compute()
     spans: list[list[Span]] = [[] for _ in plain.rows]
     come: dict[tuple[Token, int], Number] = {}
@@ -134,8 +145,8 @@ def simulate(schedule: Schedule, durations: Durations | Callable[[Step], Number]
             come[token, rank] = end
             if (send := sending(action, plain.stages)) and (target := peer(plain, send)) != rank:
                 begin = max(end, link_free.get((rank, target), 0))
-                come[token, target] = link_free[rank, target] = begin + delay
-                transfers.append(Transfer(token, send, rank, target, begin, begin + delay))
+                come[token, target] = link_free[rank, target] = begin + delay(step)
+                transfers.append(Transfer(token, send, rank, target, begin, come[token, target]))
     return Timeline(plain, tuple(map(tuple, spans)), tuple(transfers))
 
 

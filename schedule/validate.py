@@ -37,7 +37,7 @@ def check(schedule: Schedule, most: Number | None = None) -> None:
 def in_flight(schedule: Schedule, kept_for_weights: Number = 1, sizes: Sequence[Number] | None = None) -> tuple[tuple[Number, ...], ...]:
     """The chunks of activations that each rank holds while each of its computations runs, in that order.
 
-    A chunk is held from its forward to the end of its backward. Where that is split, I lets go of all but `kept_for_weights` of it, and W of
+    A chunk is held from its forward to the end of its backward. Where that is split, I lets go of all but `kept_for_weights` of it, W of
     the rest. `sizes` are what a chunk of each stage counts, in bytes say, instead of 1.
     """
     freed = {Kind.F: 0, Kind.B: 1, Kind.I: 1 - kept_for_weights, Kind.W: kept_for_weights}

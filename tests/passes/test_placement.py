@@ -17,6 +17,7 @@ from dsc.ir.errors import DscError
 from dsc.passes.placement import (
     GOOD_ENOUGH,
     Placement,
+    _spread,
     balanced,
     balancedness,
     best_balancedness,
@@ -108,6 +109,14 @@ def test_every_expert_has_a_slot_and_every_slot_an_expert(case: tuple[list[list[
             assert found.replicas(layer) == [slots.count(e) for e in range(experts)]
     own = balanced(loads, replicas, gpus, nodes)
     assert all(len(set(gpu)) == len(gpu) for layer in range(len(loads)) for gpu in own.on_gpus(layer))
+
+
+def test_replicas_that_fit_nowhere_are_exchanged_in() -> None:
+    """GPU 0 takes the heavy expert 1; 2, 3 and 4 fill GPU 1; then both replicas of 0 would have to go to GPU 0."""
+    held = _spread([(1, 100.0), (2, 2.0), (3, 2.0), (4, 2.0), (0, 1.0), (0, 1.0)], 2, 3)
+    assert [len(gpu) for gpu in held] == [3, 3]
+    assert held[0] | held[1] == {0, 1, 2, 3, 4}
+    assert held[0] & held[1] == {0}
 
 
 @given(cases())

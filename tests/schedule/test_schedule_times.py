@@ -132,7 +132,7 @@ def longest_path(schedule: Schedule, d: Durations) -> Any:
                 for key in after:
                     if key in step_of and step_of[key][0] != rank:
                         node = ("transfer", key)
-                        length[node] = d.comm
+                        length[node] = d.comm_overlap if len(step.parts) == 2 else d.comm
                         edges += [((rank, cell), node), (node, step_of[key])]
                         if (link := (rank, step_of[key][0])) in links:
                             edges.append((links[link], node))
@@ -151,9 +151,9 @@ def longest_path(schedule: Schedule, d: Durations) -> Any:
 
 
 @settings(max_examples=25)
-@given(cases(), durations, st.fractions(0, 2, max_denominator=6))
-def test_the_time_is_that_of_the_longest_path(case: Case, d: Durations, comm: Fraction) -> None:
-    with_transfers = Durations(d.F, d.I, d.W, comm=comm)
+@given(cases(), durations, st.fractions(0, 2, max_denominator=6), st.fractions(0, 1, max_denominator=6))
+def test_the_time_is_that_of_the_longest_path(case: Case, d: Durations, comm: Fraction, comm_overlap: Fraction) -> None:
+    with_transfers = Durations(d.F, d.I, d.W, comm=comm, comm_overlap=comm_overlap)
     schedule = made(case)
     assert simulate(schedule, with_transfers).time == longest_path(schedule, with_transfers)
 
@@ -207,7 +207,7 @@ def test_stages_may_hold_more_or_less() -> None:
 
 def test_stages_that_differ() -> None:
     """Durations may be any function of the step: the first stage, with an embedding, twice as long."""
-    found = simulate(generate("1f1b", 2, 2), lambda step: 2 if step.parts[0].stage == 0 else 1, comm=1)
+    found = simulate(generate("1f1b", 2, 2), lambda step: 2 if step.parts[0].stage == 0 else 1, lambda step: 1)
     # 0F0 0-2, 0F1 2-4; 1F0 3-4, 1B0 4-5, 1F1 5-6, 1B1 6-7; 0B0 6-8, 0B1 8-10
     assert [[(span.start, span.end) for span in row] for row in found.spans] == [
         [(0, 2), (2, 4), (6, 8), (8, 10)],
@@ -263,7 +263,7 @@ def test_what_cannot_be_generated(arguments: Any, message: str) -> None:
     [
         ("F=one", "--durations: 'F=one', expected a number, such as F=1"),
         ("F=-1", "--durations: 'F=-1', expected a number of 0 or more"),
-        ("X=1", "--durations: unknown 'X', expected some of F, I, W, overlap, comm, B, such as F=1,I=1,W=0.8"),
+        ("X=1", "--durations: unknown 'X', expected some of F, I, W, overlap, comm, comm_overlap, B, such as F=1,I=1,W=0.8"),
         ("B=2,W=1", "--durations: B is I and W: expected B, or I and W"),
         ("F=0", "--durations: F and I are expected to take time"),
     ],
@@ -278,3 +278,15 @@ def test_durations_as_text() -> None:
     assert parse_durations("F=2,B=3,comm=0.5") == Durations(2, 1.5, 1.5, comm=0.5)
     assert parse_durations("") == Durations()
     assert parse_durations("overlap=2.5").FB == 2.5
+
+
+def test_what_transfers_cost_dualpipe() -> None:
+    """Neighbours wait for each other in every pair, and the two tensors of a pair go to the same one: unless transfers go on inside, it
+    costs both; but not for the first and the last pair, around which ranks wait anyway.
+    """
+    schedule = generate("dualpipe", 16, 120)
+    after = simulate(schedule, Durations(comm=Fraction(1, 10))).time
+    inside = simulate(schedule, Durations(comm=Fraction(1, 10), comm_overlap=0)).time
+    pairs = max(sum(len(step.parts) == 2 for step in row) for row in schedule.rows)
+    assert simulate(schedule).time == 374 < inside < 378
+    assert 2 * (pairs - 2) * Fraction(1, 10) <= after - inside <= 2 * pairs * Fraction(1, 10)
