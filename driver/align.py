@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
 from ..ir.core import Func, Module, Op
+from ..ir.ops.fused import Fused
 from ..ir.types import Tensor
 
 
@@ -20,15 +21,22 @@ def align(a: Module, b: Module) -> Mapping[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
     for func in b.funcs:
         if func.name in a.by_name:
-            mine, theirs = _components(a[func.name]), _components(func)
+            mine, theirs = _components(a, a[func.name]), _components(b, func)
             for component, ops in theirs.items():
                 found |= {(func.name, id_b): id_a for id_b, id_a in _pair(mine.get(component, []), ops).items()}
     return found
 
 
-def _components(func: Func) -> dict[str, list[Op]]:
-    found: dict[str, list[Op]] = {}
+def _ops(module: Module, func: Func) -> Iterator[Op]:
     for op in func.ops:
+        if isinstance(op, Fused):
+            yield from module[op.callee].ops
+        yield op
+
+
+def _components(module: Module, func: Func) -> dict[str, list[Op]]:
+    found: dict[str, list[Op]] = {}
+    for op in _ops(module, func):
         found.setdefault(op.id.rpartition("#")[0], []).append(op)
     return found
 

@@ -33,7 +33,7 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--batch", type=int, help="Sequences per micro-batch. Default: 1.")
 @click.option("--seq", type=int, help="Tokens per sequence. Default: 4096, 64 for a -tiny model.")
 @click.option("--context", type=int, help="Cache length of decode. Default: as --seq.")
-@click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify; in train mode autodiff too.")
+@click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify; in train mode autodiff, with --target fuse.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="Quantise by this recipe (deepseek-v3, ...), within the default pipeline.")
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
@@ -70,8 +70,8 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
         def add_kernels(module: Module, folder: Path) -> None:
             kernels.extend(compile_kernels(module, folder, targets, lambda n: bar("compiling kernels", n)))
 
-        command = click.get_current_context().obj
-        made = build(source, out, command=command, on_step=bar("compiling"), add=add_kernels if targets else None, **options)
+        command, add = click.get_current_context().obj, add_kernels if targets else None
+        made = build(source, out, command=command, on_step=bar("compiling"), fuse=bool(targets), add=add, **options)
     seconds = time.perf_counter() - start
     from ..ir.walk import parameters
 

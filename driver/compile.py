@@ -111,6 +111,7 @@ def compile(
     weights: str = "none",
     overrides: Sequence[str] = (),
     command: Sequence[str] = (),
+    fuse: bool = False,
     on_step: Callable[[str], None] = lambda step: None,
     add: Callable[[Module, Path], None] | None = None,
 ) -> Artifact:
@@ -118,7 +119,8 @@ def compile(
 
     `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
     text; without it the default one runs, with quantisation by `recipe` if one is named. `until` is a stage to stop at, `weights`
-    one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. `on_step` is called with
+    one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. With `fuse` the default
+    pipeline ends with that pass, as it does where kernels are compiled. `on_step` is called with
     the name of each step that is done; `add` is given the program and the folder before it takes its place, and may write more there.
 
     >>> artifact = dsc.compile("deepseek-v3-tiny", out="tiny", seq=16)
@@ -131,13 +133,14 @@ def compile(
     artifact.check_target(target)
     check_until(until)
     require(passes is None or recipe is None, "--recipe belongs to the default pipeline; in --passes write quantize-fp8{recipe=...}")
-    pipeline = parse_pipeline(default_pipeline(recipe, None) if passes is None else passes)  # what is wrong is said before any work
+    chosen = default_pipeline(recipe, None, fuse=fuse) if passes is None else passes
+    pipeline = parse_pipeline(chosen)  # what is wrong is said before any work
     start = time.perf_counter()
     found, module, config = read(source, mode=mode, batch=batch, seq=seq, context=context, overrides=overrides)
     seconds = time.perf_counter() - start
     on_step("traced")
     if passes is None:
-        pipeline = parse_pipeline(default_pipeline(recipe, config, mode))
+        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse))
     with artifact.beside(target) as folder:
         (folder / "ir").mkdir()
         writer = _Snapshots(folder)
@@ -177,21 +180,22 @@ def compile(
     return artifact.load(target)
 
 
-def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: str = "forward") -> str:
-    """The passes that run where none are given: in training differentiation, then quantisation by `recipe` if there is one.
+def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: str = "forward", fuse: bool = False) -> str:
+    """The passes that run where none are given: in training differentiation, then quantisation by `recipe` if there is one; then `fuse`.
 
     A checkpoint that is in FP8 already, in the blocks that the recipe has, is read as it is; in training it is not, for there the
     weights change.
     """
     first = f"{DEFAULT_PASSES},autodiff,{DEFAULT_PASSES}" if mode == "train" else DEFAULT_PASSES
+    last = ",fuse" if fuse else ""
     if recipe is None:
-        return first
+        return first + last
     from ..passes.recipe import recipe as by_name
 
     chosen = by_name(recipe).weight
     blocks = ((config or {}).get("quantization_config") or {}).get("weight_block_size")
     stored = mode != "train" and chosen is not None and chosen.format is DType.f8e4m3 and blocks == list(chosen.tile)
-    return f"{first},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}"
+    return f"{first},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}{last}"
 
 
 def _update_of(module: Module, config: dict[str, Any] | None) -> Module | None:

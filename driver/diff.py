@@ -101,6 +101,7 @@ class _Record:
 
     def __init__(self, a: Module, b: Module, on_step: Step) -> None:
         self.ids = align(a, b)
+        self.module = b
         self.on_step = on_step
         self.entries: dict[str, Entry] = {}
 
@@ -258,7 +259,7 @@ class _Forced:
         joined = [np.concatenate([real(x).ravel() for x in flat(side)]) for side in (results_a, results)]
         self.local[name] = measure(*joined)
         if self.bounded and op.operands:
-            self.ratio[name] = _bound_ratio(op, operands_a, results_a, results)
+            self.ratio[name] = _bound_ratio(self.recorded.module, op, operands_a, results_a, results)
         return tuple(_as(v.type, x) for v, x in zip(op.results, results_a, strict=True))
 
 
@@ -298,11 +299,11 @@ def _op_diff(site: str, name: str, kind: str, equal: bool, pairs: list[tuple[np.
     return OpDiff(site, name, kind, equal, measure(*joined), rest)
 
 
-def _bound_ratio(op: Op, operands: tuple[Data, ...], results: tuple[Data, ...], others: tuple[Data, ...]) -> float:
+def _bound_ratio(module: Module, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...], others: tuple[Data, ...]) -> float:
     from ..testing.agree import share_of_bound
     from ..testing.bounds import bound
 
-    limits = bound(op, operands, results)
+    limits = bound(op, operands, results, module=module)
     return max(
         (float(share_of_bound(*each).max(initial=0.0)) for each in zip(flat(results), flat(others), limits, strict=True)), default=0.0
     )

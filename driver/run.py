@@ -32,7 +32,7 @@ def run(
 
     `weights` is a mapping of names to arrays or tensors (a `state_dict`), a checkpoint folder, or `random:SEED`; without it the
     artifact's own, else `random:0`. `inputs` is a tuple in the order of the parameters, a mapping by name, or an .npz file;
-    without it seeded ones. `observe` sees every op that runs (see `dsc.backends`).
+    without it seeded ones. `observe` sees every op that runs (see `dsc.backends`). Triton runs the program as `fuse` makes it.
 
     >>> logits, = dsc.run(dsc.trace("deepseek-v3-tiny", seq=16), weights="random:0")
     """
@@ -42,6 +42,10 @@ def run(
     if isinstance(program, Artifact) and (with_kernels := getattr(runner, "with_kernels", None)):
         runner = with_kernels(program.path / KERNELS)
     module, spec, config = unpack(program, weights)
+    if backend == "triton" and module.stage != "lowered":
+        from ..passes.manager import apply
+
+        module = apply(module, "fuse")
     return runner.run(module, open_weights(spec, module, config), prepare(module, inputs), observe)
 
 

@@ -14,7 +14,7 @@ from math import prod
 from .core import Op, Trait, Value
 from .errors import DscError
 from .ops.control import Literal
-from .ops.elementwise import Pow, Remainder
+from .ops.elementwise import Cos, Pow, Remainder, Sin
 from .ops.norm import RmsNorm
 from .ops.quant import Dequantize, Quantize
 from .ops.reduce import Max, Mean, Min, Sum
@@ -26,6 +26,9 @@ WIDEST = 1 << 16
 
 COMPUTED = (DType.f32, DType.bf16, DType.f16, DType.f8e4m3, DType.f8e5m2, DType.bool)
 """What values within a region are: all that float32 holds, and bool."""
+
+LIBRARY = (Pow, Remainder, Sin, Cos)
+"""Ops element by element that no few instructions compute for every operand: exact remainders, and angles far from 0."""
 
 ROWWISE = (Sum, Mean, Max, Min, RmsNorm, Quantize, Dequantize)
 
@@ -61,7 +64,7 @@ def member(op: Op) -> str | None:
         last = op.x.tensor.rank - 1
         if tuple(a % (last + 1) for a in op.axes) != (last,):
             return f"{op.name} over axes {list(op.axes)} of {op.x.type}, expected the last one"
-    elif isinstance(op, Pow | Remainder):
+    elif isinstance(op, LIBRARY):
         return f"{op.name} is left to a library"
     elif not isinstance(op, RmsNorm | Reshape) and Trait.ELEMENTWISE not in op.traits:
         return f"{op.name} is neither element by element nor along rows"

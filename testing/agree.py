@@ -12,8 +12,9 @@ from .. import backends as registry
 from ..backends import Site
 from ..backends.arrays import Array, Data, describe, fits, rounded, widen
 from ..ir.core import Module, Op
-from ..ir.errors import require
+from ..ir.errors import DscError, require
 from ..ir.ops.control import Constant, Param
+from ..ir.ops.fused import Fused, alone
 from ..ir.ops.moe import Route
 from ..ir.printer import print_op
 from ..ir.types import DType, Tensor
@@ -74,12 +75,16 @@ def assert_backends_agree(
     def compare(site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
         if isinstance(op, Param | Constant):
             return
-        others = second.evaluate(op, operands)
+        others = second.evaluate(op, operands) if not isinstance(op, Fused) else second.run(alone(op, module), _no_weights, operands)
         agreement.ops += 1
-        _compare(agreement, backends, site, op, bound(op, operands, results), results, others)
+        _compare(agreement, backends, site, op, bound(op, operands, results, module=module), results, others)
 
     first.run(module, weights if callable(weights) else _lookup(weights), [_array(value) for value in inputs], compare)
     return agreement
+
+
+def _no_weights(name: str, type: Tensor) -> Array:
+    raise DscError(f"weight {name} of type {type}: a fused op has none")
 
 
 def _lookup(weights: Mapping[str, Any]) -> Callable[[str, Tensor], Array]:

@@ -19,8 +19,6 @@ EXPRESSIONS: dict[type[Op], str] = {
     e.Log: "tl.log({0})",
     e.Sqrt: "tl.sqrt_rn({0})",
     e.Rsqrt: "tl.div_rn(1.0, tl.sqrt_rn({0}))",
-    e.Sin: "tl.sin({0})",
-    e.Cos: "tl.cos({0})",
     e.Tanh: "tanh({0})",
     e.Erf: "tl.erf({0})",
     e.Floor: "tl.floor({0})",
