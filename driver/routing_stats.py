@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ..backends import Site
-from ..ir.core import Module, Op
+from ..ir.core import Module, Op, users
 from ..ir.errors import DscError, require
-from ..ir.ops.moe import Route
+from ..ir.ops.moe import Dispatch, Route
 from ..ir.walk import weights as weights_of
 from ..passes.placement import Placement
 
@@ -117,19 +117,31 @@ def write(file: Path, record: Record) -> None:
 
 @dataclass
 class Recorder:
-    """An observer that counts the choices of every gate of `module`, on top of what `file` already has."""
+    """An observer that counts the choices of every gate of `module`, on top of what `file` already has.
+
+    A gate is a `route` that a dispatch reads: training has others, for its balance loss.
+    """
 
     module: Module
     file: Path
 
     def __post_init__(self) -> None:
-        gates = any(isinstance(op, Route) for func in self.module.funcs for op in func.ops)
-        require(gates, "--routing-stats counts what gates choose, but the program has no route op (raise-moe lifts those of imports)")
+        self._gates = {
+            (func.name, op.id)
+            for func in self.module.funcs
+            for readers in (users(func),)
+            for op in func.ops
+            if isinstance(op, Route) and any(isinstance(reader, Dispatch) for reader in readers.get(op.results[0], ()))
+        }
+        require(
+            bool(self._gates),
+            "--routing-stats counts where gates send tokens, but no route op leads to a dispatch (raise-moe lifts imports)",
+        )
         self.earlier = read(self.file, RoutingStats).layers if self.file.exists() else {}
         self._found: dict[str, tuple[Route, np.ndarray]] = {}
 
     def __call__(self, site: Site, op: Op, operands: Any, results: Any) -> None:
-        if isinstance(op, Route):
+        if isinstance(op, Route) and (site.func, site.op) in self._gates:
             experts = op.logits.shape[1]
             assert isinstance(experts, int), "the type rule of route"
             name = site.weights or site.func

@@ -49,6 +49,15 @@ def test_runs_add_up_to_what_the_gates_chose(command: Callable[..., Any], tiny: 
     assert {name: layer["counts"] for name, layer in layers(stats).items()} == {k: [2 * n for n in v] for k, v in chosen.items()}
 
 
+def test_a_training_step_counts_each_token_once(command: Callable[..., Any], tiny_modes: dict[str, Path], tmp_path: Path) -> None:
+    """Its balance loss routes as well, and sends nothing."""
+    file = tmp_path / "routing.json"
+    command("run", tiny_modes["train"], "--routing-stats", file)
+    found = layers(file)
+    assert {name: sum(layer["counts"]) for name, layer in found.items()} == {f"model.layers.{i}": 16 * 4 for i in (1, 2, 3)}
+    assert {layer["top_groups"] for layer in found.values()} == {2}
+
+
 def test_place_compares_the_policies_and_writes_one(command: Callable[..., Any], stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "placement.json"
     arguments = ("place", stats, "--gpus", 4, "--replicas", 20, "--nodes", 2)
@@ -91,7 +100,7 @@ def test_what_cannot_be_placed_or_counted(refused: Callable[..., list[str]], sta
     assert refused("place", tmp_path / "no.json", "--gpus", 4, "--replicas", 20) == [f"{tmp_path / 'no.json'}: No such file or directory"]
     dsc.compile(str(scale), out=tmp_path / "scale")
     (line,) = refused("run", tmp_path / "scale", "--routing-stats", tmp_path / "other.json")
-    assert line.startswith("--routing-stats counts what gates choose, but the program has no route op")
+    assert line.startswith("--routing-stats counts where gates send tokens, but no route op leads to a dispatch")
     changed = json.loads(stats.read_text())
     changed["layers"]["model.layers.2"]["top_groups"] = 3
     stats.write_text(json.dumps(changed))
