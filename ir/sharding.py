@@ -1,9 +1,10 @@
 """How the program of one rank stands to the whole: which part of each weight, input and result it holds.
 
 A split names, for each dimension of a tensor, the mesh axes that it is cut along, the outermost first: `["dp", "tp"]` cuts dimension 0
-along dp and dimension 1 along tp, `["dp+tp"]` dimension 0 along both, rank (i, j) having part i * size(tp) + j. What is left out at the end is whole.
-A bundle has a split for each field. A weight carries its split as `param`'s attribute `shard`; a sharded module says with the attributes
-`inputs` and `results` how the parameters and results of its main function are split. Ranks that differ along other axes alone hold the same.
+along dp and dimension 1 along tp, `["dp+tp"]` dimension 0 along both, rank (i, j) having part i * size(tp) + j. What is left out at the
+end is whole. A bundle has a split for each field. A weight carries its split as `param`'s attribute `shard`; a sharded module says with the
+attributes `inputs` and `results` how the parameters and results of its main function are split. Ranks that differ along other axes alone
+hold the same.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def part(split: Split, shape: Sequence[int], mesh: Mesh, rank: int) -> tuple[sli
         for axis in axes_of(split, dim):
             size = mesh.size(axis)
             index, count = index * size + mesh.index(axis, rank), count * size
-        require(extent % count == 0, f"dimension {dim} of {list(shape)} does not make {count} equal parts along {split[dim] if split else ''}")
+        require(
+            extent % count == 0,
+            f"dimension {dim} of {list(shape)} does not make {count} equal parts along {' and '.join(axes_of(split, dim))}",
+        )
         found.append(slice(index * (extent // count), (index + 1) * (extent // count)))
     return tuple(found)
 

@@ -39,7 +39,7 @@ def rebuild(func: Func, rule: Rule) -> Func:
             body.ops.append(op)
             values = op.results
         else:
-            _inherit(old, values, body.ops[start:], taken)
+            inherit(old, values, body.ops[start:], taken)
         for was, now in zip(old.results, values, strict=True):
             require(was.type == now.type, f"{old.name} {old.id}: %{was.name} is {was.type}, but its replacement is {now.type}")
             if now is not was:
@@ -49,7 +49,7 @@ def rebuild(func: Func, rule: Rule) -> Func:
     return Func(func.name, func.params, tuple(body.ops), tuple(new.get(v, v) for v in func.results), func.updates)
 
 
-def _inherit(old: Op, values: Sequence[Value], made: Sequence[Op], taken: set[str]) -> None:
+def inherit(old: Op, values: Sequence[Value], made: Sequence[Op], taken: set[str]) -> None:
     """Give ids, phase and names to the ops `made` in place of `old`. They have entered no function yet, so they may be written."""
     heir, count = (values[0].owner if values else None), 0
     for op in (op for op in made if not op.id):

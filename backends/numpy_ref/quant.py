@@ -8,7 +8,6 @@ import numpy as np
 
 from ...ir.errors import require
 from ...ir.ops import quant as ops
-from ...ir.types import bound
 from ...numerics import scale, tensorcore
 from ...numerics.formats import FORMATS
 from ..arrays import STORAGE, Array
@@ -83,9 +82,9 @@ def _used(x: Array, scales: Array, tile: tuple[int, int], used: int, groups: lis
 
 
 def _padded(scales: Array, shape: tuple[Any, ...]) -> Array:
-    """The scales with rows of zeros behind them, where fewer tiles were used than there is room for."""
-    if scales.shape == shape:
+    """The scales with rows of zeros behind them, where fewer tiles were used than there is room for; a row's own scales are as many as rows."""
+    if scales.shape == shape or not all(isinstance(d, int) for d in shape):
         return scales
-    room = np.zeros(tuple(bound(d) for d in shape), scales.dtype)
+    room = np.zeros(shape, scales.dtype)
     room[: len(scales)] = scales
     return room

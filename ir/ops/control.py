@@ -11,7 +11,7 @@ from ..types import Bundle, DType, Tensor, Type
 class Param(Op):
     """A weight, by the name that the checkpoint gives it. In a called function the name is relative to the call's `weights`.
 
-    `shard` says along which axes of the mesh each dimension of the checkpoint's tensor is cut (ir/sharding.py); the result is a rank's part.
+    `shard` says along which mesh axes each dimension of the checkpoint's tensor is cut (ir/sharding.py); the result is a rank's part.
     """
 
     path: str

@@ -203,5 +203,6 @@ class Regroup(Op):
         require(self.counts.tensor.rank == 2, f"expected counts [I, J], found {self.counts.type}")
         require(len(self.xs) > 0 and all(x.tensor.rank > 0 for x in self.xs), "regroup needs at least one x of rows")
         for x in self.xs:
-            require(x.shape[0] == self.xs[0].shape[0], f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
+            same = x.shape[0] == self.xs[0].shape[0]
+            require(same, f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
         return tuple(x.tensor for x in self.xs)

@@ -1,0 +1,238 @@
+"""Shard a program: from what all ranks do together to what one of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..ir.core import Func, Module, Value
+from ..ir.errors import DscError, require
+from ..ir.mesh import ATTRIBUTE, Mesh, parse_mesh
+from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
+from ..ir.ops.control import Param
+from ..ir.ops.elementwise import Cast
+from ..ir.ops.linalg import GroupedMatmul
+from ..ir.ops.moe import Dispatch
+from ..ir.ops.quant import GroupedScaledMatmul, Quantize
+from ..ir.ops.shape import Reshape, Transpose
+from ..ir.sharding import INPUTS, RESULTS, Split
+from ..ir.types import Bundle, bound
+from ..ir.walk import communicating
+from .manager import Pass, register
+from .sharding import experts, losses, products, rules  # noqa: F401 - they fill RULES
+from .sharding.body import RULES, Body
+from .sharding.layout import Layout, Placement, from_split, placed, to_split
+from .simplify import drop_unused
+
+
+@register
+@dataclass(frozen=True)
+class ShardExperts(Pass):
+    """Turn a program of all ranks into the one that each rank of a mesh runs.
+
+    Experts are split over ep, sequences over dp, heads of attention and, elsewhere, the positions of a sequence over tp. Collectives stand
+    where a value is wanted elsewhere than it is (passes/sharding/); dispatch and combine become exchanges of rows along ep. Sums over what
+    is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main. The module
+    carries its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
+
+    Before `shard-experts{mesh="dp=2,ep=2"}`:
+
+        func @f(%x: bf16[4, 8], %ids: i32[4, 2], %weights: f32[4, 2]) {
+          %rows: bf16[8, 8], %counts: i32[6], %handle: bundle{i32[8]} = dispatch([%x], %ids, experts=6)  @ f#1 F
+          %w: bf16[6, 8, 8] = param("experts.up_proj")                                  @ f#2 F
+          %y: bf16[8, 8] = grouped_matmul(%rows, %w, %counts)                           @ f#3 F
+          %out: bf16[4, 8] = combine(%y, %handle, %weights)                             @ f#4 F
+          return %out
+        }
+
+    after:
+
+        module { stage=sharded,
+          mesh={pp=1, dp=2, ep=2, tp=1, node=8}, inputs=[["dp"], ["dp"], ["dp"]], results=[["dp"]] }
+
+        func @f(%x: bf16[2, 8], %ids: i32[2, 2], %weights: f32[2, 2]) {
+          %rows: bf16[4, 8], %counts: i32[6], %handle: bundle{i32[4]} = dispatch([%x], %ids, experts=6)  @ f#1.1 F
+          %sent: i32[2, 3] = reshape(%counts, shape=[2, 3])  @ f#1.2 F
+          %received: i32[2, 3] = all_to_all(%sent, axis="ep", size=2)  @ f#1.3 F
+          %send: i32[2] = sum(%sent, axes=[1])  @ f#1.4 F
+          %recv: i32[2] = sum(%received, axes=[1])  @ f#1.5 F
+          %rows_1: bf16[rows<=8, 8] = all_to_all_rows([%rows], %send, %recv, axis="ep", size=2, rows={name="rows", bound=8})  @ f#1.6 F
+          %rows_2: bf16[rows<=8, 8] = regroup([%rows_1], %received)  @ f#1 F
+          %counts_1: i32[3] = sum(%received, axes=[0])  @ f#1.7 F
+          %handle_1: bundle{bundle{i32[4]}, i32[2], i32[2], i32[2, 3]} = pack([%handle, %send, %recv, %received])  @ f#1.8 F
+          %w: bf16[3, 8, 8] = param("experts.up_proj", shard=["ep"])  @ f#2 F
+          %y: bf16[rows<=8, 8] = grouped_matmul(%rows_2, %w, %counts_1)  @ f#3 F
+          %order: bundle{i32[4]}, %send_1: i32[2], %recv_1: i32[2], %received_1: i32[2, 3] = unpack(%handle_1)  @ f#4.1 F
+          %transpose: i32[3, 2] = transpose(%received_1, perm=[1, 0])  @ f#4.2 F
+          %y_1: bf16[rows<=8, 8] = regroup([%y], %transpose)  @ f#4.3 F
+          %y_2: bf16[4, 8] = all_to_all_rows([%y_1], %recv_1, %send_1, axis="ep", size=2, rows=4)  @ f#4.4 F
+          %out: bf16[2, 8] = combine(%y_2, %order, %weights)  @ f#4 F
+          return %out
+        }
+    """
+
+    name: ClassVar[str] = "shard-experts"
+    requires: ClassVar[str] = "..quantized"
+    ensures: ClassVar[str | None] = "sharded"
+
+    mesh: str
+    dispatch: Literal["direct"] = "direct"
+
+    def __post_init__(self) -> None:
+        parse_mesh(self.mesh)
+
+    def __call__(self, module: Module) -> Module:
+        mesh = parse_mesh(self.mesh)
+        require(mesh.pp == 1, f"mesh {mesh}: stages of a pipeline are not split here; pp=1 would fit")
+        _check(module, mesh)
+        return _Sharding(module, mesh).module()
+
+
+class _Sharding:
+    """One run of the pass. A function is made once for each way in which its arguments are placed."""
+
+    def __init__(self, module: Module, mesh: Mesh) -> None:
+        self.before = module
+        self.mesh = mesh
+        self.made: dict[tuple[str, tuple[Placement, ...]], tuple[str, tuple[Placement, ...]]] = {}
+        self.funcs: dict[str, list[Func]] = {func.name: [] for func in module.funcs}
+        self.names = set(self.funcs)
+
+    def module(self) -> Module:
+        """The program of a rank."""
+        main = self.before.main
+        splits = [_input(self.before, p, self.mesh) for p in main.params]
+        sizes = {axis: self.mesh.size(axis) for axis in self.mesh.axes}
+        given = tuple(
+            from_split(p, split, sizes) if not isinstance(p.type, Bundle) else placed(p.type)
+            for p, split in zip(main.params, splits, strict=True)
+        )
+        body = self.body(main, given)
+        results, placements = [], []
+        replaced = {result: param for param, result in main.updates.items()}
+        for i, value in enumerate(main.results):
+            have = body.layouts[value]
+            want = given[replaced[i]] if i in replaced else _settled(have)
+            made = body.bring(body.form(value), have, want)
+            if made is not body.form(value):
+                body.form(value).name += "_part"  # the result keeps its name
+            results.append(made)
+            placements.append(want)
+        _number(body, main)
+        attributes = {
+            **self.before.attributes,
+            ATTRIBUTE: self.mesh.record(),
+            INPUTS: tuple(_split(p) for p in given),
+            RESULTS: tuple(_split(p) for p in placements),
+        }
+        funcs = (body.finish(main.name, results), *(func for made in self.funcs.values() for func in made))
+        sharded = self.before.replace(funcs=funcs, stage="sharded", attributes=attributes)
+        pinned = communicating(sharded)
+        return sharded.map(lambda func: drop_unused(func, pinned))
+
+    def body(self, func: Func, given: Sequence[Placement]) -> Body:
+        body = Body(func, self.mesh, self.lower, _experts(func))
+        body.run(given, RULES, rules.default)
+        return body
+
+    def lower(self, name: str, given: tuple[Placement, ...]) -> tuple[str, tuple[Placement, ...]]:
+        """See `Body.lower`."""
+        key = name, given
+        if key not in self.made:
+            func = self.before[name]
+            body = self.body(func, given)
+            results = []
+            placements = []
+            replaced = {result: param for param, result in func.updates.items()}
+            for i, value in enumerate(func.results):
+                want = given[replaced[i]] if i in replaced else body.layouts[value]
+                results.append(body.bring(body.form(value), body.layouts[value], want))
+                placements.append(want)
+            _number(body, func)
+            own, count = name, 0
+            while self.funcs[name] and own in self.names:
+                count += 1
+                own = f"{name}_{count}"
+            self.names.add(own)
+            self.funcs[name].append(body.finish(own, results))
+            self.made[key] = own, tuple(placements)
+        return self.made[key]
+
+
+def _number(body: Body, func: Func) -> None:
+    """Give ids to what stands at the end of a function, where no op asked for it."""
+    taken = {op.id for op in body.ops}
+    count = 0
+    for op in body.ops:
+        if not op.id:
+            count += 1
+            while f"{func.name}.results#{count}" in taken:
+                count += 1
+            object.__setattr__(op, "id", f"{func.name}.results#{count}")
+            object.__setattr__(op, "phase", body.ops[body.ops.index(op) - 1].phase)
+
+
+def _settled(have: Placement) -> Placement:
+    """Where a result is handed out: added up, and in parts that lie together."""
+    if isinstance(have, tuple):
+        return tuple(map(_settled, have))
+    if not isinstance(have, Layout):
+        raise DscError(f"main returns a value of {have.type}, which has a meaning on its rank alone")
+    have = have.summed()
+    return have if to_split(have) is not None else have.without(set(have.places()))
+
+
+def _split(placement: Placement) -> Split:
+    if isinstance(placement, tuple):
+        return tuple(map(_split, placement))
+    found = to_split(placement) if isinstance(placement, Layout) else None
+    assert found is not None
+    return found
+
+
+def _input(module: Module, param: Value, mesh: Mesh) -> Split:
+    """How an input is split: sequences over dp; positions of token ids over tp, in decoding sequences over both."""
+    if isinstance(param.type, Bundle) or param.tensor.rank == 0:
+        return ()
+    batch = module.attributes.get("batch", param.shape[0])
+    if param.shape[0] != batch:
+        return ()
+    least = -(-bound(param.shape[0]) // mesh.dp) * mesh.dp
+    require(least == param.shape[0], f"a batch of {param.shape[0]} does not divide over dp={mesh.dp}; a batch of {least} would fit")
+    ids = param.dtype.is_int and param.tensor.rank == 2
+    if ids and mesh.tp > 1:
+        fits = bound(param.shape[1]) % mesh.tp == 0
+        require(fits, f"%{param.name} has {param.shape[1]} positions, which do not divide over tp={mesh.tp}")
+    return ("dp" if mesh.dp > 1 else "", "tp" if ids and mesh.tp > 1 else "")
+
+
+def _check(module: Module, mesh: Mesh) -> None:
+    """One line for a mesh that the program does not fit."""
+    ops = [op for func in module.funcs for op in func.ops]
+    sent = next((op for op in ops if isinstance(op, Dispatch)), None)
+    if sent is None:
+        require(mesh.ep == 1, f"mesh {mesh}: the program has no experts to shard; ep=1 would fit")
+    else:
+        fits = ", ".join(str(n) for n in range(1, sent.experts + 1) if sent.experts % n == 0)
+        require(sent.experts % mesh.ep == 0, f"mesh {mesh}: ep={mesh.ep} does not divide {sent.experts} experts; ep = {fits} would fit")
+    attending = [op for op in ops if isinstance(op, Attention | AttentionBackward | AttentionDecode)]
+    require(mesh.tp == 1 or bool(attending), f"mesh {mesh}: the program has no attention to split over tp; tp=1 would fit")
+    for op in attending:
+        heads = bound(op.q.shape[1] if isinstance(op, AttentionDecode) else op.q.shape[-3])
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        require(heads % mesh.tp == 0, f"mesh {mesh}: tp={mesh.tp} does not divide {heads} heads; tp = {fits} would fit")
+
+
+def _experts(func: Func) -> frozenset[str]:
+    """The weights that grouped products read, and their scales."""
+    found = set()
+    for op in func.ops:
+        if isinstance(op, GroupedMatmul | GroupedScaledMatmul):
+            for value in (op.w, op.w_scales) if isinstance(op, GroupedScaledMatmul) else (op.w,):
+                owner = value.owner
+                while isinstance(owner, Quantize | Transpose | Cast | Reshape):
+                    owner = owner.operands[0].owner
+                if isinstance(owner, Param):
+                    found.add(owner.path)
+    return frozenset(found)

@@ -1,0 +1,185 @@
+"""Rules of the way to the experts: what was a permutation on one rank becomes a permutation, an exchange, and another permutation.
+
+Experts e * E / ep to (e + 1) * E / ep - 1 are those of rank e along ep. Rows sorted by expert are sorted by rank as well, so `dispatch` is
+
+    rows, counts, order = dispatch(x, ids)                the rank's own tokens, by expert
+    received = all_to_all(counts as [ep, E / ep])         how many rows of each of its experts every rank sends
+    rows = all_to_all_rows(rows, send, recv)              by rank, then by expert
+    rows = regroup(rows, received)                        by expert, then by rank
+
+and the handle is the order with `send`, `recv` and `received`. `combine` goes the same way back, `redispatch` the same way again. The
+counts of local experts are the global ones, spread over ep and partial over edp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+from ...ir.core import Value
+from ...ir.errors import DscError
+from ...ir.ops.collective import AllToAll, AllToAllRows
+from ...ir.ops.control import Literal, Pack, Unpack
+from ...ir.ops.elementwise import Cast, Mul
+from ...ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
+from ...ir.ops.reduce import Sum
+from ...ir.ops.shape import Reshape, Scatter, Take, Transpose
+from ...ir.types import DType, Ragged, bound
+from .body import Body, sharding
+from .layout import Carried, Dim, Layout, Rows, axes, factors, local, spread, whole
+from .products import partial_of_experts, spread_experts
+from .rules import keep
+
+
+@sharding(Route)
+def route(body: Body, op: Route) -> None:
+    """Token by token."""
+    own = body.dims(op.logits)[0]
+    made = op.copy(logits=body.get(op.logits, Layout((own, *whole(op.logits.shape[1:]).dims))), bias=op.bias and body.whole(op.bias))
+    result = Layout((own, *whole(op.results[0].shape[1:]).dims))
+    keep(body, op, body.emit(made), result, result)
+
+
+@sharding(RouteBackward)
+def route_backward(body: Body, op: RouteBackward) -> None:
+    own = body.dims(op.logits)[0]
+    made = op.with_operands(lambda v: body.get(v, Layout((own, *whole(v.shape[1:]).dims))))
+    keep(body, op, body.emit(made), Layout((own, *whole(op.result.shape[1:]).dims)))
+
+
+def own_tokens(body: Body, dim: Dim) -> Dim:
+    """`dim` spread over every rank of the stage, so that each token is sent once."""
+    for axis in ("dp", "tp"):
+        if (size := body.size(axis)) == 1 or axis in axes(dim):
+            continue
+        befores = accumulate((f.size for f in factors(dim)), mul, initial=1)
+        found = next((cut for before in befores if (cut := spread(dim, axis, size, before)) is not None), None)
+        if found is None:
+            raise DscError(f"{local(dim)} tokens on each rank do not make {size} equal parts along {axis}")
+        dim = found
+    return dim
+
+
+@sharding(Dispatch)
+def dispatch(body: Body, op: Dispatch) -> None:
+    tokens = own_tokens(body, body.dims(op.ids)[0])
+    ids = body.get(op.ids, Layout((tokens, *whole(op.ids.shape[1:]).dims)))
+    xs = tuple(body.get(x, Layout((tokens, *whole(x.shape[1:]).dims))) for x in op.xs)
+    ep = body.size("ep")
+    made = body.emit(op.copy(xs=xs, ids=ids))
+    rows: Sequence[Value] = made.results[:-2]
+    counts, handle = made.counts, made.handle
+    if ep > 1:
+        held = op.experts // ep
+        sent = body.emit(Reshape(counts, (ep, held), names=("sent",))).result
+        received = body.emit(AllToAll(sent, "ep", ep, names=("received",))).result
+        send, recv = (body.emit(Sum(c, (1,), names=(name,))).result for c, name in ((sent, "send"), (received, "recv")))
+        most = bound(ids.shape[0]) * ep * min(bound(ids.shape[1]), held)
+        rows = _there(body, rows, received, send, recv, Ragged("rows", most))
+        counts = body.emit(Sum(received, (0,), names=(op.counts.name,))).result
+        handle = body.emit(Pack((handle, send, recv, received), names=(op.handle.name,))).result
+    for old, new in zip(op.results[:-2], rows, strict=True):
+        body.set(old, _rows(new), new)
+    body.set(op.counts, Layout((spread_experts(body, op.experts),), partial_of_experts(body)), counts)
+    body.set(op.handle, Carried(handle.type, tokens), handle)
+
+
+def _rows(value: Value) -> Layout:
+    return Layout((Rows(value.shape[0]), *whole(value.shape[1:]).dims))
+
+
+def _there(body: Body, xs: Sequence[Value], received: Value, send: Value, recv: Value, rows: Ragged) -> Sequence[Value]:
+    """Rows sorted by expert to the ranks of their experts, and there by expert again."""
+    ep = body.size("ep")
+    names = tuple(x.name for x in xs)
+    moved = body.emit(AllToAllRows(tuple(xs), send, recv, "ep", ep, rows, names=names)).results
+    return moved if received.shape[1] == 1 else body.emit(Regroup(moved, received, names=names)).results
+
+
+def _back(body: Body, x: Value, op: Combine | CombineBackward) -> Value:
+    """The other way: what `_there` sent lies at the end as it lay before."""
+    order, send, recv, received = _fields(body, op.handle)
+    (slots,) = order.bundle.tensors()
+    if received.shape[1] != 1:
+        turned = body.emit(Transpose(received, (1, 0))).result
+        x = body.emit(Regroup((x,), turned, names=(x.name,))).result
+    return body.emit(AllToAllRows((x,), recv, send, "ep", body.size("ep"), slots.shape[0], names=(x.name,))).result
+
+
+def _fields(body: Body, handle: Value) -> tuple[Value, ...]:
+    """What a handle carries: the order, and where there are several ranks `send`, `recv` and `received`."""
+    if handle not in body.handles:
+        made = body.form(handle)
+        names = ("order", "send", "recv", "received")
+        body.handles[handle] = body.emit(Unpack(made, names=names)).results if body.size("ep") > 1 else (made,)
+    return body.handles[handle]
+
+
+def _sender(body: Body, handle: Value) -> Dim:
+    placement = body.layouts[handle]
+    assert isinstance(placement, Carried)
+    return placement.tokens
+
+
+@sharding(Combine)
+def combine(body: Body, op: Combine) -> None:
+    tokens = _sender(body, op.handle)
+    rows = body.form(op.rows)
+    order, *ways = _fields(body, op.handle)
+    if ways:
+        rows = _back(body, rows, op)
+    weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
+    made = body.emit(op.copy(rows=rows, handle=order, weights=weights))
+    keep(body, op, made, Layout((tokens, *whole(op.result.shape[1:]).dims)))
+
+
+@sharding(Redispatch)
+def redispatch(body: Body, op: Redispatch) -> None:
+    tokens = _sender(body, op.handle)
+    order, *ways = _fields(body, op.handle)
+    xs = tuple(body.get(x, Layout((tokens, *whole(x.shape[1:]).dims))) for x in op.xs)
+    rows: Sequence[Value] = body.emit(op.copy(xs=xs, handle=order)).results
+    if ways:
+        send, recv, received = ways
+        (slots,) = order.bundle.tensors()
+        held = bound(received.shape[1])
+        k = bound(slots.shape[0]) // max(1, bound(xs[0].shape[0]))
+        rows = _there(body, rows, received, send, recv, Ragged("rows", bound(xs[0].shape[0]) * body.size("ep") * min(k, held)))
+    for old, new in zip(op.results, rows, strict=True):
+        body.set(old, _rows(new), new)
+
+
+@sharding(CombineBackward)
+def combine_backward(body: Body, op: CombineBackward) -> None:
+    """The weights go to the experts, a number for each row, and their gradients come back."""
+    tokens = _sender(body, op.handle)
+    order, *ways = _fields(body, op.handle)
+    weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
+    rows, sent = body.form(op.rows), body.form(op.sent)
+    like_weights = Layout((tokens, *whole(op.weights.shape[1:]).dims))
+    if not ways:
+        made = body.emit(op.copy(rows=rows, sent=sent, handle=order, weights=weights))
+        keep(body, op, made, _rows(made.results[0]), like_weights)
+        return
+    send, recv, received = ways
+    slots = bound(weights.shape[0]) * bound(weights.shape[1])
+    (index,) = body.emit(Unpack(order)).results
+    flat = body.emit(Reshape(weights, (slots,))).result
+    by_expert = body.emit(Reshape(body.emit(Take(flat, index)).result, (slots, 1), names=("row_weights",))).result
+    extent = rows.shape[0]
+    assert isinstance(extent, Ragged)
+    (of_rows,) = _there(body, [by_expert], received, send, recv, extent)
+    wide, wide_sent = (_wide(body, x) for x in (rows, sent))
+    product = body.emit(Mul(wide_sent, of_rows)).result
+    drows = product if product.dtype is rows.dtype else body.emit(Cast(product, rows.dtype)).result
+    dots = body.emit(Sum(body.emit(Mul(wide, wide_sent)).result, (1,), keepdims=True, names=("d_row_weights",))).result
+    back = body.emit(Reshape(_back(body, dots, op), (slots,))).result
+    zeros = body.emit(Literal((0.0,), (slots,), DType.f32)).result
+    dweights = body.emit(Reshape(body.emit(Scatter(zeros, index, back, 0)).result, tuple(map(bound, weights.shape)))).result
+    body.set(op.results[0], _rows(drows), drows)
+    body.set(op.results[1], like_weights, dweights)
+
+
+def _wide(body: Body, x: Value) -> Value:
+    return x if x.dtype is DType.f32 else body.emit(Cast(x, DType.f32)).result
