@@ -80,7 +80,7 @@ def schedule(
     cost = parse_durations(durations)
     candidates: Sequence[Candidate] = ()
     if name.endswith(".csv"):
-        made, expected = parse(Path(name).read_text(encoding="utf-8"), name), None
+        made, expected = parse(Path(name).read_text(encoding="utf-8", errors="replace"), name), None
     else:
         require(stages is not None and microbatches is not None, f"{name} needs --stages and --microbatches")
         assert stages is not None

@@ -6,13 +6,11 @@ stage, `SEND_B` and `RECV_B` that of a gradient to the stage before. `(0F7;7B3)O
 their communication hidden under the other's computation. What torch does not have: `7F10@r` belongs to a micro-batch that goes through
 the ranks in reverse, as half of DualPipe's do.
 
-A schedule is a CSV with a row for each rank and an action in each cell; empty cells mean nothing.
+A schedule is a CSV with a row for each rank and an action in each cell; empty cells and lines mean nothing.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -112,9 +110,7 @@ class Schedule:
     name: str = "schedule"
 
     def __str__(self) -> str:
-        out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([list(map(str, row)) for row in self.rows])
-        return out.getvalue()
+        return "".join(",".join(map(str, row)) + "\n" for row in self.rows)
 
     @property
     def ranks(self) -> int:
@@ -157,23 +153,24 @@ class Schedule:
         return replace(self, rows=tuple(tuple(s for s in row if s.parts[0].kind in COMPUTE) for row in self.rows))
 
 
-ACTION = re.compile(rf"(\d+)({'|'.join(sorted(Kind, key=len, reverse=True))})(\d+)(@r)?")
+ACTION = re.compile(rf"([0-9]{{1,9}})({'|'.join(sorted(Kind, key=len, reverse=True))})([0-9]{{1,9}})(@r)?")
 OVERLAP = re.compile(r"\(([^;]*);([^;]*)\)OVERLAP_F_B")
 
 
 def parse(text: str, name: str = "schedule") -> Schedule:
     """The schedule in a CSV. `DscError` names the row and cell that is no action."""
     rows = []
-    for rank, row in enumerate(csv.reader(io.StringIO(text))):
+    for rank, line in enumerate(filter(str.strip, text.splitlines())):
         steps = []
-        for cell, word in enumerate(row):
+        for cell, word in enumerate(line.split(",")):
             if word.strip():
                 try:
                     steps.append(parse_step(word.strip()))
                 except DscError as error:
                     raise DscError(f"{name}, row {rank}, cell {cell}: {error}") from None
+        require(bool(steps), f"{name}, row {rank}: a rank without actions")
         rows.append(tuple(steps))
-    require(any(rows), f"{name}: expected a CSV with a row of actions for each rank, found no action")
+    require(bool(rows), f"{name}: expected a CSV with a row of actions for each rank, found no action")
     return Schedule(tuple(rows), name)
 
 

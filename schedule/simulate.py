@@ -70,7 +70,7 @@ def parse_durations(text: str) -> Durations:
         require(not {"I", "W"} & found.keys(), "--durations: B is I and W: expected B, or I and W")
         found |= {"I": full / 2, "W": full / 2}
     durations = Durations(**found)
-    require(durations.F > 0 and durations.I > 0, "--durations: F and I are expected to take time")
+    require(min(durations.F, durations.I, durations.FB) > 0, "--durations: F, I and overlap are expected to take time")
     return durations
 
 

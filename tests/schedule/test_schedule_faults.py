@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dsc.ir.errors import DscError
 from dsc.schedule.actions import Action, Kind, Overlap, Schedule, Step, parse
@@ -181,6 +183,7 @@ def test_ranks_that_wait_for_each_other_are_named() -> None:
             "(0F0;0F1)OVERLAP_F_B",
             "x, row 0, cell 0: found '(0F0;0F1)OVERLAP_F_B', expected an F and a B to overlap, such as (0F7;7B3)OVERLAP_F_B",
         ),
+        ("0F0,0B0\n,,\n", "x, row 1: a rank without actions"),
         ("", "x: expected a CSV with a row of actions for each rank, found no action"),
     ],
 )
@@ -188,3 +191,23 @@ def test_other_faults(text: str, message: str) -> None:
     with pytest.raises(DscError) as error:
         check(parse(text, "x"))
     assert str(error.value).splitlines()[0] == message
+
+
+WORDS = st.sampled_from(
+    ["0F0", "0B0", "1F0", "1B0", "0I0", "0W0", "0SEND_F0", "1RECV_F0", "0F1@r", "(0F1;0B0)OVERLAP_F_B", "", "9" * 5000 + "F0", "\x00", '"']
+)
+
+
+@given(st.one_of(st.text(), st.lists(st.lists(WORDS, max_size=6), max_size=4).map(lambda rows: "\n".join(map(",".join, rows)))))
+def test_any_text_is_a_schedule_or_one_fault(text: str) -> None:
+    """What is read and passes prints, reads back, and can be lowered; all else is a `DscError` whose first line says where."""
+    try:
+        schedule = parse(text, "x")
+        check(schedule)
+    except DscError as error:
+        first, *grid = str(error).splitlines()
+        assert first.startswith("x")
+        assert all(line.startswith("  ") for line in grid)
+    else:
+        assert parse(str(schedule), "x") == schedule
+        check(lower(simulate(schedule)))

@@ -265,7 +265,8 @@ def test_what_cannot_be_generated(arguments: Any, message: str) -> None:
         ("F=-1", "--durations: 'F=-1', expected a number of 0 or more"),
         ("X=1", "--durations: unknown 'X', expected some of F, I, W, overlap, comm, comm_overlap, B, such as F=1,I=1,W=0.8"),
         ("B=2,W=1", "--durations: B is I and W: expected B, or I and W"),
-        ("F=0", "--durations: F and I are expected to take time"),
+        ("F=0", "--durations: F, I and overlap are expected to take time"),
+        ("overlap=0", "--durations: F, I and overlap are expected to take time"),
     ],
 )
 def test_durations_that_are_none(text: str, message: str) -> None:
