@@ -61,8 +61,11 @@ def test_a_mesh_survives_its_text_and_its_record(mesh: Mesh) -> None:
 
 @pytest.mark.parametrize(
     ("text", "ranks", "dp"),
-    [("", None, 1), ("ep=4", None, 4), ("ep=4,tp=2", None, 2), ("ep=2,tp=8", None, 1), ("pp=2,ep=4", 16, 8), ("tp=2", 6, 3), ("pp=16,ep=64", 2048, 128)],
-)  # fmt: skip
+    [
+        *(("", None, 1), ("ep=4", None, 4), ("ep=4,tp=2", None, 2), ("ep=2,tp=8", None, 1)),
+        *(("pp=2,ep=4", 16, 8), ("tp=2", 6, 3), ("pp=16,ep=64", 2048, 128)),
+    ],
+)
 def test_an_omitted_dp_is_filled(text: str, ranks: int | None, dp: int) -> None:
     assert parse_mesh(text, ranks).dp == dp
 
