@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..ir.errors import DscError, require
 
 if TYPE_CHECKING:
+    from ..distributed.world import Program
     from ..ir.core import Module, Op
     from ..ir.types import Tensor
     from .arrays import Array, Data
@@ -54,6 +55,16 @@ class Runner(Protocol):
 
     def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
         """The results of one op other than `call`, `param` and `constant`, which need a module."""
+        ...
+
+
+class RankRunner(Runner, Protocol):
+    """A backend that can be one rank of many."""
+
+    def program(
+        self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None
+    ) -> Program[tuple[Data, ...]]:
+        """`run` as a program that stops at each collective until the other ranks are there (`distributed/world.py`)."""
         ...
 
 

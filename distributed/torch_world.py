@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ..ir.errors import DscError
@@ -27,6 +28,10 @@ from .world import Array, Exchange, Gather, Index, Program, Receive, Request, Se
 
 GRACE = 2.0
 """Seconds within which ranks that lost a partner hear of one another."""
+
+
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Its name since torch 2.13, and before."""
 
 
 class _Ended(BaseException):
@@ -60,9 +65,9 @@ class TorchWorld:
         limit = timedelta(seconds=self.timeout)
         try:
             store, _, _ = next(rendezvous("env://", timeout=limit))
-            self._store = dist.PrefixStore("dsc", store)
+            self._store = PrefixStore("dsc", store)
             backend = "nccl" if gpus else "gloo"
-            dist.init_process_group(backend, store=dist.PrefixStore("torch", store), rank=self.rank, world_size=ranks, timeout=limit)
+            dist.init_process_group(backend, store=PrefixStore("torch", store), rank=self.rank, world_size=ranks, timeout=limit)
         except (RuntimeError, ValueError) as error:
             raise DscError(f"rank {self.rank} found no connection to the others within {self.timeout:g} s: {_first(error)}") from None
         self._groups[tuple(range(ranks))] = dist.group.WORLD
@@ -119,7 +124,7 @@ class TorchWorld:
             case Gather(x=x):
                 given = self._bytes(x)
                 found = given.new_empty(len(members) * len(given))
-                dist.all_gather_into_tensor(found, given, group=self._group(members))
+                ALL_GATHER(found, given, group=self._group(members))
                 return tuple(_like(part, x, tuple(x.shape)) for part in found.view(len(members), -1))
             case Exchange(messages=messages, shapes=shapes):
                 return self._exchanged(messages, shapes, members)

@@ -22,6 +22,7 @@ from .ui import count, emit_json, note, plural, progress, size, table
 if TYPE_CHECKING:
     from ..backends import Site
     from ..ir.core import Module
+    from .ranks import Ranks
 
 PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes).'
 
@@ -114,19 +115,37 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
 @click.option(
     "--routing-stats", type=click.Path(path_type=Path), metavar="FILE.json", help="Add up here how many tokens chose each expert."
 )
+@click.option(
+    "--ranks", type=click.Choice(["local", "torchrun"]), help="Where a sharded program runs. Default: torchrun where it started us."
+)
+@click.option(
+    "--timeout", type=float, default=600.0, metavar="SECONDS", help="Under torchrun: how long a rank waits for others. Default: 600."
+)
 @json_option
 def run(
-    out: Path, weights: str | None, inputs: str | None, file: Path | None, backend: str, routing_stats: Path | None, as_json: bool
+    out: Path,
+    weights: str | None,
+    inputs: str | None,
+    file: Path | None,
+    backend: str,
+    routing_stats: Path | None,
+    ranks: Ranks | None,
+    timeout: float,
+    as_json: bool,
 ) -> int:
-    """Run a compiled program.
+    """Run a compiled program; a sharded one on all its ranks.
 
     \b
     dsc run out
     dsc run out --weights path/to/checkpoint --inputs tokens.npz --out logits.npz
+    dsc run sharded --ranks local
+    torchrun --nproc-per-node 4 -m dsc run sharded
     """
+    from ..ir.mesh import mesh_of
     from ..ir.walk import executed
     from .artifact import load
     from .measure import flat
+    from .ranks import is_first, started_by_torchrun
     from .routing_stats import Recorder
     from .run import GRADIENT, array_types, check_writable, norm, save, say_defaults, summarise
     from .run import run as execute
@@ -134,17 +153,22 @@ def run(
     program = load(out)
     for target in filter(None, (file, routing_stats)):
         check_writable(target)
+    ranks = ranks or ("torchrun" if started_by_torchrun() else None)
+    together = mesh_of(program.module).world if ranks else 1
+    require(not (routing_stats and ranks), "--routing-stats counts the tokens of one program: run the one that is not sharded")
     recorder = Recorder(program.module, routing_stats) if routing_stats else None
     start = time.perf_counter()
-    with progress("running", executed(program.module)) as step:
+    with progress("running", executed(program.module) * (together if ranks == "local" else 1)) as step:
 
         def observe(site: Site, *seen: Any) -> None:
             step(str(site))
             if recorder:
                 recorder(site, *seen)
 
-        results = flat(execute(program, weights, inputs, backend, observe))
+        results = flat(execute(program, weights, inputs, backend, observe, ranks, timeout))
     seconds = time.perf_counter() - start
+    if ranks == "torchrun" and not is_first():
+        return 0
     if recorder:
         recorder.save()
     names = list(array_types(program.module))
@@ -154,7 +178,7 @@ def run(
     gradients = [array for name, array in zip(names, results, strict=True) if name.endswith(GRADIENT)]
     say_defaults([program], weights, inputs)
     if as_json:
-        emit_json({"backend": backend, "seconds": seconds, "results": found, "file": str(file) if file else None})
+        emit_json({"backend": backend, "ranks": together, "seconds": seconds, "results": found, "file": str(file) if file else None})
         return 0
     rows = [
         [name, f"{s['dtype']}{s['shape']}", *(f"{s[k]:.5g}" if k in s else "-" for k in ("min", "max", "mean", "std"))]
@@ -167,7 +191,8 @@ def run(
     for name, stats in found.items():
         if stats["not_finite"]:
             note(f"dsc: {name} has {plural(stats['not_finite'], 'value')} that are infinite or not a number")
-    print(f"ran on {backend} in {seconds:.2f} s{f'; results in {file}' if file else ''}")
+    where = f"{backend}, {plural(together, 'rank')}{' in one process' if ranks == 'local' else ''}," if ranks else backend
+    print(f"ran on {where} in {seconds:.2f} s{f'; results in {file}' if file else ''}")
     return 0
 
 

@@ -11,11 +11,13 @@ import numpy as np
 
 from ..ir.core import Func, Module, Op, Trait, Value, users
 from ..ir.errors import DscError, require
+from ..ir.mesh import ATTRIBUTE, mesh_of
 from ..ir.ops.attention import AttentionDecode
 from ..ir.ops.control import Call
 from ..ir.ops.elementwise import Cast
 from ..ir.ops.loss import CrossEntropy
 from ..ir.ops.shape import CacheAppend, Concat, Take
+from ..ir.sharding import input_splits, whole
 from ..ir.types import DType, Tensor, bound
 from ..models.weights import NUMPY_DTYPES
 from ..numerics.formats import FORMATS, round_to
@@ -27,7 +29,8 @@ Inputs = Sequence[Any] | Mapping[str, Any] | str | Path | None
 def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, ...]:
     """The arrays that @main takes, in order: from a tuple, by name from a mapping or an .npz file, or seeded for None.
 
-    Integers are taken as they are, floats are rounded to the parameter's dtype. Raises `DscError` with every fault.
+    Of a sharded program they are the whole inputs, of which each rank takes its part. Integers are taken as they are, floats are rounded
+    to the parameter's dtype. Raises `DscError` with every fault.
     """
     if inputs is None:
         return seeded(module, seed)
@@ -42,9 +45,9 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, 
         inputs = [inputs[name] for name in names]
     require(len(inputs) == len(params), f"@main takes {plural(len(params), 'input')} ({', '.join(names)}), found {len(inputs)}")
     fitted, faults = [], []
-    for param, array in zip(params, inputs, strict=True):
+    for param, tensor, array in zip(params, _wholes(module), inputs, strict=True):
         try:
-            fitted.append(_fit(param, array))
+            fitted.append(_fit(param.name, tensor, array))
         except DscError as error:
             faults.append(str(error))
     require(not faults, "\n".join(faults))
@@ -53,11 +56,19 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, 
 
 def seeded(module: Module, seed: int = 0) -> tuple[np.ndarray, ...]:
     """Inputs made from `seed` and each parameter's name: normal floats, integers in the range that the program can take."""
-    return tuple(_random(p, module, seed) for p in module.main.params)
+    return tuple(_random(p, tensor, module, seed) for p, tensor in zip(module.main.params, _wholes(module), strict=True))
 
 
-def _random(param: Value, module: Module, seed: int) -> np.ndarray:
-    tensor = param.tensor
+def _wholes(module: Module) -> list[Tensor]:
+    """The types of the whole inputs: those of @main's parameters, unless ranks have parts of them."""
+    types = [param.tensor for param in module.main.params]
+    if ATTRIBUTE not in module.attributes:
+        return types
+    found = (whole(type, split, mesh_of(module)) for type, split in zip(types, input_splits(module), strict=True))
+    return [type for type in found if isinstance(type, Tensor)]
+
+
+def _random(param: Value, tensor: Tensor, module: Module, seed: int) -> np.ndarray:
     shape = tuple(bound(d) for d in tensor.shape)
     digest = hashlib.sha256(f"{seed}/{param.name}".encode()).digest()
     generator = np.random.default_rng(int.from_bytes(digest[:8], "little"))
@@ -105,13 +116,12 @@ def _load(file: Path) -> dict[str, np.ndarray]:
             raise DscError(f"{file}: damaged: {error}") from None
 
 
-def _fit(param: Value, given: Any) -> np.ndarray:
+def _fit(name: str, tensor: Tensor, given: Any) -> np.ndarray:
     array = as_array(given)
-    tensor: Tensor = param.tensor
     fits = array.ndim == tensor.rank and all(
         n <= d.bound if not isinstance(d, int) else n == d for n, d in zip(array.shape, tensor.shape, strict=True)
     )
-    require(fits, f"input {param.name}: expected {tensor}, found shape {list(array.shape)}")
+    require(fits, f"input {name}: expected {tensor}, found shape {list(array.shape)}")
     wanted = NUMPY_DTYPES.get(tensor.dtype.name, array.dtype)
     if array.dtype == wanted:
         return array
@@ -122,9 +132,9 @@ def _fit(param: Value, given: Any) -> np.ndarray:
     if tensor.dtype.is_int and array.dtype.kind in "iu":
         info = np.iinfo(wanted)
         inside = array.size == 0 or (int(array.min()) >= info.min and int(array.max()) <= info.max)
-        require(inside, f"input {param.name}: values do not fit {tensor.dtype}")
+        require(inside, f"input {name}: values do not fit {tensor.dtype}")
         return array.astype(wanted)
-    raise DscError(f"input {param.name}: expected {tensor}, found {array.dtype}{list(array.shape)}")
+    raise DscError(f"input {name}: expected {tensor}, found {array.dtype}{list(array.shape)}")
 
 
 def as_array(given: Any) -> np.ndarray:

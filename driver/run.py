@@ -11,11 +11,13 @@ import numpy as np
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
+from ..ir.mesh import ATTRIBUTE, mesh_of
 from ..ir.types import Bundle, Tensor, Type
 from ..ir.walk import weights as weights_of
 from .artifact import Artifact
 from .inputs import Inputs, prepare
 from .kernels import FOLDER as KERNELS
+from .ranks import TIMEOUT, Ranks, run_ranks
 from .ui import note
 
 Fetch = Callable[[str, Tensor], np.ndarray]
@@ -27,16 +29,21 @@ def run(
     inputs: Inputs = None,
     backend: str = "numpy",
     observe: Any = None,
+    ranks: Ranks | None = None,
+    timeout: float = TIMEOUT,
 ) -> tuple[np.ndarray, ...]:
     """The results of `program`'s first function, in order.
 
     `weights` is a mapping of names to arrays or tensors (a `state_dict`), a checkpoint folder, or `random:SEED`; without it the
     artifact's own, else `random:0`. `inputs` is a tuple in the order of the parameters, a mapping by name, or an .npz file;
-    without it seeded ones. `observe` sees every op that runs (see `dsc.backends`). Triton runs the program as `fuse` makes it.
+    without it seeded ones. `observe` sees every op that runs (see `dsc.backends`). Triton runs the program as `fuse` makes it. A sharded
+    program runs on all `ranks` of its mesh, "local", in this process, or "torchrun", where this process is one of them and rank 0 alone
+    has the results; inputs and results are whole.
 
     >>> logits, = dsc.run(dsc.trace("deepseek-v3-tiny", seq=16), weights="random:0")
     """
     from .. import backends
+    from ..models.checkpoint import open_weights as weights_source
 
     runner = backends.get(backend)
     if isinstance(program, Artifact) and (with_kernels := getattr(runner, "with_kernels", None)):
@@ -46,6 +53,10 @@ def run(
         from ..passes.manager import apply
 
         module = apply(module, "fuse")
+    if ranks is not None:
+        return run_ranks(module, weights_source(spec, config=config), prepare(module, inputs), runner, ranks, observe, timeout)
+    count = mesh_of(module).world if ATTRIBUTE in module.attributes else 1
+    require(count == 1, f'the program is that of one of {count} ranks: run it with --ranks local (ranks="local"), or under torchrun')
     return runner.run(module, open_weights(spec, module, config), prepare(module, inputs), observe)
 
 

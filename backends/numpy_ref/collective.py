@@ -69,7 +69,7 @@ def all_to_all(op: ops.AllToAll, wide: Wide, x: Array) -> Program[Array]:
 @collective(ops.AllToAllRows)
 def all_to_all_rows(op: ops.AllToAllRows, wide: Wide, *operands: Array) -> Program[Any]:
     *xs, send, recv = operands
-    require((send >= 0).all() and (recv >= 0).all(), f"send is {send.tolist()} and recv {recv.tolist()}, expected no negative number")
+    require(bool((send >= 0).all() and (recv >= 0).all()), f"send is {send.tolist()} and recv {recv.tolist()}, expected no negative number")
     require(int(send.sum()) <= len(xs[0]), f"send is {send.tolist()}, {send.sum()} rows in all, but there are {len(xs[0])}")
     require(int(recv.sum()) <= _limit(op), f"{recv.sum()} rows arrive, but there is room for {_limit(op)}: {op.rows}")
     messages = zip(*(_cut(x, send) for x in xs), strict=True)

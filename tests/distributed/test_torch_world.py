@@ -10,6 +10,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def cases(draw: st.DrawFn) -> tuple[str, list[tuple[np.ndarray, ...]]]:
 
 
 @given(case=cases())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_collectives_agree_with_torch_and_in_both_worlds(pool: Pool, case: tuple[str, list[tuple[np.ndarray, ...]]]) -> None:
     text, inputs = case
     parsed = dsc.parse(text)
@@ -154,3 +155,68 @@ def test_stages_send_to_each_other(pool: Pool) -> None:
     inputs = [(np.full((2, 3), rank, np.float32),) for rank in range(RANKS)]
     answers = pool.run(module(parse_mesh("pp=4,dp=1"), {"x": "f32[2, 3]"}, [], ""), inputs)
     assert [np.unique(results[0]).tolist() for results, _ in answers] == [[4.0]] * RANKS
+
+
+# ---- a rank that does not live to the end
+
+STEP = """
+module {{ stage=sharded, mesh={{dp={ranks}}}, inputs=[["dp"]], results=[["dp"]] }}
+
+func @main(%x: f32[2, 3]) {{
+  %a: f32[{rows}, 3] = all_gather(%x, axis="dp", size={ranks})  @ main#1 F
+  %b: f32[{rows}, 3] = exp(%a)  @ main#2 F
+  %c: f32[2, 3] = reduce_scatter(%b, axis="dp", size={ranks})  @ main#3 F
+  return %c
+}}
+"""
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    ranks = request.param
+    source = tmp_path / "step.dsc"
+    source.write_text(STEP.format(ranks=ranks, rows=2 * ranks))
+    dsc.compile(source, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def lost(ranks: int) -> str:
+    collective = f'reduce_scatter(f32[{2 * ranks}, 3], axis="dp", size={ranks}, dim=0) at @main main#3'
+    return f"rank 0 waited in {collective}"
+
+
+def torchrun(ranks: int, *arguments: str) -> tuple[int, list[str], float]:
+    """Exit code, the lines of dsc itself, and seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), f"--master-port={free_port()}"]
+    start = time.monotonic()
+    given = environment(0, 1, 0)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del given[name]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=given, timeout=120, check=False)
+    return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("dsc:")], time.monotonic() - start
+
+
+@pytest.mark.parametrize("artifact", [3], indirect=True)
+def test_a_rank_that_is_killed_ends_the_others(artifact: Path) -> None:
+    code, lines, seconds = torchrun(3, str(HERE / "failing_rank.py"), "kill", "1", "run", str(artifact))
+    assert code != 0
+    assert lines == [f"dsc: error: rank 1 ended; {lost(3)}"]
+    assert seconds < 60, "the time-out of ten minutes should not matter here"
+
+
+@pytest.mark.parametrize("artifact", [2], indirect=True)
+def test_a_rank_that_hangs_ends_the_others(artifact: Path) -> None:
+    code, lines, seconds = torchrun(2, str(HERE / "failing_rank.py"), "hang", "1", "run", str(artifact), "--timeout", "5")
+    assert code != 0
+    assert lines == [f"dsc: error: no answer from rank 1 within 5 s; {lost(2)}"]
+    assert seconds < 60
+
+
+@pytest.mark.parametrize("artifact", [2], indirect=True)
+def test_a_rank_that_fails_says_why_and_ends_the_others(artifact: Path) -> None:
+    port = free_port()
+    command = [sys.executable, str(HERE / "failing_rank.py"), "raise", "1", "run", str(artifact)]
+    started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(r, 2, port)) for r in range(2)]
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert said == ["", "dsc: error: rank 1: @main main#2: exp: no room for 7 rows\n"]

@@ -54,7 +54,7 @@ LAWS = {
     "driver": law(
         BELOW_DRIVER,
         "numpy ml_dtypes safetensors click rich pydantic",
-        late="torch triton onnx onnx_ir scipy networkx matplotlib tokenizers",
+        late="distributed/torch_world.py torch triton onnx onnx_ir scipy networkx matplotlib tokenizers",
     ),
     # The files of the root: the public API, which loads the rest on first use, and the entry point of the command.
     "": law("ir", late=f"driver {BELOW_DRIVER}"),
