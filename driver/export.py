@@ -183,10 +183,11 @@ def referenced(checkpoint: Any, config: Any, path: Path) -> Place:
     def place(name: str, tensor: Tensor) -> Sequence[Stored]:
         size = tensor.dtype.bits // 8
         found = []
-        for file, start, shape in source.places(Wanted(name, tensor.dtype.name, tuple(d for d in tensor.shape if isinstance(d, int)))):
+        wanted = Wanted(name, tensor.dtype.name, tuple(d for d in tensor.shape if isinstance(d, int)))
+        for part, file, start, shape in source.places(wanted):
             if file not in known:
                 known[file] = followed(file, path)
-            found.append(Stored(known[file], start, math.prod(shape) * size, shape))
+            found.append(Stored(part, known[file], start, math.prod(shape) * size, shape))
         return found
 
     return place
@@ -221,4 +222,4 @@ class Copier:
         start = self.stream.tell()
         self.stream.write(array.reshape(-1).view(np.uint8).data)
         self.on_step(name)
-        return [Stored(PurePosixPath(self.name), start, array.nbytes, array.shape)]
+        return [Stored(name, PurePosixPath(self.name), start, array.nbytes, array.shape)]

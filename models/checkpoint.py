@@ -30,8 +30,9 @@ SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "co
 
 
 class Place(NamedTuple):
-    """Where a tensor of `shape` begins in a file, in bytes."""
+    """Where a tensor of `shape` begins in a file, in bytes; `name` is how it is called on disk, of an expert its own."""
 
+    name: str
     file: Path
     start: int
     shape: tuple[int, ...]
@@ -66,7 +67,7 @@ class CheckpointFolder(StoredWeights):
         for tensor, part in ((self.tensors[copy.source.tensor.name], copy.source.part) for copy in copies):
             stored, expected = type_text(tensor.dtype, part.shape), f"{wanted.name}: expected {type_text(wanted.dtype, part.shape)}"
             require(tensor.dtype == wanted.dtype, f"{expected} as the program reads it, found {stored} in {tensor.where}")
-            found.append(Place(tensor.file.path, tensor.start + _offset(tensor, part.index), part.shape))
+            found.append(Place(part.name, tensor.file.path, tensor.start + _offset(tensor, part.index), part.shape))
         return found
 
     def _single(self) -> dict[str, FileTensor]:

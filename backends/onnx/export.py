@@ -1,7 +1,7 @@
 """`export`: a module as an ONNX model, in one of three profiles.
 
     standard    calls are entered; each op of dsc is a call of a function `ai.dsc::name`, whose body is standard ops
-    ort         standard ops only
+    ort         standard ops only; inputs and results in BF16 or FP8 are float32 instead, for ONNX Runtime's Python takes no others
     compact     a function of the program is a function of the model, `ai.dsc.model::name`, with the layer's weights as arguments
 
 What the three compute is the same, node for node. ONNX Runtime and the reference evaluator run the first two as they are; of the third
@@ -11,7 +11,7 @@ ONNX Runtime wants `onnx.inliner.inline_local_functions` first where FP8 goes fr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePosixPath
@@ -35,6 +35,7 @@ OPSETS = range(23, 27)
 """From the first that has Attention, RMSNormalization and RotaryEmbedding to the last that ONNX Runtime loads."""
 OPSET = 24
 IR_VERSION = 11
+NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E8M0)
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,16 @@ class Profile:
 
     calls: bool
     ops: bool
+    wide: bool
+    """Whether inputs and results in BF16 or FP8 are float32 instead."""
     runs: str
     """Which runtimes take the model as it is."""
 
 
 PROFILES = {
-    "standard": Profile(False, True, "onnx.reference and ONNX Runtime"),
-    "ort": Profile(False, False, "onnx.reference and ONNX Runtime"),
-    "compact": Profile(True, True, "onnx.reference; ONNX Runtime where no FP8 goes from function to function, else after inlining"),
+    "standard": Profile(False, True, False, "onnx.reference and ONNX Runtime"),
+    "ort": Profile(False, False, True, "onnx.reference and ONNX Runtime"),
+    "compact": Profile(True, True, False, "onnx.reference; ONNX Runtime where no FP8 goes from function to function, else after inlining"),
 }
 
 
@@ -58,6 +61,7 @@ PROFILES = {
 class Stored:
     """Where a tensor's bytes lie: in a file beside the model, or below it."""
 
+    name: str
     file: PurePosixPath
     offset: int
     length: int
@@ -116,17 +120,38 @@ class _Export:
 
     def model(self, outputs: list[str], metadata: dict[str, str]) -> ir.Model:
         main, g = self.module.main, Emitter(self.opset)
-        given = {p: fresh(p.type, p.name) for p in main.params}
+        names = _unique(p.name for p in main.params)
+        given = {p: fresh(p.type, name) for p, name in zip(main.params, names, strict=True)}
         self.inputs = flat(tuple(given.values()))
+        if self.profile.wide:
+            given = {p: self.from_float32(g, x) for p, x in given.items()}
         values = self.body(g, main, given, "", self.weight)
         if self.gaps:
             raise DscError("\n".join([f"no mapping to ONNX; --opaque leaves such an op as one of domain {OPAQUE}", *self.refusals()]))
-        results = self.returned(g, [values[v] for v in main.results], set(self.inputs))
-        for value, name in zip(results, _flat_names(main, outputs), strict=True):
+        g.metadata = {}
+        returned = [self.to_float32(g, values[v]) if self.profile.wide else values[v] for v in main.results]
+        results = self.returned(g, returned, set(self.inputs))
+        for value, name in zip(results, _flat_names(main, outputs, (*self.inputs, *self.initializers)), strict=True):
             value.name = name
         graph = ir.Graph(self.inputs, results, nodes=g.nodes, initializers=self.initializers, opset_imports=self.imports(), name=main.name)
         metadata |= {f"ai.dsc.{key}": str(value) for key, value in self.module.attributes.items()}
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="dsc", functions=list(self.functions.values()), metadata_props=metadata)
+
+    def from_float32(self, g: Emitter, tree: Tree) -> Tree:
+        """Inputs in their own types, of which the narrow ones come as float32."""
+        if isinstance(tree, tuple):
+            return tuple(self.from_float32(g, x) for x in tree)
+        if tree.dtype not in NARROW:
+            return tree
+        to, tree.type = tree.dtype, ir.TensorType(ir.DataType.FLOAT)
+        return _like(g.Cast(tree, to=to.value, **({} if to is ir.DataType.BFLOAT16 else {"saturate": 0})), tree, to)
+
+    def to_float32(self, g: Emitter, tree: Tree) -> Tree:
+        """Results, the narrow ones as float32."""
+        if isinstance(tree, tuple):
+            return tuple(self.to_float32(g, x) for x in tree)
+        value = g.dense(tree)
+        return _like(g.Cast(value, to=1), value, ir.DataType.FLOAT) if value.dtype in NARROW else value
 
     def refusals(self) -> Iterator[str]:
         """A line for each op that has no mapping, and each reason."""
@@ -176,8 +201,9 @@ class _Export:
             whole = len(stored) == 1 and stored[0].shape == tensor.shape
             value = fresh(tensor, name, stacked=0 if whole else len(stored))
             for part, at in zip(flat(value), stored, strict=True):
+                part.name = part.name if whole else at.name
                 part.const_value = ir.ExternalTensor(
-                    str(at.file), at.offset, at.length, TYPES[tensor.dtype], shape=ir.Shape(at.shape), name=part.name or name
+                    str(at.file), at.offset, at.length, TYPES[tensor.dtype], shape=ir.Shape(at.shape), name=part.name or at.name
                 )
                 self.initializers.append(part)
         self.weights[need] = value
@@ -229,12 +255,13 @@ class _Export:
         stacks = tuple(len(x.parts) if isinstance(x, Stack) else 0 for x in given)
         key = callee.name, stacks
         if key not in self.functions:
-            params = {p: fresh(p.type, p.name) for p in callee.params}
-            named = {need: fresh(t, need[0], stacked=n) for (need, t), n in zip(needs.items(), stacks, strict=True)}
-            inside, names = Emitter(self.opset), self.names
+            names = _unique([*(p.name for p in callee.params), *(path for path, _ in needs)])
+            params = {p: fresh(p.type, names.pop(0)) for p in callee.params}
+            named = {need: fresh(t, names.pop(0), stacked=n) for (need, t), n in zip(needs.items(), stacks, strict=True)}
+            inside, outside = Emitter(self.opset), self.names
             self.names = Counter()
             values = self.body(inside, callee, dict(params), "", lambda need, tensor: named[need])
-            self.names = names
+            self.names = outside
             inputs = flat((*params.values(), *named.values()))
             self.functions[key] = self.function(FUNCTIONS, callee.name, inside, inputs, [values[v] for v in callee.results])
         return self.called(g, self.functions[key], op, [*operands, *given], f"{inner or callee.name}")
@@ -266,7 +293,7 @@ class _Export:
             if why := reason_against(op):
                 raise Unmapped(why)
             return self.as_function(g, op, operands) if self.profile.ops else g.lower(op, operands)
-        except Unmapped as gap:
+        except DscError as gap:
             if not self.opaque:
                 self.gaps.setdefault((op.name, str(gap)), []).append(site)
             return self.left_opaque(g, op, operands)
@@ -303,18 +330,26 @@ def _shared(op: Op) -> tuple[int, ...]:
     return *(first.setdefault(v, i) for i, v in enumerate(op.operands)), *declared
 
 
-def _like(x: Value, other: Value) -> Value:
-    x.type, x.shape = other.type, other.shape
+def _like(x: Value, other: Value, dtype: ir.DataType | None = None) -> Value:
+    """`x` declared as `other` is, or of another element type."""
+    x.type, x.shape = ir.TensorType(dtype) if dtype else other.type, other.shape
     return x
 
 
-def _flat_names(main: Func, given: Sequence[str]) -> list[str]:
-    """A name for each value that the model returns, none of which an input has."""
+def _flat_names(main: Func, given: Sequence[str], taken: Sequence[Value]) -> list[str]:
+    """A name for each value that the model returns, none of which an input or a weight has."""
     names = list(given) or [
         f"{v.name}.{i}" if len(values) > 1 else v.name for v in main.results for values in [flat(fresh(v.type))] for i in range(len(values))
     ]
-    used, found = Counter(p.name for p in main.params), []
+    return _unique([*(v.name or "" for v in taken), *names])[len(taken) :]
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    """The names, one that stands again with a number behind it."""
+    found: dict[str, None] = {}
     for name in names:
-        used[name] += 1
-        found.append(name if used[name] == 1 else f"{name}~{used[name]}")
-    return found
+        own, number = name, 2
+        while own in found:
+            own, number = f"{name}~{number}", number + 1
+        found[own] = None
+    return list(found)

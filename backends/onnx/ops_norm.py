@@ -32,7 +32,7 @@ def rope(g: Emitter, op: norm.Rope, x: Value, cos: Value, sin: Value) -> Value:
 def attention_(g: Emitter, op: attention.Attention, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
     *lead, heads, queries, _ = static(op.q, op.name)
     keys = static(op.k, op.name)[-2]
-    boolean = op.mask is None or op.mask.dtype is DType.bool
+    mask, boolean = opened(g, op, mask)
     q, k, v = (g.reshaped(x, prod(lead), *static(t, op.name)[-3:]) for x, t in ((q, op.q), (k, op.k), (v, op.v)))
     if mask is not None:
         mask = g.reshaped(g.Expand(mask, [*lead, heads, queries, keys]), prod(lead), heads, queries, keys)
@@ -41,6 +41,17 @@ def attention_(g: Emitter, op: attention.Attention, q: Value, k: Value, v: Value
         mask = lower if mask is None else g.And(mask, lower) if boolean else g.Where(lower, mask, g.number(-np.inf, wide_of(op)))
     found = attend(g, wide_of(op), q, k, v, mask, op.scale, op.causal and mask is None, boolean)
     return g.reshaped(found, *static(op.result, op.name))
+
+
+def opened(g: Emitter, op: attention.Attention | attention.AttentionBackward, mask: Value | None) -> tuple[Value | None, bool]:
+    """The mask, boundaries of documents as what they open, and whether it is of bools."""
+    if mask is None or op.mask is None or not op.mask.dtype.is_int:
+        return mask, op.mask is None or op.mask.dtype is DType.bool
+    (boundaries,) = static(op.mask, op.name)
+    tokens = np.arange(static(op.q, op.name)[-2], dtype=np.int64)[:, None]
+    passed = g.sum(g.cast(g.GreaterOrEqual(tokens, g.Cast(mask, to=7)), DType.i64), 1)
+    inside = g.And(g.Greater(passed, np.int64(0)), g.Less(passed, np.int64(boundaries)))
+    return g.And(g.Equal(passed, g.swapped(passed, 2)), inside), True
 
 
 def attend(
@@ -82,9 +93,10 @@ def attention_backward(
     ks, vs = (g.Unsqueeze(x, [rank - 3]) for x in (k, v))
     scores = g.Mul(g.MatMul(qs, g.swapped(ks, rank)), g.number(op.scale, dtype))
     closed = g.number(-np.inf, dtype)
-    if mask is not None and op.mask is not None:
+    mask, boolean = opened(g, op, mask)
+    if mask is not None:
         every = split(g.Expand(mask, [*lead, heads, queries, keys]), keys)
-        scores = g.Where(every, scores, closed) if op.mask.dtype is DType.bool else g.Add(scores, every)
+        scores = g.Where(every, scores, closed) if boolean else g.Add(scores, every)
     if op.causal:
         scores = g.Where(np.tril(np.ones((queries, keys), np.bool)), scores, closed)
     largest = g.ReduceMax(scores, [-1], keepdims=1)

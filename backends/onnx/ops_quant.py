@@ -168,8 +168,18 @@ def grouped_scaled_matmul(
     else:
         values = dequantized(g, op.w.tensor, op.w_tile, w, g.dense(w_scales))
         matrices = matrices_of(g, values, DscValue(op.w.type, "w"))
+    if op.x.tensor.rank == 3:
+        return g.rounded(_multiply_each(g, op, rows, matrices, counts), DType.f32, op.out)
     found = multiply_groups(g, rows, matrices, counts, True, columns=op.result.shape[1])
     return g.rounded(found, DType.f32, op.out)
+
+
+def _multiply_each(g: Emitter, op: ops.GroupedScaledMatmul, x: Value, matrices: list[Value], counts: Value) -> Value:
+    """The first counts[e] of the rows of group e times its matrix, the others 0."""
+    each = matrices_of(g, x, op.x)
+    products = [g.Unsqueeze(g.MatMul(r, g.Transpose(m, perm=[1, 0])), [0]) for r, m in zip(each, matrices, strict=True)]
+    used = g.Less(np.arange(static(op.x, op.name)[1], dtype=np.int64)[:, None], g.Unsqueeze(g.Cast(counts, to=7), [1, 2]))
+    return g.Where(used, g.Concat(*products, axis=0), np.float32(0))
 
 
 @onnx(ops.GroupedScaledMatmulWgrad, "stored")
