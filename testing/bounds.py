@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.arrays import Array, Data, rounded, widen
+from ..backends.numpy_ref.attention import same_document
 from ..backends.numpy_ref.run import unrounded
 from ..ir.core import Module, Op
 from ..ir.ops import attention, collective, control, elementwise, fused, linalg, loss, moe, norm, quant, reduce, shape
@@ -315,6 +316,8 @@ def attend(op: attention.Attention, p: Precision, y: Floats, q: Floats, k: Float
 def masked_scores(op: attention.Attention | attention.AttentionBackward, q: Floats, k: Floats, mask: Array | None) -> Floats:
     """What the mask and causality add to the scores [..., Hq, S, L]."""
     shape = (*q.shape[:-1], k.shape[-2])
+    if mask is not None and mask.dtype.kind in "iu":
+        mask = same_document(mask, k.shape[-2], slice(None), slice(None))
     given = np.broadcast_to(np.zeros(()) if mask is None else mask, shape)
     added = np.where(given, 0.0, -np.inf) if given.dtype == np.bool else given
     return np.where(np.tril(np.ones(shape[-2:], np.bool)), added, -np.inf) if op.causal else added

@@ -203,6 +203,15 @@ def counts(total: int) -> Domain:
     return domain
 
 
+def boundaries(total: int) -> Domain:
+    """Where documents of `total` tokens begin and end; some may be empty."""
+
+    def domain(rng: Generator, shape: tuple[int, ...]) -> Array:
+        return np.sort(np.concatenate([[0, total], rng.integers(0, total + 1, shape[0] - 2)]))
+
+    return domain
+
+
 def labels(classes: int, ignore: int) -> Domain:
     """Classes, about every fifth ignored."""
     return lambda rng, shape: np.where(rng.random(shape) < 0.2, ignore, rng.integers(0, classes, shape))

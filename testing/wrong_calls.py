@@ -107,6 +107,11 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         message="shapes do not broadcast: [7, 5] and [2, 5, 7]",
     ),
     wrong(
+        Attention,
+        *("f32[2, 5, 4]", "f32[2, 7, 4]", "f32[2, 7, 4]", "i32[3]"),
+        message="boundaries are i32[3], expected integers [n + 1] and as many queries as keys, found f32[2, 5, 4] and f32[2, 7, 4]",
+    ),
+    wrong(
         AttentionDecode,
         *("f32[2, 4, 3]", "f32[2, 9, 1, 3]", "f32[2, 9, 1, 3]", "i64[3]"),
         scale=1.0,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...ir.errors import require
 from ...ir.ops import attention as ops
 from ..arrays import Array, widen
 from .registry import reference
@@ -58,11 +59,22 @@ def _scores(op: ops.Attention | ops.AttentionBackward, at: _Block, q: Array, key
     """q k^T * scale of one block, masked."""
     scores = np.matmul(q, key.T)
     scores *= op.scale
-    if mask is not None:
+    if mask is not None and mask.dtype.kind in "iu":
+        np.copyto(scores, -np.inf, where=~same_document(mask, at.shape[-1], at.rows, slice(at.seen)))
+    elif mask is not None:
         _apply(np.broadcast_to(mask, at.shape)[at.head][at.rows, : at.seen], scores)
     if op.causal:
         np.copyto(scores, -np.inf, where=np.arange(at.seen) > np.arange(at.rows.start, at.rows.stop)[:, None])
     return scores
+
+
+def same_document(boundaries: Array, tokens: int, rows: slice, columns: slice) -> Array:
+    """Which of the tokens `rows` and `columns` lie in one document, [rows, columns]; those in no document do with none."""
+    fine = boundaries[0] >= 0 and boundaries[-1] <= tokens and bool((boundaries[1:] >= boundaries[:-1]).all())
+    require(fine, f"boundaries are {boundaries.tolist()}, expected rising ones from 0 to {tokens}")
+    document = np.searchsorted(boundaries, np.arange(tokens), side="right")
+    inside = (document > 0) & (document < len(boundaries))
+    return np.asarray((document[rows, None] == document[columns]) & inside[columns])
 
 
 def _apply(mask: Array, scores: Array) -> None:

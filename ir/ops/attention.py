@@ -14,7 +14,9 @@ class Attention(Op):
 
     q is [..., Hq, S, Dk], k [..., Hkv, L, Dk], v [..., Hkv, L, Dv], with Hq a multiple of Hkv (query head h reads head
     h / (Hq / Hkv)). Where `causal`, query i sees keys 0 .. i. `mask` broadcasts to [..., Hq, S, L]: added where it is a
-    float, kept where it is bool and true. A query that sees no key gives 0. DeepSeek-V3 report, equations 10 and 11.
+    float, kept where it is bool and true. Or it is integers [n + 1] in rising order, the boundaries of n documents packed along
+    the tokens (cu_seqlens): a query of document d, one of mask[d] .. mask[d + 1] - 1, sees that document's keys only, and S = L.
+    A query that sees no key, or is in no document, gives 0. DeepSeek-V3 report, equations 10 and 11.
     """
 
     q: Value
@@ -32,10 +34,13 @@ class Attention(Op):
         require(q.shape[-1] == k.shape[-1], f"widths differ: q is {q}, but k is {k}")
         require(k.shape[:-1] == v.shape[:-1] and q.shape[:-3] == k.shape[:-3], f"leading dimensions differ: q {q}, k {k}, v {v}")
         check_heads(q, k, -3)
-        if self.mask is not None:
+        if self.mask is not None and self.mask.dtype.is_int:
+            fits = self.mask.tensor.rank == 1 and self.mask.shape[0] != 0 and q.shape[-2] == k.shape[-2]
+            require(fits, f"boundaries are {self.mask.type}, expected integers [n + 1] and as many queries as keys, found {q} and {k}")
+        elif self.mask is not None:
             scores = (*q.shape[:-1], k.shape[-2])
             require(broadcast(self.mask.shape, scores) == scores, f"mask is {self.mask.type}, expected to broadcast to {list(scores)}")
-            require(self.mask.dtype is DType.bool or self.mask.dtype.is_float, f"mask is {self.mask.type}, expected bool or float")
+            require(self.mask.dtype is DType.bool or self.mask.dtype.is_float, f"mask is {self.mask.type}, expected bool, float or integer")
         return (Tensor(q.dtype, (*q.shape[:-1], v.shape[-1])),)
 
     def flops(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,11 @@ def rope(op: norm.Rope, x: T, cos: T, sin: T) -> T:
 
 
 def attend(op: attention.Attention, q: T, k: T, v: T, mask: T | None = None) -> T:
+    if mask is not None and mask.dtype in (torch.int32, torch.int64):
+        blocks = [torch.ones(b - a, b - a, dtype=torch.bool) for a, b in itertools.pairwise(mask.tolist())]
+        open_ = torch.zeros(q.shape[-2], k.shape[-2], dtype=torch.bool)
+        open_[mask[0] : mask[-1], mask[0] : mask[-1]] = torch.block_diag(*blocks)
+        mask = open_
     if op.causal:
         seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         mask = seen if mask is None else seen & mask

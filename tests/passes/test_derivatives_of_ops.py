@@ -178,6 +178,9 @@ def attend(op: attention.Attention, q: T, k: T, v: T, mask: T | None = None) -> 
     shared = q.shape[-3] // k.shape[-3]
     k, v = (x.repeat_interleave(shared, -3) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * op.scale
+    if mask is not None and not mask.dtype.is_floating_point and mask.dtype != torch.bool:
+        document = (torch.arange(scores.shape[-1])[:, None] >= mask).sum(1)
+        mask = (document[:, None] == document) & (document > 0) & (document < len(mask))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if op.causal:

@@ -140,6 +140,46 @@ def _none(name: str, type: Tensor) -> np.ndarray:
     raise DscError(name)
 
 
+PACKED = [
+    ([0, 0, 1, 1, 70, 134, 150], True),  # documents of 0, 1, 0, 69, 64 and 16 tokens
+    ([3, 80, 140], False),  # two, and tokens of none before and after
+    ([5], False),  # no document
+]
+
+
+@pytest.mark.parametrize(("boundaries", "causal"), PACKED, ids=str)
+def test_packed_documents(boundaries: list[int], causal: bool) -> None:
+    """Forward and backward, within the bound; each document's bits do not depend on where it lies among the others' numbers."""
+    given = np.array(boundaries, np.int32)
+    mask = Value(Tensor(DType.i32, given.shape), "mask")
+    shapes = (1, 2, 150, 40), (1, 1, 150, 40), (1, 1, 150, 24)
+    forward = Attention(*(Value(Tensor(BF16, s), "x") for s in shapes), mask, scale=0.2, causal=causal)
+    q, k, v = (normal(BF16, *s, seed=i) for i, s in enumerate(shapes))
+    (out,), dout = NUMPY.evaluate(forward, (q, k, v, given)), normal(BF16, 1, 2, 150, 24, seed=3)
+    (permitted,), (found,) = bound(forward, (q, k, v, given), (out,)), TRITON.evaluate(forward, (q, k, v, given))
+    assert how(forward) == ("kernel", "")
+    assert (np.abs(widen(found, np.float64) - widen(out, np.float64)) <= permitted).all()
+    op = AttentionBackward(*(Value(x.type, "x") for x in (*forward.operands[:3], *forward.results * 2)), mask, forward.scale, causal)
+    operands = (q, k, v, out, dout, given)
+    assert excess(op, *operands) == [0, 0, 0]
+    spoiled = [x.copy() for x in operands[:5]]
+    for x in spoiled:
+        x[..., boundaries[-1] :, :] = x[..., : boundaries[0], :] = 100  # what lies in no document
+    inside = slice(boundaries[0], boundaries[-1])
+    for x, y in zip(TRITON.evaluate(op, (*spoiled, given)), TRITON.evaluate(op, operands), strict=True):
+        assert same_bits(x[:, :, inside], y[:, :, inside])
+
+
+def test_the_bound_notices_a_document_that_ends_late() -> None:
+    given = np.array([0, 40, 70], np.int32)
+    op = AttentionBackward(*backward(BF16, 1, 1, 70, 70, 16, 16, True).operands, Value(Tensor(DType.i32, (3,)), "mask"), 0.25, True)
+    q, k, v, out, dout = operands_of(backward(BF16, 1, 1, 70, 70, 16, 16, True))
+    expected = NUMPY.evaluate(op, (q, k, v, out, dout, given))
+    found = TRITON.evaluate(op, (q, k, v, out, dout, given + np.array([0, 1, 0], np.int32)))
+    for x, y, permitted in zip(found, expected, bound(op, (q, k, v, out, dout, given), expected), strict=True):
+        assert (np.abs(widen(x, np.float64) - widen(y, np.float64)) > permitted).any()
+
+
 def test_the_bits_do_not_depend_on_the_other_heads() -> None:
     """Every sum is one program's: a head alone gives what it gives among others."""
     op = backward(BF16, 4, 2, 100, 90, 48, 32, False)

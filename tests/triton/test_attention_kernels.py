@@ -114,7 +114,7 @@ def _none(name: str, type: Tensor) -> np.ndarray:
 
 def test_what_the_kernel_declines() -> None:
     q = value(F32, 1, 4, 8)
-    assert how(Attention(q, q, q, value(DType.bool, 4, 4)))[1] == "a mask; expected none, or causality"
+    assert how(Attention(q, q, q, value(DType.bool, 4, 4)))[1] == "a mask bool[4, 4]; expected none, causality, or boundaries of documents one after another"
     assert how(Attention(q, q, q, scale=-1.0))[1] == "scale = -1, expected a positive one"
     half = value(DType.f16, 1, 4, 8)
     assert how(Attention(half, half, half))[1] == "operands of f16, expected bf16 or f32"

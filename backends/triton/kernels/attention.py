@@ -1,7 +1,8 @@
 """Attention forward: softmax(q k^T * scale) v, causal or not, flash style: the scores are never in memory.
 
 Formula       FlashAttention-2 (arXiv 2307.08691, algorithm 1): per block of queries an online softmax over blocks of keys; blocks that
-              causality leaves whole take no mask, those beyond the diagonal are not visited, the longest rows start first
+              causality leaves whole take no mask, those beyond the diagonal are not visited, the longest rows start first. Of packed
+              documents only the keys from the first query's document to the last one's are visited
 Layout        q [B, Hq, S, Dk], k [B, Hkv, L, Dk], v [B, Hkv, L, Dv] of any strides but the last, which is 1; out row-major. A width that
               is no power of two is two products where that is less (192 = 128 + 64)
 Accumulation  scores, probabilities and sums in float32, the probabilities multiplied as BF16 parts (`flash.py`); out is rounded once
@@ -19,17 +20,31 @@ from ..jit import device
 from ..registry import Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import ceil_div, power_of_two
-from .flash import LOG2_E, flash_tile, multiplicand, online_step, parts_of, product, split_width, strides_of, unsupported, weighted
+from .flash import (
+    LOG2_E,
+    documents,
+    flash_tile,
+    multiplicand,
+    online_step,
+    parts_of,
+    product,
+    split_width,
+    strides_of,
+    unmasked,
+    unsupported,
+    weighted,
+)
 
 LARGEST = 512
 """The widest value head: 64 rows of it in float32 fill half of a multiprocessor's registers."""
 
 
 @device
-def visit(start, end, q_head, q_tail, k_base, v_base, largest, total, result, query, keys, k_token, v_token, c,
+def visit(start, end, q_head, q_tail, k_base, v_base, largest, total, result, query, first_key, stop_key, keys, k_token, v_token, c,
           DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, MASKED: tl.constexpr,
-          CAUSAL: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """The online softmax over keys `start` up to `end`; where MASKED, some may lie beyond the last or be hidden by causality."""
+          CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+          BLOCK_N: tl.constexpr):  # fmt: skip
+    """The online softmax over keys `start` up to `end`; where MASKED, some may lie beyond the last or be hidden."""
     head, value = tl.arange(0, HEAD), tl.arange(0, VALUE)
     for first in range(start, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
@@ -43,6 +58,8 @@ def visit(start, end, q_head, q_tail, k_base, v_base, largest, total, result, qu
             scores = product(q_tail, multiplicand(k, FORMAT), scores)
         if MASKED:
             seen = known[None, :] & (key[None, :] <= query[:, None]) if CAUSAL else known[None, :]
+            if DOCUMENTS:
+                seen = seen & (key[None, :] >= first_key[:, None]) & (key[None, :] < stop_key[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         v_row = v_base + key.to(tl.int64) * v_token
         v = tl.load(v_row[:, None] + value[None, :], mask=known[:, None] & (value < DV)[None, :], other=0.0)
@@ -50,11 +67,33 @@ def visit(start, end, q_head, q_tail, k_base, v_base, largest, total, result, qu
     return largest, total, result
 
 
+@device
+def seen_keys(FIRST, STOP, block, query, queries, keys, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
+    """Which keys a block of queries sees, in five numbers.
+
+    For each query the first key of its document and the one behind the last; for the block where to start, a whole number of blocks
+    further how far every query sees every key, and where to end.
+    """
+    first_key, stop_key, start = query, query, 0
+    end = tl.minimum(keys, (block + 1) * BLOCK_M) if CAUSAL else keys
+    limit = tl.minimum(keys, block * BLOCK_M + 1) if CAUSAL else keys
+    if DOCUMENTS:
+        first_key = tl.load(FIRST + query, mask=query < queries, other=keys)
+        stop_key = tl.load(STOP + query, mask=query < queries, other=0)
+        start, end = tl.min(first_key, axis=0), tl.minimum(end, tl.max(stop_key, axis=0))
+        # one document for all queries there are: then no key of it is hidden but by causality
+        same = tl.max(tl.where(query < queries, first_key, 0), axis=0) == start
+        limit = tl.where(same, tl.minimum(limit, end), start)
+    whole = start + tl.maximum(limit - start, 0) // BLOCK_N * BLOCK_N
+    return first_key, stop_key, start, whole, end
+
+
 @triton.jit
-def attention_kernel(Q, K, V, OUT, queries, keys, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, c,
-                     HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr,
-                     TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def attention_kernel(Q, K, V, OUT, FIRST, STOP, queries, keys, q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head,
+                     v_token, c, HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr,
+                     TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr,
+                     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     at_head = tl.program_id(1).to(tl.int64)
     batch, q_h = at_head // HEADS, at_head % HEADS
@@ -72,49 +111,45 @@ def attention_kernel(Q, K, V, OUT, queries, keys, q_batch, q_head, q_token, k_ba
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     result = tl.zeros((BLOCK_M, VALUE), tl.float32)
-    end = tl.minimum(keys, (block + 1) * BLOCK_M) if CAUSAL else keys
-    whole = (tl.minimum(keys, block * BLOCK_M + 1) if CAUSAL else keys) // BLOCK_N * BLOCK_N
-    largest, total, result = visit(0, whole, q, rest, k_base, v_base, largest, total, result, query, keys, k_token, v_token, c, DK, DV,
-                                   HEAD, TAIL, VALUE, False, CAUSAL, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
-    largest, total, result = visit(whole, end, q, rest, k_base, v_base, largest, total, result, query, keys, k_token, v_token, c, DK, DV,
-                                   HEAD, TAIL, VALUE, True, CAUSAL, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+    first_key, stop_key, start, whole, end = seen_keys(FIRST, STOP, block, query, queries, keys, CAUSAL, DOCUMENTS, BLOCK_M, BLOCK_N)
+    largest, total, result = visit(start, whole, q, rest, k_base, v_base, largest, total, result, query, first_key, stop_key, keys,
+                                   k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, False, CAUSAL, DOCUMENTS, FORMAT, PARTS, BLOCK_M,
+                                   BLOCK_N)  # fmt: skip
+    largest, total, result = visit(whole, end, q, rest, k_base, v_base, largest, total, result, query, first_key, stop_key, keys,
+                                   k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, True, CAUSAL, DOCUMENTS, FORMAT, PARTS, BLOCK_M,
+                                   BLOCK_N)  # fmt: skip
     value = tl.arange(0, VALUE)[None, :]
     to = OUT + (at_head * queries + query)[:, None] * DV + value
     tl.store(to, narrow(weighted(total, result), FORMAT), mask=inside & (value < DV))
 
 
 @kernel(Attention, strided=True)
-def attention(op: Attention, target: Target, q: Slot, k: Slot, v: Slot, mask: Slot | None, out: Slot) -> Launch | Declined:
-    if mask is not None:
-        return Declined("a mask; expected none, or causality")
+def attention(op: Attention, target: Target, q: Slot, k: Slot, v: Slot, mask: Slot | None, out: Slot) -> tuple[Launch, ...] | Declined:
+    if reason := unmasked(mask) or unsupported(q, k, v):
+        return Declined(reason)
     if op.scale <= 0:
         return Declined(f"scale = {op.scale:g}, expected a positive one")
     if len(q.shape) > 4 or max(q.shape[-1], v.shape[-1]) > LARGEST:
         return Declined(f"q {list(q.shape)} and v {list(v.shape)}, expected at most 4 axes and heads of at most {LARGEST}")
-    if reason := unsupported(q, k, v):
-        return Declined(reason)
     batch, heads, queries, _ = (1, *q.shape)[-4:]
     keys, width, value = k.shape[-2], split_width(q.shape[-1]), max(16, power_of_two(v.shape[-1]))
     tile = flash_tile(queries, sum(width), value, q.dtype, target)
-    return Launch(
+    finding, found = documents(mask, keys, 0, absent=q)
+    main = Launch(
         attention_kernel,
         grid=(ceil_div(queries, tile.m), batch * heads),
         arguments={
-            "Q": q,
-            "K": k,
-            "V": v,
-            "OUT": out,
-            "queries": queries,
-            "keys": keys,
+            **{"Q": q, "K": k, "V": v, "OUT": out, **found, "queries": queries, "keys": keys},
             **strides_of(q=q, k=k, v=v),
             "c": op.scale * LOG2_E,
         },
         constants={
             **{"HEADS": heads, "SHARED": heads // k.shape[-3], "DK": q.shape[-1], "DV": v.shape[-1]},
             **{"HEAD": width.head, "TAIL": width.tail, "VALUE": value, "CAUSAL": op.causal, "FORMAT": q.format},
-            **{"PARTS": parts_of(q.dtype, keys), "BLOCK_M": tile.m, "BLOCK_N": tile.n},
+            **{"DOCUMENTS": mask is not None, "PARTS": parts_of(q.dtype, keys), "BLOCK_M": tile.m, "BLOCK_N": tile.n},
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         fusion=True,
     )
+    return *finding, main

@@ -7,7 +7,7 @@ Formula       with P = softmax(q k^T * scale) and D the sum of dout * out over D
                   dq being rescaled as its result is; it leaves log2 of the sum of 2^scores, and D. Nothing is kept from the forward pass
               kv  per block of keys over the queries that see them, of all query heads that share them; products are of [keys, queries]
 Layout        q [B, Hq, S, Dk], k [B, Hkv, L, Dk], v [B, Hkv, L, Dv], out and dout [B, Hq, S, Dv] of any strides but the last, which is 1;
-              dq, dk and dv row-major; the workspace holds two float32 for each query
+              dq, dk and dv row-major; the workspace holds two float32 for each query, and of packed documents where each token's lies
 Accumulation  as in attention: float32, P and dS multiplied as BF16 parts (`flash.py`); results are rounded once
 Compared to   numpy_ref within the bound of `testing.bounds_backward`; floor: seven products of the lower triangle at the matrix rate
 """
@@ -24,8 +24,20 @@ from ..jit import device
 from ..registry import Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import ceil_div, power_of_two
-from .attention import LARGEST
-from .flash import LOG2_E, backward_tile, multiplicand, parts_of, product, product_of_parts, split_width, strides_of, unsupported
+from .attention import LARGEST, seen_keys
+from .flash import (
+    LOG2_E,
+    backward_tile,
+    documents,
+    multiplicand,
+    parts_of,
+    product,
+    product_of_parts,
+    split_width,
+    strides_of,
+    unmasked,
+    unsupported,
+)
 
 
 @device
@@ -37,9 +49,10 @@ def rows_of(base, token, stride, inside, FIRST: tl.constexpr, COUNT: tl.constexp
 
 
 @device
-def visit_keys(start, end, q_head, q_tail, dout, delta, k_base, v_base, largest, total, dq_head, dq_tail, query, keys, k_token, v_token, c,
-               DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, MASKED: tl.constexpr,
-               CAUSAL: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def visit_keys(start, end, q_head, q_tail, dout, delta, k_base, v_base, largest, total, dq_head, dq_tail, query, first_key, stop_key, keys,
+               k_token, v_token, c, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
+               MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Running maximum, sum and dq (unnormalised, unscaled) with keys `start` up to `end`; where MASKED, some may be hidden."""
     for first in range(start, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
@@ -53,6 +66,8 @@ def visit_keys(start, end, q_head, q_tail, dout, delta, k_base, v_base, largest,
             scores = product(q_tail, tl.trans(k_tail), scores)
         if MASKED:
             seen = known[None, :] & (key[None, :] <= query[:, None]) if CAUSAL else known[None, :]
+            if DOCUMENTS:
+                seen = seen & (key[None, :] >= first_key[:, None]) & (key[None, :] < stop_key[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         dp = product(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         larger = tl.maximum(largest, tl.max(scores, axis=1) * c)
@@ -69,11 +84,11 @@ def visit_keys(start, end, q_head, q_tail, dout, delta, k_base, v_base, largest,
 
 
 @triton.jit
-def attention_backward_q_kernel(Q, K, V, OUT, DOUT, DQ, LOG_OF, DELTA_OF, queries, keys, q_batch, q_head, q_token, k_batch, k_head, k_token,
-                                v_batch, v_head, v_token, out_batch, out_head, out_token, dout_batch, dout_head, dout_token, c, scale,
-                                HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr,
-                                TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
-                                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def attention_backward_q_kernel(Q, K, V, OUT, DOUT, DQ, FIRST, STOP, LOG_OF, DELTA_OF, queries, keys, q_batch, q_head, q_token, k_batch,
+                                k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token, dout_batch, dout_head,
+                                dout_token, c, scale, HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+                                HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+                                FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     at_head = tl.program_id(1).to(tl.int64)
     batch, head = at_head // HEADS, at_head % HEADS
@@ -92,14 +107,13 @@ def attention_backward_q_kernel(Q, K, V, OUT, DOUT, DQ, LOG_OF, DELTA_OF, querie
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    end = tl.minimum(keys, (block + 1) * BLOCK_M) if CAUSAL else keys
-    whole = (tl.minimum(keys, block * BLOCK_M + 1) if CAUSAL else keys) // BLOCK_N * BLOCK_N
-    largest, total, dq, dq_rest = visit_keys(0, whole, q, rest, dout, delta, k_base, v_base, largest, total, dq, dq_rest, query, keys,
-                                             k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, False, CAUSAL, FORMAT, PARTS, BLOCK_M,
-                                             BLOCK_N)  # fmt: skip
-    largest, total, dq, dq_rest = visit_keys(whole, end, q, rest, dout, delta, k_base, v_base, largest, total, dq, dq_rest, query, keys,
-                                             k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, True, CAUSAL, FORMAT, PARTS, BLOCK_M,
-                                             BLOCK_N)  # fmt: skip
+    first_key, stop_key, start, whole, end = seen_keys(FIRST, STOP, block, query, queries, keys, CAUSAL, DOCUMENTS, BLOCK_M, BLOCK_N)
+    largest, total, dq, dq_rest = visit_keys(start, whole, q, rest, dout, delta, k_base, v_base, largest, total, dq, dq_rest, query,
+                                             first_key, stop_key, keys, k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, False, CAUSAL,
+                                             DOCUMENTS, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+    largest, total, dq, dq_rest = visit_keys(whole, end, q, rest, dout, delta, k_base, v_base, largest, total, dq, dq_rest, query,
+                                             first_key, stop_key, keys, k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, True, CAUSAL,
+                                             DOCUMENTS, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
     unseen = total == 0.0
     factor = tl.div_rn(scale, tl.where(unseen, 1.0, total))[:, None]
     row = at_head * queries + query
@@ -118,11 +132,11 @@ def store(base, row, inside, x, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH:
 
 
 @device
-def visit_queries(start, end, k_head, k_tail, v, dk_head, dk_tail, dv, q_base, dout_base, log_of, delta_of, key, queries, q_token,
-                  dout_token, c, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
-                  MASKED: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+def visit_queries(start, end, k_head, k_tail, v, dk_head, dk_tail, dv, q_base, dout_base, log_of, delta_of, FIRST, STOP, key, queries,
+                  q_token, dout_token, c, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
+                  CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr):  # fmt: skip
-    """dk (unscaled) and dv with queries `start` up to `end`; where MASKED, causality hides keys from some."""
+    """dk (unscaled) and dv with queries `start` up to `end`."""
     for first in range(start, end, BLOCK_M):
         query = first + tl.arange(0, BLOCK_M)
         inside = query < queries
@@ -134,8 +148,12 @@ def visit_queries(start, end, k_head, k_tail, v, dk_head, dk_tail, dv, q_base, d
             q_tail = rows_of(q_base, query, q_token, inside, HEAD, TAIL, DK, FORMAT)
             scores = product(k_tail, tl.trans(q_tail), scores)
         p = tl.exp2(tl.fma(scores, c, -tl.load(log_of + query, mask=inside, other=float("inf"))[None, :]))
-        if MASKED:
+        if CAUSAL:
             p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        if DOCUMENTS:
+            first_key = tl.load(FIRST + query, mask=inside, other=0)[None, :]
+            stop_key = tl.load(STOP + query, mask=inside, other=0)[None, :]
+            p = tl.where((key[:, None] >= first_key) & (key[:, None] < stop_key), p, 0.0)
         dv = product_of_parts(p, dout, dv, FORMAT, PARTS)
         dp = product(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
         ds = p * (dp - tl.load(delta_of + query, mask=inside, other=0.0)[None, :])
@@ -146,11 +164,11 @@ def visit_queries(start, end, k_head, k_tail, v, dk_head, dk_tail, dv, q_base, d
 
 
 @triton.jit
-def attention_backward_kv_kernel(Q, K, V, DOUT, DK_OUT, DV_OUT, LOG_OF, DELTA_OF, queries, keys, q_batch, q_head, q_token, k_batch, k_head,
-                                 k_token, v_batch, v_head, v_token, dout_batch, dout_head, dout_token, c, scale,
+def attention_backward_kv_kernel(Q, K, V, DOUT, DK_OUT, DV_OUT, FIRST, STOP, LOG_OF, DELTA_OF, queries, keys, q_batch, q_head, q_token,
+                                 k_batch, k_head, k_token, v_batch, v_head, v_token, dout_batch, dout_head, dout_token, c, scale,
                                  HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr,
-                                 TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
-                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                                 TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+                                 FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     block, at_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = at_head // (HEADS // SHARED), at_head % (HEADS // SHARED)
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -164,15 +182,18 @@ def attention_backward_kv_kernel(Q, K, V, DOUT, DK_OUT, DV_OUT, LOG_OF, DELTA_OF
         dk_rest = tl.zeros((BLOCK_N, TAIL), tl.float32)
     v = rows_of(V + batch * v_batch + kv_head * v_head, key, v_token, known, 0, VALUE, DV, FORMAT)
     dv = tl.zeros((BLOCK_N, VALUE), tl.float32)
-    start = block * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0
+    start, end = block * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0, queries
+    if DOCUMENTS:
+        start = tl.maximum(start, tl.min(tl.load(FIRST + key, mask=known, other=keys), axis=0))
+        end = tl.max(tl.load(STOP + key, mask=known, other=0), axis=0)
     for i in range(SHARED):
         head = kv_head * SHARED + i
         row = batch * HEADS + head
         q_base, dout_base = Q + batch * q_batch + head * q_head, DOUT + batch * dout_batch + head * dout_head
         log_of, delta_of = LOG_OF + row * queries, DELTA_OF + row * queries
-        dk, dk_rest, dv = visit_queries(start, queries, k, rest, v, dk, dk_rest, dv, q_base, dout_base, log_of, delta_of, key, queries,
-                                        q_token, dout_token, c, DK, DV, HEAD, TAIL, VALUE, CAUSAL, FORMAT, PARTS, BLOCK_M,
-                                        BLOCK_N)  # fmt: skip
+        dk, dk_rest, dv = visit_queries(start, end, k, rest, v, dk, dk_rest, dv, q_base, dout_base, log_of, delta_of, FIRST, STOP, key,
+                                        queries, q_token, dout_token, c, DK, DV, HEAD, TAIL, VALUE, CAUSAL, DOCUMENTS, FORMAT, PARTS,
+                                        BLOCK_M, BLOCK_N)  # fmt: skip
     row = at_head * keys + key
     store(DK_OUT, row, known, dk * scale, 0, HEAD, DK, FORMAT)
     if TAIL:
@@ -183,27 +204,27 @@ def attention_backward_kv_kernel(Q, K, V, DOUT, DK_OUT, DV_OUT, LOG_OF, DELTA_OF
 @kernel(AttentionBackward, strided=True)
 def attention_backward(op: AttentionBackward, target: Target, q: Slot, k: Slot, v: Slot, out: Slot, dout: Slot, mask: Slot | None,
                        dq: Slot, dk: Slot, dv: Slot) -> tuple[Launch, ...] | Declined:  # fmt: skip
-    if mask is not None:
-        return Declined("a mask; expected none, or causality")
+    if reason := unmasked(mask) or unsupported(q, k, v, out, dout):
+        return Declined(reason)
     if op.scale <= 0:
         return Declined(f"scale = {op.scale:g}, expected a positive one")
     if len(q.shape) > 4 or max(q.shape[-1], v.shape[-1]) > LARGEST // 2:
         return Declined(f"q {list(q.shape)} and v {list(v.shape)}, expected at most 4 axes and heads of at most {LARGEST // 2}")
-    if reason := unsupported(q, k, v, out, dout):
-        return Declined(reason)
     batch, heads, queries, _ = (1, *q.shape)[-4:]
     kv_heads, keys = k.shape[-3], k.shape[-2]
     shared, width, value = heads // kv_heads, split_width(q.shape[-1]), max(16, power_of_two(v.shape[-1]))
     log_of, delta_of = (Slot("workspace", i, DType.f32, (batch * heads, queries), (queries, 1)) for i in (0, 1))
-    given = {"Q": q, "K": k, "V": v, "DOUT": dout, "LOG_OF": log_of, "DELTA_OF": delta_of}
+    finding, found = documents(mask, keys, 2, absent=q)
+    given = {**found, "Q": q, "K": k, "V": v, "DOUT": dout, "LOG_OF": log_of, "DELTA_OF": delta_of}
     numbers = {"queries": queries, "keys": keys, "c": op.scale * LOG2_E, "scale": float(op.scale)}
     strides = strides_of(q=q, k=k, v=v, dout=dout)
     sizes = {
         **{"HEADS": heads, "SHARED": shared, "DK": q.shape[-1], "DV": v.shape[-1], "HEAD": width.head, "TAIL": width.tail},
-        **{"VALUE": value, "CAUSAL": op.causal, "FORMAT": q.format},
+        **{"VALUE": value, "CAUSAL": op.causal, "DOCUMENTS": mask is not None, "FORMAT": q.format},
     }
     by_query, by_key = (backward_tile(sum(width) + value, q.dtype, target, by_key=b) for b in (False, True))
     return (
+        *finding,
         Launch(
             attention_backward_q_kernel,
             grid=(ceil_div(queries, by_query.m), batch * heads),

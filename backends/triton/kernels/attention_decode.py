@@ -53,8 +53,8 @@ def attention_decode_split_kernel(Q, K, V, POSITIONS, LARGEST_OF, TOTAL_OF, RESU
     seen = tl.minimum(tl.load(POSITIONS + batch).to(tl.int64) + 1, keys).to(tl.int32)
     start = part * length
     end = tl.minimum(seen, start + length)
-    largest, total, result = visit(start, end, q, rest, k_base, v_base, largest, total, result, row, seen, k_token, v_token, c, DK, DV,
-                                   HEAD, TAIL, VALUE, True, False, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+    largest, total, result = visit(start, end, q, rest, k_base, v_base, largest, total, result, row, row, row, seen, k_token, v_token, c,
+                                   DK, DV, HEAD, TAIL, VALUE, True, False, False, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
     at = (batch * HEADS + q_h) * parts + part
     value = tl.arange(0, VALUE)[None, :]
     tl.store(LARGEST_OF + at, largest, mask=row < SHARED)

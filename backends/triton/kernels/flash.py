@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
 import triton.language as tl
 
 from ....ir.types import DType
 from ..arithmetic import INTERPRET, narrow, widen
 from ..jit import device
-from ..registry import Slot
+from ..registry import Launch, Slot
 from ..targets import Target
-from ..tiles import power_of_two
+from ..tiles import ceil_div, power_of_two
 
 LOG2_E = 1.4426950408889634
+TOKENS = 1024
+"""Tokens whose documents one program finds."""
 
 
 class Width(NamedTuple):
@@ -99,6 +102,46 @@ def unsupported(*slots: Slot) -> str:
         if slot.size and slot.shape[-1] > 1 and slot.strides[-1] != 1:
             return f"a head's elements {slot.strides[-1]} apart, expected 1"
     return ""
+
+
+@triton.jit
+def documents_kernel(BOUNDARIES, FIRST, STOP, tokens, boundaries, TOKENS: tl.constexpr):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    first = tl.full((TOKENS,), -1, tl.int32)
+    stop = tl.full((TOKENS,), -1, tl.int32)
+    for i in range(boundaries):
+        boundary = tl.load(BOUNDARIES + i).to(tl.int32)
+        first = tl.where(boundary <= token, boundary, first)
+        stop = tl.where((boundary > token) & (stop < 0), boundary, stop)
+    inside = (first >= 0) & (stop >= 0)
+    tl.store(FIRST + token, tl.where(inside, first, tokens), mask=token < tokens)
+    tl.store(STOP + token, tl.where(inside, stop, 0), mask=token < tokens)
+
+
+def documents(boundaries: Slot | None, tokens: int, index: int, absent: Slot) -> tuple[tuple[Launch, ...], dict[str, Slot]]:
+    """Launches that write down, for each token, the FIRST of its document and the one behind the last, its STOP, and where they lie.
+
+    A token in no document has `tokens` and 0: it neither widens what its block sees nor sees anything. They are workspace `index` and the
+    one after it. Without boundaries there is nothing to write, and `absent` stands for both.
+    """
+    if boundaries is None:
+        return (), {"FIRST": absent, "STOP": absent}
+    first, stop = (Slot("workspace", index + i, DType.i32, (tokens,), (1,)) for i in (0, 1))
+    launch = Launch(
+        documents_kernel,
+        grid=(ceil_div(tokens, TOKENS),),
+        arguments={"BOUNDARIES": boundaries, "FIRST": first, "STOP": stop, "tokens": tokens, "boundaries": boundaries.size},
+        constants={"TOKENS": TOKENS},
+        workspace=(first, stop),
+    )
+    return (launch,), {"FIRST": first, "STOP": stop}
+
+
+def unmasked(mask: Slot | None) -> str:
+    """Why the kernels cannot apply a mask, or nothing."""
+    if mask is None or (mask.dtype.is_int and mask.strides == (1,)):
+        return ""
+    return f"a mask {mask.dtype.name}{list(mask.shape)}; expected none, causality, or boundaries of documents one after another"
 
 
 @device

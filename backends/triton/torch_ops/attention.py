@@ -17,7 +17,7 @@ def attention(op: ops.Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     heads, keys = q.shape[-3], k.shape[-2]
     shared = heads // k.shape[-3]
     result = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=wide, device=q.device)
-    masks = None if mask is None else mask.expand(*q.shape[:-1], keys)
+    masks = None if mask is None else _kept(mask, keys).expand(*q.shape[:-1], keys)
     for head in range(heads):
         scores = widen(q[..., head, :, :], wide) @ widen(k[..., head // shared, :, :], wide).transpose(-1, -2) * op.scale
         scores = _masked(scores, None if masks is None else masks[..., head, :, :], op.causal)
@@ -53,7 +53,7 @@ def attention_backward(
     heads, keys = q.shape[-3], k.shape[-2]
     shared = heads // k.shape[-3]
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (q, k, v))
-    masks = None if mask is None else mask.expand(*q.shape[:-1], keys)
+    masks = None if mask is None else _kept(mask, keys).expand(*q.shape[:-1], keys)
     for head in range(heads):
         query, key, value = (widen(x[..., h, :, :], wide) for x, h in ((q, head), (k, head // shared), (v, head // shared)))
         result, gradient = (widen(x[..., head, :, :], wide) for x in (out, dout))
@@ -64,6 +64,15 @@ def attention_backward(
         dk[..., head // shared, :, :] += ds.transpose(-1, -2) @ query
         dv[..., head // shared, :, :] += p.transpose(-1, -2) @ gradient
     return tuple(rounded(x, value.dtype) for x, value in zip((dq, dk, dv), op.results, strict=True))  # type: ignore[return-value]
+
+
+def _kept(mask: Tensor, tokens: int) -> Tensor:
+    """The mask; of boundaries of documents, which tokens lie in the same one."""
+    if mask.dtype == torch.bool or mask.dtype.is_floating_point:
+        return mask
+    document = torch.searchsorted(mask, torch.arange(tokens, device=mask.device, dtype=mask.dtype), right=True)
+    inside = (document > 0) & (document < len(mask))
+    return (document[:, None] == document) & inside
 
 
 def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
