@@ -9,7 +9,7 @@ github.com/deepseek-ai/DualPipe).
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 
 from ..ir.errors import require
 from .actions import Action, Kind, Overlap, Schedule, Step
@@ -49,28 +49,26 @@ def _interleaved(ranks: int, microbatches: int, chunks: int, zero_bubble: bool) 
     )
     per_round = microbatches // rounds if chunks > 1 else microbatches
     every = microbatches * chunks
+
+    def action(kind: Kind, rank: int, i: int) -> Action:
+        """The i-th of its kind on a rank."""
+        turn, place = divmod(i, per_round * chunks)
+        chunk, microbatch = divmod(place, per_round)
+        return Action(kind, rank + ranks * (chunk if kind is Kind.F else chunks - 1 - chunk), turn * per_round + microbatch)
+
     rows: list[tuple[Step, ...]] = []
     for rank in range(ranks):
-        done: Counter[tuple[Kind, int]] = Counter()
-
-        def next_of(kind: Kind, i: int, rank: int = rank, done: Counter[tuple[Kind, int]] = done) -> Action:
-            """The i-th action of its kind on this rank."""
-            chunk = i // per_round % chunks
-            stage = rank + ranks * (chunk if kind is Kind.F else chunks - 1 - chunk)
-            done[kind, stage] += 1
-            return Action(kind, stage, done[kind, stage] - 1)
-
         ahead = ranks - 1 - rank
         before = min(every, (chunks - 1) * per_round + (ahead if zero_bubble or chunks == 1 else 2 * ahead))
-        row = [next_of(Kind.F, i) for i in range(before)]
+        row = [action(Kind.F, rank, i) for i in range(before)]
         for i in range(every):
             if before + i < every:
-                row.append(next_of(Kind.F, before + i))
-            row.append(next_of(Kind.I if zero_bubble else Kind.B, i))
+                row.append(action(Kind.F, rank, before + i))
+            row.append(action(Kind.I if zero_bubble else Kind.B, rank, i))
             if zero_bubble and i >= rank:
-                row.append(next_of(Kind.W, i - rank))
+                row.append(action(Kind.W, rank, i - rank))
         if zero_bubble:
-            row += [next_of(Kind.W, i) for i in range(max(0, every - rank), every)]
+            row += [action(Kind.W, rank, i) for i in range(max(0, every - rank), every)]
         rows.append(tuple(row))
     return rows
 
