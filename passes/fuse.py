@@ -355,7 +355,8 @@ class _Fusion:
             inner |= dict(zip(op.results, moved.results, strict=True))
         func = b.finish([inner[v] for v in results])
         self.regions.append(func)
-        id = next(f"{ops[-1].id}.{n}" for n in range(1, len(taken) + 2) if f"{ops[-1].id}.{n}" not in taken)
+        last = ops[-1].id
+        id = next(f"{last}.{n}" for n in range(1, len(taken) + 2) if f"{last}.{n}" not in taken) if last else ""
         taken.add(id)
         phase: Phase = ops[0].phase
         types = tuple(v.type for v in results)

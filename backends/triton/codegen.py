@@ -43,6 +43,9 @@ from .tiles import ceil_div, rows_of, warps
 
 BLOCK = 2048
 
+AT = "first + at"
+"""Where an element of the space lies in a tensor of its shape: 64 bits once per program, 32 for each element."""
+
 HELPERS = {
     "arithmetic": ("exp", "narrow", "rms_norm", "rounded", "row_max", "row_sum", "sigmoid", "silu", "swiglu_backward", "tanh", "widen"),
     "kernels.quantize": ("quantize_rows",),
@@ -142,12 +145,13 @@ class _Source:
 
     def where(self) -> list[str]:
         if not self.region.rowwise:
-            return ["at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)", "inside = at < size"]
+            return ["first = tl.program_id(0).to(tl.int64) * BLOCK", "at = tl.arange(0, BLOCK)", "inside = first + at < size"]
         return [
             "row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]",
             "column = tl.arange(0, WIDTH)[None, :]",
             "inside = (row < rows) & (column < COLUMNS)",
-            "at = row * COLUMNS + column",
+            "first = tl.program_id(0).to(tl.int64) * ROWS * COLUMNS",
+            "at = tl.arange(0, ROWS)[:, None] * COLUMNS + column",
         ]
 
     # ---- reading
@@ -175,7 +179,8 @@ class _Source:
             return "", ""
         within = of if isinstance(op, Reshape) else self.extents(op)
         if not self.region.rowwise:
-            return _offset(of, within, "at"), "inside"
+            offset = _offset(of, within, f"({AT})")
+            return (AT if offset == f"({AT})" else offset), "inside"
         if all(v in self.region.rows for v in op.results) and not isinstance(op, tuple(ALONG_ROWS)):
             if len(within) == len(self.region.space) and within[-1:] == (1,) and len(of) == len(within):
                 of, within = of[:-1], within[:-1]
@@ -186,7 +191,7 @@ class _Source:
             return row, "row < rows"
         if not row:
             return "column", "column < COLUMNS"
-        return ("at" if row == "row" else f"({row}) * COLUMNS + column"), "inside"
+        return (AT if row == "row" else f"({row}) * COLUMNS + column"), "inside"
 
     def extents(self, op: Op) -> tuple[int, ...]:
         shape = op.operands[0].shape if isinstance(op, (*ALONG_ROWS, Quantize, Dequantize)) else op.results[0].shape
@@ -253,13 +258,13 @@ class _Source:
         name = self.names[value]
         if isinstance(value.owner, Quantize):
             if value.index == 0:
-                yield f"tl.store({pointer} + at, {name}, mask=inside)"
+                yield f"tl.store({pointer} + {AT}, {name}, mask=inside)"
             else:
                 tiles = self.shapes[value][-1]
                 yield f"tile = tl.arange(0, {name}.shape[1])[None, :]"
                 yield f"tl.store({pointer} + row * {tiles} + tile, {name}, mask=(row < rows) & (tile < {tiles}))"
             return
-        at, mask = ("row", "row < rows") if value in self.region.rows else ("at", "inside")
+        at, mask = ("row", "row < rows") if value in self.region.rows else (AT, "inside")
         if value.dtype is DType.bool:
             stored = f"{name}.to(tl.int8)"
         else:

@@ -128,6 +128,11 @@ def test_a_long_region_ends_where_a_kernel_would_have_too_many_tensors() -> None
     assert same_bits(NUMPY.run(fused, seeded, arrays)[0], np.full(4, sum(range(41)), np.float32))
 
 
+def test_ops_without_ids_are_fused_too() -> None:
+    fused = dsc.apply(dsc.parse("func @f(%x: f32[4]) {\n  %y: f32[4] = neg(%x)\n  %z: f32[4] = exp(%y)\n  return %z\n}\n"), "fuse")
+    assert [(type(op), op.id) for op in fused.main.ops] == [(Fused, "")]
+
+
 def test_fused_programs_are_not_differentiated() -> None:
     fused = dsc.apply(dsc.parse(CHAIN.format("%z: f32[4, 8] = neg(%a)  @ f#2 F")), "fuse")
     with pytest.raises(dsc.DscError, match=r"autodiff takes a module .* but this one is at stage lowered"):
