@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.installed-test  ## run every benchmark
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(VENV)/bin/python "$$file"; done
+	@set -e; for file in benchmarks/*.py benchmarks/gpu/all.py; do echo "== $$file"; $(VENV)/bin/python "$$file"; done
 
 docs: $(VENV)/.installed-core  ## regenerate docs/ops.md
 	@mkdir -p build

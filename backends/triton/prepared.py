@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +42,7 @@ class Prepared:
     scratch          what kernels write down for themselves
     graphed          whether a GPU may replay the whole as one CUDA graph, recorded at the second run
     memory           what else the actions read, kept alive
+    weights          by name, where the actions read them
     """
 
     params: tuple[Value, ...]
@@ -53,6 +54,7 @@ class Prepared:
     scratch: Scratch
     graphed: bool
     memory: tuple[Any, ...]
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     graph: Any = None
     runs: int = 0
 

@@ -96,7 +96,8 @@ class Executor:
             walk.labels,
             walk.scratch,
             self.graphs and not INTERPRET and not waits,
-            (walk.arena, *walk.fetched.values(), *walk.constants.values()),
+            (walk.arena, *walk.constants.values()),
+            walk.fetched,
         )
 
     def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
