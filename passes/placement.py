@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from importlib.util import find_spec
 
 from ..ir.errors import require
 
@@ -98,7 +99,8 @@ def eplb_global(loads: Loads, replicas: int, gpus: int, nodes: int = 1) -> Place
 def balanced(loads: Loads, replicas: int, gpus: int, nodes: int = 1, previous: Placement | None = None) -> Placement:
     """Replicas in proportion to load, no expert twice on a GPU, then exchanges between the fullest GPU and lighter ones while they help.
 
-    With `previous`, GPUs are renumbered so that as many experts as possible stay where they were (an assignment problem; needs scipy).
+    GPUs are numbered by their experts, so that those of a group come to lie on few nodes. With `previous`, they are numbered so that as
+    many experts as possible stay where they were (an assignment problem; needs scipy).
     """
     experts = _check(loads, replicas, gpus, nodes)
     require(replicas <= experts * gpus, f"{replicas} replicas of {experts} experts: at most {experts * gpus} differ on {gpus} GPUs")
@@ -108,8 +110,7 @@ def balanced(loads: Loads, replicas: int, gpus: int, nodes: int = 1, previous: P
         held = _spread(share, gpus, replicas // gpus)
         weight = dict(share)
         _exchange(held, weight, _least(load, share, gpus) * (1 + GOOD_ENOUGH))
-        if previous is not None:
-            held = _stay(held, previous.on_gpus(i))
+        held = sorted(held, key=sum) if previous is None else _stay(held, previous.on_gpus(i))
         layers.append(tuple(expert for gpu in held for expert in sorted(gpu)))
     return Placement(tuple(layers), experts, gpus, nodes)
 
@@ -301,6 +302,7 @@ def _exchange(held: list[set[int]], weight: dict[int, float], enough: float) -> 
 def _stay(held: Sequence[set[int]], before: Sequence[tuple[int, ...]]) -> list[set[int]]:
     """`held` in the order that leaves most experts on the GPU that had them before."""
     require(len(held) == len(before), f"the previous placement is for {len(before)} GPUs, expected {len(held)}")
+    require(find_spec("scipy") is not None, "to stay near a previous placement needs scipy: pip install 'dsc[plan]'")
     from scipy.optimize import linear_sum_assignment
 
     common = [[len(gpu.intersection(old)) for gpu in held] for old in before]
