@@ -36,6 +36,7 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--context", type=int, help="Cache length of decode. Default: as --seq.")
 @click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify; in train mode autodiff, with --target fuse.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="Quantise by this recipe (deepseek-v3, ...), within the default pipeline.")
+@click.option("--mesh", metavar="dp=4,ep=4,tp=1", help="What one rank of this mesh runs; --batch then counts all ranks' sequences.")
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
@@ -54,6 +55,7 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
     dsc compile deepseek-v3 -o out --recipe deepseek-v3
     dsc compile deepseek-v3 -o out --recipe deepseek-v3 --target sm_90,sm_100,gfx942
     dsc compile deepseek-v3-tiny -o out --mode decode --context 128
+    dsc compile deepseek-v3 -o out --recipe deepseek-v3 --mesh dp=128,ep=64
     dsc compile path/to/config.json -o out --set num_hidden_layers=4 --seq 512
     """
     from .compile import compile as build
@@ -205,10 +207,19 @@ def run(
 @click.option(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="With --memory: draw live bytes over the run (png, svg, pdf)."
 )
+@click.option("--comm", is_flag=True, help="What a rank of a mesh sends: every collective, its bytes, and those that leave the node.")
 @click.option("--quantization", is_flag=True, help="Every matrix product: its formats, or why it is not quantised.")
 @json_option
 def inspect(
-    source: str, after: str | None, func: str | None, params: bool, memory: bool, plot: Path | None, quantization: bool, as_json: bool
+    source: str,
+    after: str | None,
+    func: str | None,
+    params: bool,
+    memory: bool,
+    plot: Path | None,
+    comm: bool,
+    quantization: bool,
+    as_json: bool,
 ) -> int:
     """Show what a program is made of.
 
@@ -221,6 +232,7 @@ def inspect(
     dsc inspect out --memory --plot memory.png
     """
     from . import artifact
+    from .comm import describe_comm
     from .compile import read
     from .inspect import describe_parameters, describe_program
     from .memory import describe_memory, plot_memory
@@ -245,15 +257,16 @@ def inspect(
         text = str(module[func.removeprefix("@")])
         emit_json({"func": func, "text": text}) if as_json else print(text, end="")
         return 0
-    if after and not (params or memory or quantization or as_json):
+    if after and not (params or memory or comm or quantization or as_json):
         print(module, end="")
         return 0
     reasons = dict(line.split(": ", 1) for line in notes)
-    found = [("program", *describe_program(module))] if not (params or memory or quantization) else []
+    found = [("program", *describe_program(module))] if not (params or memory or comm or quantization) else []
     found += [("parameters", *describe_parameters(module))] if params else []
     found += [("memory", *describe_memory(module))] if memory else []
     if plot:
         plot_memory(module, plot)
+    found += [("comm", *describe_comm(module))] if comm else []
     found += [("quantization", *describe_quantization(module, reasons))] if quantization else []
     if as_json:
         emit_json({name: value for name, value, _ in found})

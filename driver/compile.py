@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
+from ..ir.mesh import ATTRIBUTE, parse_mesh
 from ..ir.types import DType
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
@@ -107,6 +108,7 @@ def compile(
     context: int | None = None,
     passes: str | None = None,
     recipe: str | None = None,
+    mesh: str | None = None,
     until: str | None = None,
     weights: str = "none",
     overrides: Sequence[str] = (),
@@ -118,10 +120,11 @@ def compile(
     """Compile `source` into the artifact folder `out`, and open it.
 
     `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
-    text; without it the default one runs, with quantisation by `recipe` if one is named. `until` is a stage to stop at, `weights`
-    one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. With `fuse` the default
-    pipeline ends with that pass, as it does where kernels are compiled. `on_step` is called with
-    the name of each step that is done; `add` is given the program and the folder before it takes its place, and may write more there.
+    text; without it the default one runs, with quantisation by `recipe` if one is named, and sharded over `mesh` ("dp=4,ep=4",
+    see `ir/mesh.py`) if one is given: then `batch` counts the sequences of all ranks, by default one for each along dp. `until` is a
+    stage to stop at, `weights` one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. With
+    `fuse` the default pipeline ends with that pass, as it does where kernels are compiled. `on_step` is called with the name of each step
+    that is done; `add` is given the program and the folder before it takes its place, and may write more there.
 
     >>> artifact = dsc.compile("deepseek-v3-tiny", out="tiny", seq=16)
     >>> artifact.manifest.stage, [step.name for step in artifact.manifest.passes]
@@ -133,14 +136,17 @@ def compile(
     artifact.check_target(target)
     check_until(until)
     require(passes is None or recipe is None, "--recipe belongs to the default pipeline; in --passes write quantize-fp8{recipe=...}")
-    chosen = default_pipeline(recipe, None, fuse=fuse) if passes is None else passes
+    require(passes is None or mesh is None, '--mesh belongs to the default pipeline; in --passes write shard-experts{mesh="..."}')
+    chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh) if passes is None else passes
     pipeline = parse_pipeline(chosen)  # what is wrong is said before any work
+    if mesh and batch is None and resolve(source).kind in ("config", "checkpoint"):
+        batch = parse_mesh(mesh).dp
     start = time.perf_counter()
     found, module, config = read(source, mode=mode, batch=batch, seq=seq, context=context, overrides=overrides)
     seconds = time.perf_counter() - start
     on_step("traced")
     if passes is None:
-        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse))
+        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh))
     with artifact.beside(target) as folder:
         (folder / "ir").mkdir()
         writer = _Snapshots(folder)
@@ -180,14 +186,16 @@ def compile(
     return artifact.load(target)
 
 
-def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: str = "forward", fuse: bool = False) -> str:
-    """The passes that run where none are given: in training differentiation, then quantisation by `recipe` if there is one; then `fuse`.
+def default_pipeline(
+    recipe: str | None, config: dict[str, Any] | None, mode: str = "forward", fuse: bool = False, mesh: str | None = None
+) -> str:
+    """The passes that run where none are given: in training differentiation, quantisation by `recipe`, sharding over `mesh`, then `fuse`.
 
     A checkpoint that is in FP8 already, in the blocks that the recipe has, is read as it is; in training it is not, for there the
     weights change.
     """
     first = f"{DEFAULT_PASSES},autodiff,{DEFAULT_PASSES}" if mode == "train" else DEFAULT_PASSES
-    last = ",fuse" if fuse else ""
+    last = (f',shard-experts{{mesh="{mesh}"}}' if mesh else "") + (",fuse" if fuse else "")
     if recipe is None:
         return first + last
     from ..passes.recipe import recipe as by_name
@@ -199,18 +207,23 @@ def default_pipeline(recipe: str | None, config: dict[str, Any] | None, mode: st
 
 
 def _update_of(module: Module, config: dict[str, Any] | None) -> Module | None:
-    """The optimiser's program for a differentiated model."""
+    """The optimiser's program for a differentiated model, where one rank has all of it: the norm of gradients goes over all of them."""
     from .train_program import assemble
 
-    return assemble(module, config).update if config and bundles(module) else None
+    return assemble(module, config).update if config and bundles(module) and ATTRIBUTE not in module.attributes else None
 
 
 def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) -> str:
     if weights == "none":
         return weights
+    from ..models.checkpoint import open_weights as weights_source
+    from .ranks import RankWeights
     from .run import open_weights
 
-    open_weights(weights, module, config, check=True)
+    if ATTRIBUTE in module.attributes:
+        RankWeights(weights_source(weights, config=config), module, keep=False)
+    else:
+        open_weights(weights, module, config, check=True)
     return weights if weights.startswith("random:") else str(Path(weights).resolve())
 
 

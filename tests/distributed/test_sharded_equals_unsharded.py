@@ -188,7 +188,7 @@ def test_a_fault_is_seen(fault: Any, program: Any, run_whole: Any, run_ranks: An
     expected = run_whole(module)
     try:
         found = run_ranks(module, broken)
-    except (AssertionError, dsc.DscError):
+    except dsc.DscError:
         return  # ranks that hold the same weight have other gradients, or rows do not fit
     assert any(not np.allclose(found[name], expected[name], rtol=1e-3, atol=0) for name in expected)
 
