@@ -87,7 +87,9 @@ def _limits(module: Module, func: Func, value: Value) -> Iterator[int]:
             case CrossEntropy(labels=v) if v is value:
                 yield bound(op.logits.shape[1])
             case AttentionDecode(positions=v) if v is value:
-                yield bound(op.k.shape[1])
+                yield op.keys
+            case AttentionDecode(pages=v) if v is value:
+                yield bound(op.k.shape[0])
             case CacheAppend(positions=v) if v is value:
                 yield bound(op.cache.shape[1])
             case Call():

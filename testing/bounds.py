@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.arrays import Array, Data, rounded, widen
-from ..backends.numpy_ref.attention import same_document
+from ..backends.numpy_ref.attention import cached, same_document
 from ..backends.numpy_ref.run import unrounded
 from ..ir.core import Module, Op
 from ..ir.ops import attention, collective, control, elementwise, fused, linalg, loss, moe, norm, quant, reduce, shape
@@ -330,12 +330,15 @@ def score_error(p: Precision, q: Floats, k: Floats, scale: float, scores: Floats
 
 
 @error_of(attention.AttentionDecode)
-def decode(op: attention.AttentionDecode, p: Precision, y: Floats, q: Floats, k: Floats, v: Floats, positions: Array) -> Any:
+def decode(
+    op: attention.AttentionDecode, p: Precision, y: Floats, q: Floats, k: Floats, v: Floats, positions: Array, pages: Array | None = None
+) -> Any:
     """See `_attend`, per sequence and head."""
     result = np.zeros_like(y)
     for b, head in np.ndindex(*q.shape[:2]):
         seen, shared = max(0, int(positions[b]) + 1), head * k.shape[2] // q.shape[1]
-        result[b, head] = _attend(p, q[b, head, None], k[b, :seen, shared], v[b, :seen, shared], op.scale, np.zeros(()))[0]
+        key, value = (cached(x, b, seen, pages)[:, shared] for x in (k, v))
+        result[b, head] = _attend(p, q[b, head, None], key, value, op.scale, np.zeros(()))[0]
     return result
 
 

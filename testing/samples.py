@@ -241,6 +241,8 @@ ATTENTION = [
     *(sample(AttentionDecode, f"{dtype}[3, 4, 11]", f"{dtype}[3, 9, 2, 11]", f"{dtype}[3, 9, 2, 7]", ("i64[3]", integers(0, 9)), scale=0.3)
       for dtype in ("f32", "bf16")),
     sample(AttentionDecode, "f32[2, 5, 11]", "f32[2, 9, 1, 11]", "f32[2, 9, 1, 7]", ("i64[2]", constantly(8)), scale=0.3, tag="of all"),
+    *(sample(AttentionDecode, f"{dtype}[3, 4, 11]", f"{dtype}[7, 4, 2, 11]", f"{dtype}[7, 4, 2, 7]", ("i64[3]", integers(0, 12)),
+             ("i32[3, 3]", integers(0, 7)), scale=0.3, tag="of a paged cache") for dtype in ("f32", "bf16")),
 ]  # fmt: skip
 
 EXPERTS = [

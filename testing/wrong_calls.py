@@ -113,6 +113,12 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
     ),
     wrong(
         AttentionDecode,
+        *("f32[2, 4, 8]", "f32[5, 3, 1, 8]", "f32[5, 3, 1, 8]", "i64[2]", "i32[3, 2]"),
+        scale=1.0,
+        message="pages are i32[3, 2], expected [2, n], a row for each sequence",
+    ),
+    wrong(
+        AttentionDecode,
         *("f32[2, 4, 3]", "f32[2, 9, 1, 3]", "f32[2, 9, 1, 3]", "i64[3]"),
         scale=1.0,
         message="positions are i64[3], expected one for each of 2 sequences",

@@ -11,6 +11,7 @@ from ...ir.errors import require
 from ...ir.ops import attention as ops
 from ..arrays import Array, widen
 from .registry import reference
+from .shape import require_inside
 
 SCORES = 1 << 19
 """Scores held at a time: 2 MiB in float32, about what stays in a second-level cache."""
@@ -130,7 +131,15 @@ def attention_backward(
 
 
 @reference(ops.AttentionDecode, operands="blocks")
-def attention_decode(op: ops.AttentionDecode, wide: np.dtype[np.floating], q: Array, k: Array, v: Array, positions: Array) -> Array:
+def attention_decode(
+    op: ops.AttentionDecode,
+    wide: np.dtype[np.floating],
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    pages: Array | None = None,
+) -> Array:
     batch, heads, _ = q.shape
     kv_heads = k.shape[2]
     result = np.empty((batch, heads, v.shape[-1]), wide)
@@ -138,7 +147,17 @@ def attention_decode(op: ops.AttentionDecode, wide: np.dtype[np.floating], q: Ar
         seen = max(0, int(positions[b]) + 1)
         for kv_head in range(kv_heads):
             rows = slice(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads)
-            scores = np.matmul(widen(q[b, rows], wide), widen(k[b, :seen, kv_head], wide).T)
+            key, value = (widen(cached(x, b, seen, pages)[:, kv_head], wide) for x in (k, v))
+            scores = np.matmul(widen(q[b, rows], wide), key.T)
             scores *= op.scale
-            result[b, rows] = weighted(scores, widen(v[b, :seen, kv_head], wide))
+            result[b, rows] = weighted(scores, value)
     return result
+
+
+def cached(cache: Array, sequence: int, seen: int, pages: Array | None) -> Array:
+    """The first `seen` entries of a sequence's cache [B, N, ...], or of one that lies in pages [P, size, ...]."""
+    if pages is None:
+        return cache[sequence, :seen]
+    used = pages[sequence, : -(-seen // cache.shape[1])]
+    require_inside(used, len(cache), "page")
+    return cache[used].reshape(-1, *cache.shape[2:])[:seen]

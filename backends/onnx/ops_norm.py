@@ -67,9 +67,15 @@ def attend(
 
 
 @onnx(attention.AttentionDecode)
-def attention_decode(g: Emitter, op: attention.AttentionDecode, q: Value, k: Value, v: Value, positions: Value) -> Value:
-    """Attention of one query per sequence, which sees the keys up to its position."""
-    keys = static(op.k, op.name)[1]
+def attention_decode(
+    g: Emitter, op: attention.AttentionDecode, q: Value, k: Value, v: Value, positions: Value, pages: Value | None = None
+) -> Value:
+    """Attention of one query per sequence, which sees the keys up to its position. Pages of a cache are gathered first."""
+    keys, sequences = op.keys, static(op.q, op.name)[0]
+    if pages is not None:
+        last = static(op.k, op.name)[0] - 1
+        used = g.Min(g.Max(g.Cast(pages, to=7), np.int64(0)), np.int64(last))  # entries past a position may name no page
+        k, v = (g.reshaped(g.Gather(x, used, axis=0), sequences, keys, *static(t, op.name)[2:]) for x, t in ((k, op.k), (v, op.v)))
     k, v = (g.Transpose(x, perm=[0, 2, 1, 3]) for x in (k, v))
     seen = g.LessOrEqual(np.arange(keys, dtype=np.int64), g.Unsqueeze(g.Cast(positions, to=7), [1, 2, 3]))
     return g.Squeeze(attend(g, wide_of(op), g.Unsqueeze(q, [2]), k, v, seen, op.scale), [2])

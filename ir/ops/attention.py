@@ -86,7 +86,9 @@ class AttentionDecode(Op):
     """Attention of one token per sequence over a cache: key j of sequence b is seen where j <= positions[b].
 
     q is [B, Hq, Dk], k [B, N, Hkv, Dk], v [B, N, Hkv, Dv], positions i64[B]; gives [B, Hq, Dv]. Absorbed MLA is the case
-    Hkv = 1 with Dk = 576 and v the first 512 of k (DeepSeek-V2 report, section 2.1.2).
+    Hkv = 1 with Dk = 576 and v the first 512 of k (DeepSeek-V2 report, section 2.1.2). With `pages` i32[B, n] the cache is paged:
+    k [P, size, Hkv, Dk] and v [P, size, Hkv, Dv] are P pages, N = n size, and key j of sequence b is k[pages[b, j / size], j % size]
+    (PagedAttention, arXiv 2309.06180); entries of pages past the position are not read.
     """
 
     q: Value
@@ -94,6 +96,7 @@ class AttentionDecode(Op):
     v: Value
     positions: Value
     scale: float
+    pages: Value | None = None
 
     def infer(self) -> tuple[Type, ...]:
         q, k, v = self.q.tensor, self.k.tensor, self.v.tensor
@@ -101,7 +104,12 @@ class AttentionDecode(Op):
         require_int(self.positions)
         require(q.rank == 3 and k.rank == v.rank == 4, f"expected q [B, H, D], k and v [B, N, H, D], found {q}, {k} and {v}")
         require(q.dtype is k.dtype is v.dtype, f"dtypes differ: {q}, {k} and {v}")
-        require(k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0], f"leading dimensions differ: q {q}, k {k}, v {v}")
+        sequences = q.shape[0] if self.pages is not None else k.shape[0]
+        require(k.shape[:3] == v.shape[:3] and q.shape[0] == sequences, f"leading dimensions differ: q {q}, k {k}, v {v}")
+        if self.pages is not None:
+            require_int(self.pages)
+            fits = self.pages.tensor.rank == 2 and self.pages.shape[0] == q.shape[0]
+            require(fits, f"pages are {self.pages.type}, expected [{q.shape[0]}, n], a row for each sequence")
         require(q.shape[-1] == k.shape[-1], f"widths differ: q is {q}, but k is {k}")
         require(
             self.positions.shape == q.shape[:1], f"positions are {self.positions.type}, expected one for each of {q.shape[0]} sequences"
@@ -112,7 +120,12 @@ class AttentionDecode(Op):
     def flops(self) -> int:
         """Of the whole cache."""
         heads = bound(self.q.shape[0]) * bound(self.q.shape[1])
-        return 2 * heads * bound(self.k.shape[1]) * (bound(self.q.shape[-1]) + bound(self.v.shape[-1]))
+        return 2 * heads * self.keys * (bound(self.q.shape[-1]) + bound(self.v.shape[-1]))
+
+    @property
+    def keys(self) -> int:
+        """N, the most keys that a sequence can have."""
+        return bound(self.k.shape[1]) * (1 if self.pages is None else bound(self.pages.shape[1]))
 
 
 def check_heads(q: Tensor, k: Tensor, axis: int) -> None:

@@ -90,7 +90,9 @@ def attend(q: list[float], keys: list[list[float]], values: list[list[float]], s
     return [math.fsum(w * v[d] for w, v in zip(p, values, strict=True)) for d in range(len(values[0]))]
 
 
-def decode(op: AttentionDecode, q: Array, k: Array, v: Array, positions: Array) -> list:
+def decode(op: AttentionDecode, q: Array, k: Array, v: Array, positions: Array, pages: Array | None = None) -> list:
+    if pages is not None:
+        k, v = (np.stack([np.concatenate([x[page] for page in row]) for row in pages]) for x in (k, v))
     shared = q.shape[1] // k.shape[2]
     keys, values, queries = numbers(k), numbers(v), numbers(q)
     return [

@@ -13,6 +13,7 @@ from dsc.backends.triton.kernels import attention as attention_file
 from dsc.backends.triton.kernels.flash import Width, split_width
 from dsc.backends.triton.program import layout_of, plan_function
 from dsc.backends.triton.run import Executor, machine
+from dsc.driver.measure import same_bits
 from dsc.ir.core import Builder, Func, Module, Op, Value
 from dsc.ir.errors import DscError
 from dsc.ir.ops.attention import Attention, AttentionDecode
@@ -114,7 +115,10 @@ def _none(name: str, type: Tensor) -> np.ndarray:
 
 def test_what_the_kernel_declines() -> None:
     q = value(F32, 1, 4, 8)
-    assert how(Attention(q, q, q, value(DType.bool, 4, 4)))[1] == "a mask bool[4, 4]; expected none, causality, or boundaries of documents one after another"
+    assert (
+        how(Attention(q, q, q, value(DType.bool, 4, 4)))[1]
+        == "a mask bool[4, 4]; expected none, causality, or boundaries of documents one after another"
+    )
     assert how(Attention(q, q, q, scale=-1.0))[1] == "scale = -1, expected a positive one"
     half = value(DType.f16, 1, 4, 8)
     assert how(Attention(half, half, half))[1] == "operands of f16, expected bf16 or f32"
@@ -140,6 +144,37 @@ def test_decode_does_not_see_what_lies_beyond_the_position() -> None:
     for b, position in enumerate(positions):
         k[b, position + 1 :] = v[b, position + 1 :] = np.nan
     np.testing.assert_array_equal(TRITON.evaluate(op, (q, k, v, positions))[0], clean)
+
+
+def paged(dtype: DType, size: int, heads: int, kv: int, dk: int, dv: int) -> tuple[AttentionDecode, list[np.ndarray]]:
+    """Three sequences over shuffled pages of which some belong to none; entries past a sequence's last page name no page."""
+    each, pages, positions = 200 // size + 1, 3 * (200 // size + 1) + 2, np.array([199, 0, size])
+    k, v = normal(dtype, pages, size, kv, dk, seed=1), normal(dtype, pages, size, kv, dv, seed=2)
+    table = np.random.default_rng(size).permutation(pages)[: 3 * each].reshape(3, each).astype(np.int32)
+    table[np.arange(each) > (positions // size)[:, None]] = -(2**31)
+    shapes = [value(dtype, 3, heads, dk), value(dtype, *k.shape), value(dtype, *v.shape), value(I64, 3)]
+    op = AttentionDecode(*shapes, scale=dk**-0.5, pages=value(DType.i32, 3, each))
+    return op, [normal(dtype, 3, heads, dk), k, v, positions, table]
+
+
+@pytest.mark.parametrize("shape", [(64, 5, 1, 576, 512), (16, 6, 2, 24, 16), (7, 3, 3, 5, 7)], ids=str)
+def test_decode_over_a_paged_cache(shape: tuple[int, ...]) -> None:
+    """Within the bound, and to the bit what the same cache gives in one piece."""
+    op, (q, k, v, positions, table) = paged(BF16, *shape)
+    assert excess(op, q, k, v, positions, table) == 0
+    whole = [x[np.maximum(table, 0)].reshape(3, -1, *x.shape[2:]) for x in (k, v)]
+    contiguous = AttentionDecode(op.q, *(value(BF16, *x.shape) for x in whole), op.positions, scale=op.scale)
+    found, expected = TRITON.evaluate(op, (q, k, v, positions, table))[0], TRITON.evaluate(contiguous, (q, *whole, positions))[0]
+    assert same_bits(found, expected)
+
+
+def test_the_bound_notices_a_page_read_twice() -> None:
+    op, (q, k, v, positions, table) = paged(BF16, 16, 6, 2, 24, 16)
+    (expected,) = NUMPY.evaluate(op, (q, k, v, positions, table))
+    (permitted,) = bound(op, (q, k, v, positions, table), (expected,))
+    table[0, 12] = table[0, 3]
+    (found,) = TRITON.evaluate(op, (q, k, v, positions, table))
+    assert (np.abs(widen(found, np.float64) - widen(expected, np.float64)) > permitted).any()
 
 
 def test_the_values_of_absorbed_mla_are_part_of_its_keys() -> None:

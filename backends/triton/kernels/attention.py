@@ -43,13 +43,22 @@ LARGEST = 512
 def visit(start, end, q_head, q_tail, k_base, v_base, largest, total, result, query, first_key, stop_key, keys, k_token, v_token, c,
           DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, MASKED: tl.constexpr,
           CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-          BLOCK_N: tl.constexpr):  # fmt: skip
-    """The online softmax over keys `start` up to `end`; where MASKED, some may lie beyond the last or be hidden."""
+          BLOCK_N: tl.constexpr, pages=None, k_page=None, v_page=None, PAGE: tl.constexpr = 0):  # fmt: skip
+    """The online softmax over keys `start` up to `end`; where MASKED, some may lie beyond the last or be hidden.
+
+    They are rows of k and v one after another or, with PAGE, so many to a page, whose numbers are at `pages`.
+    """
     head, value = tl.arange(0, HEAD), tl.arange(0, VALUE)
     for first in range(start, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         known = key < keys
-        k_row = k_base + key.to(tl.int64) * k_token
+        if PAGE:
+            page = tl.load(pages + key // PAGE, mask=known, other=0).to(tl.int64)
+            k_row = k_base + page * k_page + key % PAGE * k_token
+            v_row = v_base + page * v_page + key % PAGE * v_token
+        else:
+            k_row = k_base + key.to(tl.int64) * k_token
+            v_row = v_base + key.to(tl.int64) * v_token
         k = tl.load(k_row[None, :] + head[:, None], mask=known[None, :] & (head < DK)[:, None], other=0.0)
         scores = product(q_head, multiplicand(k, FORMAT), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         if TAIL:
@@ -61,7 +70,6 @@ def visit(start, end, q_head, q_tail, k_base, v_base, largest, total, result, qu
             if DOCUMENTS:
                 seen = seen & (key[None, :] >= first_key[:, None]) & (key[None, :] < stop_key[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        v_row = v_base + key.to(tl.int64) * v_token
         v = tl.load(v_row[:, None] + value[None, :], mask=known[:, None] & (value < DV)[None, :], other=0.0)
         largest, total, result = online_step(scores, multiplicand(v, FORMAT), largest, total, result, c, FORMAT, PARTS)
     return largest, total, result

@@ -1,9 +1,10 @@
-"""Attention of one token per sequence over a contiguous cache, its keys split among programs: absorbed MLA (Hkv = 1, 576/512) and GQA.
+"""Attention of one token per sequence over a cache, in one piece or paged: absorbed MLA (Hkv = 1, 576/512) and GQA. Programs share keys.
 
 Formula       split   each part of the keys gives a maximum m, a sum s and a result o = sum 2^(score - m) v, unnormalised
               join    M = max m; out = sum 2^(m - M) o / sum 2^(m - M) s (Flash-Decoding: log-sum-exp of parts)
 Layout        q [B, Hq, Dk], k [B, N, Hkv, Dk], v [B, N, Hkv, Dv] of any strides but the last, which is 1, so v may be a view into k;
-              positions [B]; out row-major. The query heads of one key head are the rows of the products
+              positions [B]; out row-major. A paged cache is k [P, size, Hkv, Dk] and v [P, size, Hkv, Dv], with
+              pages [B, n]. The query heads of one key head are the rows of the products
 Accumulation  as in attention: float32, the probabilities multiplied as BF16 parts (`flash.py`); out is rounded once
 Compared to   numpy_ref within the bound of `testing.bounds`; floor: one read of the cache up to each position
 """
@@ -27,11 +28,11 @@ SHORTEST = 128
 
 
 @triton.jit
-def attention_decode_split_kernel(Q, K, V, POSITIONS, LARGEST_OF, TOTAL_OF, RESULT_OF, keys, length, q_batch, q_head, k_batch, k_token,
-                                  k_head, v_batch, v_token, v_head, c,
+def attention_decode_split_kernel(Q, K, V, POSITIONS, PAGES, LARGEST_OF, TOTAL_OF, RESULT_OF, keys, length, q_batch, q_head, k_batch,
+                                  k_token, k_head, v_batch, v_token, v_head, row_of_pages, c,
                                   HEADS: tl.constexpr, SHARED: tl.constexpr, TILES: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
                                   HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
-                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                                  PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     part, parts = tl.program_id(0), tl.num_programs(0)
     kv_head, tile = tl.program_id(1) // TILES, tl.program_id(1) % TILES
     batch = tl.program_id(2).to(tl.int64)
@@ -39,8 +40,12 @@ def attention_decode_split_kernel(Q, K, V, POSITIONS, LARGEST_OF, TOTAL_OF, RESU
     inside = (row < SHARED)[:, None]
     q_h = kv_head * SHARED + row
     q_row = Q + batch * q_batch + q_h[:, None] * q_head
-    k_base = K + batch * k_batch + kv_head * k_head
-    v_base = V + batch * v_batch + kv_head * v_head
+    k_base, v_base, pages = K + kv_head * k_head, V + kv_head * v_head, PAGES
+    if PAGE:
+        pages += batch * row_of_pages
+    else:
+        k_base += batch * k_batch
+        v_base += batch * v_batch
     head = tl.arange(0, HEAD)[None, :]
     q = multiplicand(tl.load(q_row + head, mask=inside & (head < DK), other=0.0), FORMAT)
     rest = q
@@ -54,7 +59,8 @@ def attention_decode_split_kernel(Q, K, V, POSITIONS, LARGEST_OF, TOTAL_OF, RESU
     start = part * length
     end = tl.minimum(seen, start + length)
     largest, total, result = visit(start, end, q, rest, k_base, v_base, largest, total, result, row, row, row, seen, k_token, v_token, c,
-                                   DK, DV, HEAD, TAIL, VALUE, True, False, False, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+                                   DK, DV, HEAD, TAIL, VALUE, True, False, False, FORMAT, PARTS, BLOCK_M, BLOCK_N, pages, k_batch,
+                                   v_batch, PAGE)  # fmt: skip
     at = (batch * HEADS + q_h) * parts + part
     value = tl.arange(0, VALUE)[None, :]
     tl.store(LARGEST_OF + at, largest, mask=row < SHARED)
@@ -84,8 +90,8 @@ def attention_decode_join_kernel(LARGEST_OF, TOTAL_OF, RESULT_OF, OUT, parts, DV
 
 @kernel(AttentionDecode, strided=True)
 def attention_decode(op: AttentionDecode, target: Target, q: Slot, k: Slot, v: Slot, positions: Slot,
-                     out: Slot) -> tuple[Launch, ...] | Declined:  # fmt: skip
-    (batch, heads, dk), (_, keys, kv_heads, dv) = q.shape, v.shape
+                     pages: Slot | None, out: Slot) -> tuple[Launch, ...] | Declined:  # fmt: skip
+    (batch, heads, dk), (_, size, kv_heads, dv), keys = q.shape, v.shape, op.keys
     if op.scale <= 0:
         return Declined(f"scale = {op.scale:g}, expected a positive one")
     if dk > 2 * LARGEST or dv > LARGEST:
@@ -94,6 +100,8 @@ def attention_decode(op: AttentionDecode, target: Target, q: Slot, k: Slot, v: S
         return Declined(reason)
     if batch and positions.strides != (1,):
         return Declined(f"positions {positions.strides[0]} apart, expected 1")
+    if pages is not None and pages.size and pages.strides[1] != 1:
+        return Declined(f"pages {pages.strides[1]} apart, expected 1")
     shared, width, value = heads // kv_heads, split_width(dk), max(16, power_of_two(dv))
     tile = flash_tile(shared, sum(width), value, q.dtype, target)
     m = min(tile.m, max(16, power_of_two(shared)))
@@ -114,14 +122,14 @@ def attention_decode(op: AttentionDecode, target: Target, q: Slot, k: Slot, v: S
         attention_decode_split_kernel,
         grid=(parts, kv_heads * tiles, batch),
         arguments={
-            **{"Q": q, "K": k, "V": v, "POSITIONS": positions, **partial, "keys": keys, "length": length},
+            **{"Q": q, "K": k, "V": v, "POSITIONS": positions, "PAGES": pages or positions, **partial, "keys": keys, "length": length},
             **strides,
-            "c": op.scale * LOG2_E,
+            **{"row_of_pages": pages.strides[0] if pages else 0, "c": op.scale * LOG2_E},
         },
         constants={
             **{"HEADS": heads, "SHARED": shared, "TILES": tiles, "DK": dk, "DV": dv},
             **{"HEAD": width.head, "TAIL": width.tail, "VALUE": value, "FORMAT": q.format},
-            **{"PARTS": parts_of(q.dtype, keys), "BLOCK_M": m, "BLOCK_N": tile.n},
+            **{"PARTS": parts_of(q.dtype, keys), "PAGE": size if pages else 0, "BLOCK_M": m, "BLOCK_N": tile.n},
         },
         num_warps=tile.num_warps if m == tile.m else 4,
         num_stages=tile.num_stages,

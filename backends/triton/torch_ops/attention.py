@@ -33,8 +33,10 @@ def weighted(scores: Tensor, v: Tensor) -> Tensor:
 
 
 @torch_op(ops.AttentionDecode)
-def attention_decode(op: ops.AttentionDecode, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+def attention_decode(op: ops.AttentionDecode, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, pages: Tensor | None = None) -> Tensor:
     wide = compute_dtype(op)
+    if pages is not None:
+        k, v = (x[pages.clamp(0, len(x) - 1).long()].flatten(1, 2) for x in (k, v))
     batch, heads, _ = q.shape
     kv_heads = k.shape[2]
     grouped = widen(q, wide).reshape(batch, kv_heads, heads // kv_heads, -1)
