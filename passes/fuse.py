@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..ir.core import Builder, Func, Module, Op, Phase, Symbol, Value, users
+from ..ir.core import Func, Module, Op, Phase, Symbol, Value, users
 from ..ir.errors import DscError
 from ..ir.ops.elementwise import SwiGLU
 from ..ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
@@ -348,12 +348,12 @@ class _Fusion:
                 made = _by_name(first, second, keep)
                 return made.copy(id=second.id, phase=second.phase, names=tuple(v.name for v in values)), values
         operands = self.operands(body)
-        b = Builder(self.named(ops))
-        inner = {value: b.param(value.name, value.type) for value in operands}
+        inner = {value: Value(value.type, value.name) for value in operands}
+        params, moved = tuple(inner.values()), list[Op]()
         for op in body:
-            moved = b.emit(op.with_operands(inner.__getitem__))
-            inner |= dict(zip(op.results, moved.results, strict=True))
-        func = b.finish([inner[v] for v in results])
+            moved.append(op.with_operands(inner.__getitem__) if op.operands else op.copy())
+            inner |= dict(zip(op.results, moved[-1].results, strict=True))
+        func = Func(self.named(ops), params, tuple(moved), tuple(inner[v] for v in results))
         self.regions.append(func)
         last = ops[-1].id
         id = next(f"{last}.{n}" for n in range(1, len(taken) + 2) if f"{last}.{n}" not in taken) if last else ""

@@ -221,6 +221,8 @@ class _Source:
         if isinstance(op, Reshape) or (isinstance(op, Cast) and op.dtype in (op.x.dtype, DType.f32) and op.x.dtype is not DType.bool):
             self.names[op.results[0]] = operands[0]  # the same numbers
             return
+        if all(v not in self.pointers and isinstance(v.owner, Literal) for v in op.operands):
+            operands[0] = f"tl.full((), {operands[0]}, {'tl.int1' if op.operands[0].dtype is DType.bool else 'tl.float32'})"
         if isinstance(op, Cast):
             text = _cast(operands[0], op.x.dtype, op.dtype)
         else:

@@ -201,6 +201,21 @@ def test_random_fused_programs_stay_within_their_bounds(program: tuple[Module, t
     assert_backends_agree(dsc.apply(module, "fuse"), seeded, inputs, ("numpy", "triton"))
 
 
+def test_numbers_alone_and_nothing_at_all() -> None:
+    """Rank 0, ops of numbers only, and tensors without elements."""
+    module = dsc.parse(
+        "func @f(%x: f32[], %v: f32[3], %e: f32[0, 5], %o: f32[5]) {\n"
+        "  %two: f32[] = literal([2.0], [], f32)\n  %root: f32[] = sqrt(%two)\n  %b: f32[] = mul(%x, %root)\n"
+        "  %mean: f32[] = mean(%v, axes=[0])\n  %c: f32[] = div(%mean, %b)\n"
+        "  %z: f32[0, 5] = mul(%e, %o)\n  %y: f32[0, 5] = neg(%z)\n  return %b, %c, %y\n}\n"
+    )
+    arrays = [np.array(0.3, np.float32), np.arange(3, dtype=np.float32), np.zeros((0, 5), np.float32), np.ones(5, np.float32)]
+    fused = dsc.apply(module, "fuse")
+    assert [step.how for step in steps(fused)] == ["kernel", "kernel"]
+    assert all(map(same_bits, TRITON.run(fused, seeded, arrays), NUMPY.run(module, seeded, arrays)))
+    assert not any(op.id for op in module.main.ops), "the program that was fused has changed"
+
+
 FAULTS = {
     "another op": (Add, "{0} - {1}"),
     "operands the wrong way round": (SwiGLU, "silu({1}) * {0}"),
