@@ -62,7 +62,7 @@ def run_ranks(
 
     def program(rank: int) -> Program[tuple[Data, ...]]:
         mine = tuple(cut(x, split, mesh, rank) for x, split in zip(inputs, input_splits(module), strict=True))
-        return on_ranks.program(module, lambda name, tensor: given.get(rank, name, tensor), mine, observe)
+        return on_ranks.program(module, lambda name, _: given.get(rank, name), mine, observe)
 
     if ranks == "local":
         return assembled(module, local.run(mesh, program))
@@ -106,17 +106,12 @@ class RankWeights:
         self.mesh = mesh_of(module)
         self.splits = weight_splits(module)
         self.kept: dict[str, np.ndarray] | None = {} if keep else None
-        source.check([_wanted(name, self.whole(name, tensor)) for name, tensor in weights_of(module).items()])
+        self.wanted = {name: _wanted(name, whole(tensor, self.splits[name], self.mesh)) for name, tensor in weights_of(module).items()}
+        source.check(list(self.wanted.values()))
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
-        """The type of the weight of which a rank holds `tensor`."""
-        found = whole(tensor, self.splits[name], self.mesh)
-        assert isinstance(found, Tensor)
-        return found
-
-    def get(self, rank: int, name: str, tensor: Tensor) -> np.ndarray:
+    def get(self, rank: int, name: str) -> np.ndarray:
         """The part of `rank`. Of a stack of experts only its own are read; of anything else the file's pages that it lies in."""
-        wanted = _wanted(name, self.whole(name, tensor))
+        wanted = self.wanted[name]
         index = part(self.splits[name], wanted.shape, self.mesh, rank)
         if self.kept is not None:
             if name not in self.kept:
@@ -129,8 +124,9 @@ class RankWeights:
         return self.source.get(wanted)[index]
 
 
-def _wanted(name: str, tensor: Tensor) -> Wanted:
-    require(tensor.is_static, f"weight {name} is {tensor}, expected a static shape")
+def _wanted(name: str, tensor: Type) -> Wanted:
+    if not isinstance(tensor, Tensor) or not tensor.is_static:
+        raise DscError(f"weight {name} is {tensor}, expected a static shape")
     return Wanted(name, tensor.dtype.name, tuple(d for d in tensor.shape if isinstance(d, int)))
 
 

@@ -151,7 +151,7 @@ class Op:
         (value,) = self.results
         return value
 
-    @property
+    @cached_property
     def operands(self) -> tuple[Value, ...]:
         """Every operand in declaration order, absent optional ones left out."""
         found: list[Value] = []

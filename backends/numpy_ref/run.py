@@ -171,7 +171,7 @@ class _Run:
         values: dict[Value, Data] = dict(zip(func.params, inputs, strict=True))
         for op, dying in zip(func.ops, self.dying[func.name], strict=True):
             operands = tuple(values[v] for v in op.operands)
-            site = replace(within, op=op.id)
+            site = Site(within.func, within.weights, op.id, within.run)
             try:
                 if isinstance(op, Fused):  # its ops keep the ids that they had here, and are seen before the whole
                     results = self.observed(site, op, operands, (yield from self.steps(self.module[op.callee], within, operands)))

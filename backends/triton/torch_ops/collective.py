@@ -1,7 +1,7 @@
 """Collectives in torch, on tensors that stay where they are: what a rank sends, and what it makes of what comes.
 
-Reductions add up in the order of the ranks, in float32, and round once. `TORCH` has each for a single rank; on many, the executor runs the
-program of `COLLECTIVES`, which asks the others (`distributed/world.py`).
+Reductions add up in the order of the ranks, in float32, and round once. Each is a program that asks the other ranks
+(`distributed/world.py`); here it runs on one rank, which is its own partner.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 
 from ....distributed.world import Exchange, Gather, Index, Program, alone
-from ....ir.core import Op
 from ....ir.errors import require
 from ....ir.ops import collective as ops
 from ..tensors import rounded, widen
@@ -22,15 +21,11 @@ from .shape import plain
 Tensor = torch.Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-COLLECTIVES: dict[type[Op], Callable[..., Program[Any]]] = {}
-"""The program of each collective on one rank: (op, *operands as stored), results as stored."""
-
 
 def collective(cls: type[ops.Collective]) -> Callable[[Function], Function]:
-    """Make the program below what `cls` does on one rank."""
+    """Make the program below, of the op and its operands as stored, what `cls` does."""
 
     def attach(program: Function) -> Function:
-        COLLECTIVES[cls] = program
         torch_op(cls)(lambda op, *operands: alone(program(op, *operands)))
         return program
 
