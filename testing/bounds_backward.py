@@ -12,7 +12,8 @@ import numpy as np
 from ..backends.arrays import Array
 from ..backends.numpy_ref.run import unrounded
 from ..ir.ops import attention, elementwise, linalg, loss, moe, norm, quant
-from .bounds import LIBRARY, RSQRT, SIGMOID, Floats, Precision, error_of, masked_scores, score_error, softmax_error
+from .bounds import LIBRARY, RSQRT, SIGMOID, Floats, Precision, error_of, softmax_error
+from .bounds_attention import masked_scores, score_error
 
 
 @error_of(elementwise.SwiGLUBackward)
