@@ -15,7 +15,7 @@ from onnx import helper
 
 from dsc import backends
 from dsc.backends import Site
-from dsc.backends.onnx.export import PROFILES, Stored, export
+from dsc.backends.onnx.export import OPSET, OPSETS, PROFILES, Stored, export
 from dsc.driver.inputs import prepare
 from dsc.driver.run import open_weights
 from dsc.ir.core import Op
@@ -68,6 +68,17 @@ def test_a_tiny_model_runs_end_to_end(
         errors = [relative(a, b) for a, b in zip(run(model, [*inputs, *fetched(module, fetch)]), expected, strict=True)]
         record_property(f"{program}, {profile}, {name}", max(errors))
         assert max(errors) <= 1e-2, f"{name}: {errors}"
+
+
+@pytest.mark.parametrize("opset", [v for v in OPSETS if v != OPSET])
+def test_other_opsets_compute_the_same(opset: int, tiny: Any, proto: Any, runtimes: Any, fetched: Any) -> None:
+    module = tiny(passes=FP8)
+    fetch, inputs = open_weights("random:1", module, None), prepare(module, None)
+    (expected,) = backends.get("numpy").run(module, fetch, inputs)
+    model = proto(module, "ort", opset=opset)
+    assert {o.version for o in model.opset_import if not o.domain} == {opset}
+    for run in runtimes.values():
+        assert relative(run(model, [*inputs, *fetched(module, fetch)])[0], expected) <= 1e-2
 
 
 def test_every_op_of_the_fp8_model_is_within_its_bound_on_the_references_operands(tiny: Any, proto: Any, runtimes: Any, flat: Any) -> None:
