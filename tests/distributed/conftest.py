@@ -60,7 +60,7 @@ def run_ranks() -> Run:
 
         def one(rank: int) -> Program[tuple[Any, ...]]:
             own = tuple(cut(x, split, mesh, rank) for x, split in zip(inputs, input_splits(module), strict=True))
-            return FLOAT64.program(module, lambda name, tensor: weights.get(rank, name, tensor), own, observe(rank))
+            return FLOAT64.program(module, lambda name, _: weights.get(rank, name), own, observe(rank))
 
         return named(module, assembled(module, local.run(mesh, one)))
 

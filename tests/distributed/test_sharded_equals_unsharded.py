@@ -193,6 +193,15 @@ def test_a_fault_is_seen(fault: Any, program: Any, run_whole: Any, run_ranks: An
     assert any(not np.allclose(found[name], expected[name], rtol=1e-3, atol=0) for name in expected)
 
 
+@pytest.mark.parametrize("passes", ["simplify", "recompute,simplify"])
+def test_passes_that_follow_change_no_bit(passes: str, program: Any, run_ranks: Any) -> None:
+    module = program("train", batch=2, seq=8)
+    sharded = shard(module, "ep=2")
+    after = dsc.apply(sharded, passes)
+    assert after != sharded
+    assert_same(run_ranks(module, after), run_ranks(module, sharded))
+
+
 @pytest.mark.parametrize(
     ("mesh", "batch", "message"),
     [
