@@ -300,6 +300,8 @@ def attention(body: Body, op: Attention | AttentionBackward) -> None:
     lead = joined(body, [op.q, op.k, op.v], [*outer, 0, 0])[: len(outer)]
 
     def operand(v: Value) -> Value:
+        if v is op.mask and v.dtype.is_int:  # boundaries of documents, the same for every sequence
+            return body.get(v, whole(v.shape))
         if v is op.mask:  # stretched to the scores
             return body.get(v, Layout(stretched(v, (*lead, *whole(v.shape[-2:]).dims), (*outer, *v.shape[-2:]))))
         return body.get(v, Layout((*lead_of(v), *whole(v.shape[-2:]).dims)))
@@ -324,6 +326,7 @@ def _fewer(dim: Dim, extent: object, own: object) -> Dim:
 @sharding(AttentionDecode)
 def attention_decode(body: Body, op: AttentionDecode) -> None:
     """The latents of a sequence are where its cache is; heads may be spread."""
+    require(op.pages is None, "a paged cache is one pool for all sequences: it is not spread over ranks")
     sequences, heads = body.dims(op.k)[0], body.dims(op.q)[1]
     keys = sequences, *whole(op.k.shape[1:2]).dims, _kv_heads(heads, op), *whole(op.k.shape[3:]).dims
     values = (*keys[:3], *whole(op.v.shape[3:]).dims)
