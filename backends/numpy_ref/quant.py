@@ -82,7 +82,7 @@ def _used(x: Array, scales: Array, tile: tuple[int, int], used: int, groups: lis
 
 
 def _padded(scales: Array, shape: tuple[Any, ...]) -> Array:
-    """The scales with rows of zeros behind them, where fewer tiles were used than there is room for; a row's own scales are as many as rows."""
+    """The scales with rows of zeros behind them, where fewer tiles were used than there is room for; scales of rows are as many as rows."""
     if scales.shape == shape or not all(isinstance(d, int) for d in shape):
         return scales
     room = np.zeros(shape, scales.dtype)

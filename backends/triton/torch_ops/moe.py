@@ -94,7 +94,7 @@ def regroup(op: ops.Regroup, *operands: Tensor) -> tuple[Tensor, ...] | Tensor:
     source = starts[block] + rows - (ends - lengths)[block]
     within = rows < ends[-1]
     found = tuple(
-        plain(x).index_select(0, source.clamp(0, max(0, len(x) - 1))).masked_fill(~within.reshape(-1, *[1] * (x.dim() - 1)), 0).view(x.dtype)
+        plain(x).index_select(0, source.clamp(0, max(0, len(x) - 1))).masked_fill(~within.view(-1, *[1] * (x.dim() - 1)), 0).view(x.dtype)
         for x in xs
     )
     return found if len(found) > 1 else found[0]
