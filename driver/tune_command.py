@@ -15,7 +15,7 @@ from .ui import emit_json, progress, table
 @click.option("-o", "--out", "file", required=True, type=click.Path(path_type=Path), metavar="FILE.toml", help="File of tiles to add to.")
 @json_option
 def tune(out: Path, file: Path, as_json: bool) -> int:
-    """Measure the tiles of a program's matrix products on this machine's GPU.
+    """Measure the tiles of matrix products on this machine's GPU.
 
     The fastest of each product goes into FILE, beside those of other devices and shapes. Programs take tiles from the file that
     DSC_TILES names; without it they are chosen by shape and device.
