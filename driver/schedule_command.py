@@ -82,6 +82,7 @@ def schedule(
     if name.endswith(".csv"):
         made, expected = parse(Path(name).read_text(encoding="utf-8", errors="replace"), name), None
     else:
+        require(name in ("auto", *NAMES), f"unknown schedule {name}, expected auto, a .csv file or one of {', '.join(NAMES)}")
         require(stages is not None and microbatches is not None, f"{name} needs --stages and --microbatches")
         assert stages is not None
         assert microbatches is not None

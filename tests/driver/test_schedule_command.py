@@ -60,7 +60,7 @@ def test_auto_shows_what_it_chose_from(command: Callable[..., Any], tmp_path: Pa
     [
         (
             ("2f1b", "--stages", 4, "--microbatches", 4),
-            "unknown schedule 2f1b, expected one of 1f1b, interleaved, zb1p, dualpipe, dualpipev",
+            "unknown schedule 2f1b, expected auto, a .csv file or one of 1f1b, interleaved, zb1p, dualpipe, dualpipev",
         ),
         (("1f1b",), "1f1b needs --stages and --microbatches"),
         (("1f1b", "--stages", 4, "--microbatches", 4, "--durations", "F"), "--durations: 'F', expected a number, such as F=1"),
