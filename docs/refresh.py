@@ -9,6 +9,7 @@ follows it. `...` alone on a line stands for lines left out on purpose, and stay
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -55,7 +56,9 @@ def shortened(output: str, old: str) -> str:
 
 def main() -> int:
     """Renew or check, and say what was done."""
-    check = "--check" in sys.argv[1:]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="say which outputs differ, and rewrite nothing")
+    check = parser.parse_args().check
     stale = []
     with tempfile.TemporaryDirectory() as scratch:
         for document in documents():
