@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from signal import SIGTERM, signal
 
 
 def main() -> None:
     """Run the command that the arguments say."""
     try:
         from .driver.cli import main as cli
-        from .driver.cli import terminated
+        from .driver.interrupt import obey
     except KeyboardInterrupt:
         sys.exit(130)
-    signal(SIGTERM, terminated)
+    obey()
     cli()
 
 

@@ -26,6 +26,9 @@ from ..ir.errors import DscError
 from ..ir.mesh import Mesh
 from .world import Array, Exchange, Gather, Index, Program, Receive, Request, Send, T, ranks_text, where
 
+CONNECT = 300.0
+"""Seconds within which all ranks have to be there: on a busy machine one may import for long. A longer `timeout` holds here, too."""
+
 GRACE = 2.0
 """Seconds within which ranks that lost a partner hear of one another."""
 
@@ -62,15 +65,14 @@ class TorchWorld:
         if gpus:
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a time-out becomes an exception, not the end of the process
             torch.cuda.set_device(self._device)
-        limit = timedelta(seconds=self.timeout)
+        limit = timedelta(seconds=max(self.timeout, CONNECT))
         try:
             store, _, _ = next(rendezvous("env://", timeout=limit))
             self._store = PrefixStore("dsc", store)
             backend = "nccl" if gpus else "gloo"
             dist.init_process_group(backend, store=PrefixStore("torch", store), rank=self.rank, world_size=ranks, timeout=limit)
         except (RuntimeError, ValueError) as error:
-            raise DscError(f"rank {self.rank} found no connection to the others within {self.timeout:g} s: {_first(error)}") from None
-        self._groups[tuple(range(ranks))] = dist.group.WORLD
+            raise DscError(f"rank {self.rank} found no connection to the others within {limit.seconds} s: {_first(error)}") from None
         self._before = signal.signal(signal.SIGTERM, self._terminated)
 
     def __enter__(self) -> Self:

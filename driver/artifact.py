@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
+from .interrupt import check
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -181,6 +182,7 @@ def beside(path: Path) -> Iterator[Path]:
     old = draft.with_name(draft.name + ".old")
     try:
         yield draft
+        check()
         draft.chmod(0o777 & ~_umask())
         if target.exists():
             target.rename(old)

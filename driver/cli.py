@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from ..ir.errors import DscError
+from .interrupt import Terminated
 
 
 class Group(click.Group):
@@ -82,15 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         _fail(f"internal error: {type(error).__name__}: {error} (dsc --debug {shlex.join(given)} shows where)", debug)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end. It is met as Ctrl-C is: what was begun is cleared away."""
-
-
-def terminated(number: int, frame: object) -> None:
-    """The handler of SIGTERM."""
-    raise Terminated
 
 
 def _fail(message: str, debug: bool, hint: click.Context | None = None) -> NoReturn:

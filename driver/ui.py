@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .interrupt import check
+
 
 def emit_json(value: Any) -> None:
     """One JSON document on standard output."""
@@ -55,7 +57,7 @@ def note(message: str) -> None:
 def progress(title: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
     """A progress bar on standard error while the block runs, if that is a terminal. Call the result at each step, with its name."""
     if not sys.stderr.isatty():
-        yield lambda step: None
+        yield lambda step: check()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -63,4 +65,9 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[[str], N
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda step: bar.update(task, advance=1, description=f"{title} {step}"[:40])
+
+        def advance(step: str) -> None:
+            check()
+            bar.update(task, advance=1, description=f"{title} {step}"[:40])
+
+        yield advance

@@ -122,7 +122,7 @@ def test_run_names_its_results_and_says_what_it_took(command: Any, tiny: Path) -
 def test_run_json_and_file(command: Any, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.npz"
     found = command("run", tiny, "--out", file, "--json").json
-    assert found.keys() == {"backend", "seconds", "results", "file"}
+    assert found.keys() == {"backend", "ranks", "seconds", "results", "file"}
     assert found["file"] == str(file)
     (expected,) = dsc.run(dsc.load(tiny))
     with np.load(file) as arrays:

@@ -112,6 +112,38 @@ def test_interrupted_while_tracing(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+LOST = """
+import os, signal, sys
+import dsc.driver.compile
+from dsc.__main__ import main
+
+class Collected:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+resolve = dsc.driver.compile.resolve
+
+def slowly(source):
+    Collected()  # what its end raises is dropped
+    return resolve(source)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+dsc.driver.compile.resolve = slowly
+sys.argv = ["dsc", *{arguments!r}]
+main()
+"""
+
+
+def test_an_interrupt_whose_exception_is_lost(scale: Path, tmp_path: Path) -> None:
+    """Python drops what a callback of the garbage collector raises. The command is interrupted all the same."""
+    text = LOST.format(arguments=["compile", str(scale), "-o", str(tmp_path / "out")])
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert "Exception ignored in" in ended.stderr
+    assert ended.returncode == 130
+    assert ended.stderr.endswith("dsc: interrupted; nothing half-written was left behind\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_reader_that_goes_away(tiny: Path) -> None:
     """`dsc ops | head -0` says nothing more, and ends as a process does that SIGPIPE ended."""
     for arguments in (["ops"], ["inspect", tiny, "--after", "traced"], ["opt", tiny / "ir" / "00-traced.dsc"], ["--help"], []):
