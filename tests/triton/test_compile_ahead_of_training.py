@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 BF16, F32, F8, I32, I64 = DType.bf16, DType.f32, DType.f8e4m3, DType.i32, DType.i64
 TOKENS, HIDDEN, EXPERTS, SLOTS, WORDS, HEADS = 4096, 7168, 256, 8, 129280, 16
 
-SPILLED = {("sm_90", "attention_backward_kv_kernel"): 16, ("sm_90", "attention_backward_q_kernel"): 48}
-"""Bytes of registers that a thread spills at most, where it does: 16 and 0 with Triton 3.7, 16 and 48 with 3.9. dk [128, 192] and dv
+SPILLED = {("sm_90", "attention_backward_kv_kernel"): 56, ("sm_90", "attention_backward_q_kernel"): 48}
+"""Bytes of registers that a thread spills at most, where it does: 16 and 0 with Triton 3.7, 56 and 48 with 3.9. dk [128, 192] and dv
 [128, 128] take 160 of its 255 registers, dq and what it is made of as many: at 16 queries a step nothing spills, but products are half
 as large.
 """
