@@ -65,14 +65,15 @@ class TorchWorld:
         if gpus:
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a time-out becomes an exception, not the end of the process
             torch.cuda.set_device(self._device)
-        limit = timedelta(seconds=max(self.timeout, CONNECT))
+        seconds = max(self.timeout, CONNECT)
+        limit = timedelta(seconds=seconds)
         try:
             store, _, _ = next(rendezvous("env://", timeout=limit))
             self._store = PrefixStore("dsc", store)
             backend = "nccl" if gpus else "gloo"
             dist.init_process_group(backend, store=PrefixStore("torch", store), rank=self.rank, world_size=ranks, timeout=limit)
         except (RuntimeError, ValueError) as error:
-            raise DscError(f"rank {self.rank} found no connection to the others within {limit.seconds} s: {_first(error)}") from None
+            raise DscError(f"rank {self.rank} found no connection to the others within {seconds:g} s: {_first(error)}") from None
         self._before = signal.signal(signal.SIGTERM, self._terminated)
 
     def __enter__(self) -> Self:

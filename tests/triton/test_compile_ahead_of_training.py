@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
@@ -27,8 +28,11 @@ pytestmark = pytest.mark.slow
 BF16, F32, F8, I32, I64 = DType.bf16, DType.f32, DType.f8e4m3, DType.i32, DType.i64
 TOKENS, HIDDEN, EXPERTS, SLOTS, WORDS, HEADS = 4096, 7168, 256, 8, 129280, 16
 
-SPILLED = {("sm_90", "attention_backward_kv_kernel"): 56, ("sm_90", "attention_backward_q_kernel"): 48}
-"""Bytes of registers that a thread spills at most, where it does: 16 and 0 with Triton 3.7, 56 and 48 with 3.9. dk [128, 192] and dv
+SPILLED = {
+    "3.7": {("sm_90", "attention_backward_kv_kernel"): 16},
+    "3.9": {("sm_90", "attention_backward_kv_kernel"): 56, ("sm_90", "attention_backward_q_kernel"): 48},
+}
+"""Bytes of registers that a thread spills, where it does, by version of Triton; others are held to the newest. dk [128, 192] and dv
 [128, 128] take 160 of its 255 registers, dq and what it is made of as many: at 16 queries a step nothing spills, but products are half
 as large.
 """
@@ -97,8 +101,9 @@ def test_products_are_matrix_instructions(target: str, instruction: str, cache: 
     joining = made.pop("attention_decode_join_kernel")
     assert joining["spill_bytes"] == 0
     assert len(made) == 5
+    spilled = SPILLED.get(version("triton")[:3], SPILLED["3.9"])
     for name, facts in made.items():
-        assert facts["spill_bytes"] <= SPILLED.get((target, name), 0), name
+        assert facts["spill_bytes"] <= spilled.get((target, name), 0), name
         expected = "HMMA.16816" if (target, name) == ("sm_90", "attention_decode_split_kernel") else instruction
         assert facts["matrix"], name
         assert all(expected in found for found in facts["matrix"]), name
