@@ -1,46 +1,168 @@
-"""What an op costs on a device: a roofline, the longer of computing and of moving bytes (Williams et al., CACM 52(4), 2009)."""
+"""What an op costs: on one device (`seconds`), or as a rank of a cluster runs it (`Costs`), beside communication or alone.
+
+Computing is `kernels.py`, with `products.py` for matrix products; communication is `links.py`, with `routing.py` for what dispatch and
+combine carry. The coefficients are figures of the device and the cluster, each with its source.
+"""
 
 from __future__ import annotations
 
-from ..ir.core import Op, Trait, Value
-from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
-from ..ir.ops.control import Call
-from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
-from ..ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
-from ..ir.types import Tensor
-from .device import Device
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 
-MATRIX = (
-    Matmul,
-    GroupedMatmul,
-    GroupedMatmulWgrad,
-    ScaledMatmul,
-    GroupedScaledMatmul,
-    GroupedScaledMatmulWgrad,
-    Attention,
-    AttentionBackward,
-    AttentionDecode,
-)
-"""Ops that run on matrix units; all others on vector units."""
+from ..ir.core import Module, Op, Trait, Value
+from ..ir.errors import require
+from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
+from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
+from ..ir.ops.control import Param
+from ..ir.types import Ragged
+from .cluster import Cluster
+from .device import Device
+from .kernels import MATRIX, NOTHING, Compute, Cost, slower
+from .links import Group, Legs, exchanged, gathered, group, reduced
+from .links import seconds as transfer
+from .routing import Routing, routing_of
+
+__all__ = ["MATRIX", "Cost", "Costs", "seconds"]
+
+Stream = Literal["compute", "comm"]
 
 
 def seconds(op: Op, device: Device) -> float:
-    """The least time that `op` takes on `device`: max(FLOPs / rate, bytes read and written / bandwidth).
+    """The time that `op` takes alone on `device`, ragged dimensions at their bound. A call is 0: the caller adds up what it runs."""
+    return Compute(device).cost(op).seconds
 
-    A view, a weight on its way to its reader and a bundle move nothing: 0. A call costs what it runs, which is for the caller to add up.
+
+@dataclass(frozen=True)
+class Costs:
+    """Ops as a rank of `mesh` on `cluster` runs them.
+
+    comm_sms      units that communication takes from computation; by default those of the cluster where `overlap`, else none
+    overlap       whether computation and communication run side by side: then both are slower, as the cluster says
+    imbalance     rows of the busiest rank by those of the mean, in exchanges of rows; `rows` are to include it themselves
+    rows          how long ragged dimensions are expected to be; where nothing is said their bound counts
+    routing       how tokens choose experts. With it, an exchange along ep that spans domains sends one copy of a token to each domain and
+                  on from there (`two-hop`), else (`direct`, or without routing) a row for each expert
+    repeats       how often the program runs before weights change: what depends on weights alone is run once, and costs its part
     """
-    if Trait.VIEW in op.traits or Trait.SOURCE in op.traits or isinstance(op, Call):
-        return 0.0
-    moved = sum(v.type.bytes for v in dict.fromkeys((*op.operands, *op.results)))
-    return max(op.flops() / rate(op, device), moved / device.peak.bandwidth)
+
+    cluster: Cluster
+    mesh: Mesh | None = None
+    comm_sms: int | None = None
+    overlap: bool = False
+    imbalance: float = 1.0
+    rows: Mapping[Ragged, float] = field(default_factory=dict)
+    routing: Routing | None = None
+    dispatch: Literal["two-hop", "direct"] = "two-hop"
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        units = self.cluster.device.units
+        require(self.imbalance >= 1, f"imbalance is {self.imbalance}, expected 1 or more")
+        require(self.repeats >= 1, f"repeats is {self.repeats}, expected 1 or more")
+        require(0 <= self.taken < max(2, units), f"comm_sms is {self.taken}, but {self.cluster.device.name} has {units}")
+
+    @classmethod
+    def of(cls, module: Module, cluster: Cluster, **options: object) -> Costs:
+        """Costs for a module by its own mesh and routing."""
+        found: dict[str, object] = {"routing": routing_of(module)}
+        if ATTRIBUTE in module.attributes:
+            found["mesh"] = replace(mesh_of(module), node=cluster.node)
+        return cls(cluster, **(found | options))  # type: ignore[arg-type]
+
+    @property
+    def taken(self) -> int:
+        """Units that communication takes."""
+        if self.comm_sms is not None:
+            return self.comm_sms
+        return round(self.cluster.comm.sms.mid) if self.overlap else 0
+
+    @cached_property
+    def _compute(self) -> Compute:
+        device = self.cluster.device
+        return Compute(device, device.units - self.taken, self.cluster.features, self.rows)
+
+    def stream(self, op: Op) -> Stream:
+        """Where it runs."""
+        return "comm" if Trait.COLLECTIVE in op.traits else "compute"
+
+    def seconds(self, op: Op) -> float:
+        """How long one execution takes."""
+        return self.cost(op).seconds
+
+    def cost(self, op: Op) -> Cost:
+        """What one execution takes."""
+        if isinstance(op, OwnPart):
+            return NOTHING
+        if isinstance(op, Collective):
+            return self._communication(op)
+        cost = self._compute.cost(op)
+        if cost is NOTHING:
+            return cost
+        factor = self.cluster.comm.compute_slowdown.mid if self.overlap else 1.0
+        launched = self.cluster.launch.mid
+        found = slower(cost, factor, launched)
+        if cost.seconds * factor < launched:
+            found = replace(found, bound="latency")
+        return slower(found, 1 / self.repeats) if self.repeats > 1 and _of_weights(op) else found
+
+    def _group(self, axis: str, size: int) -> Group:
+        ranks = self.mesh.group(axis, 0) if self.mesh is not None else tuple(range(size))
+        require(len(ranks) == size, f"the op runs on {size} ranks along {axis}, but mesh {self.mesh} has {len(ranks)}")
+        return group(ranks, self.cluster.node)
+
+    def _communication(self, op: Collective) -> Cost:
+        axis, size = op.along()
+        ranks = self._group(axis, size)
+        legs = self._legs(op, ranks)
+        took, moving = transfer(self.cluster, legs)
+        if isinstance(op, AllToAllRows) and ranks.size > 1:
+            took += self.cluster.comm.notify.mid
+        factor = self.cluster.comm.slowdown.mid if self.overlap else 1.0
+        sent = legs.inter + legs.intra
+        return Cost(took * factor, "network" if moving else "latency", op.flops(), 2 * sent, sent)
+
+    def _legs(self, op: Collective, ranks: Group) -> Legs:
+        if isinstance(op, AllToAllRows):
+            return self._rows(op, ranks)
+        whole = self._compute.bytes(op.operands[0].type)
+        match op:
+            case AllGather():
+                return gathered(ranks, whole)
+            case ReduceScatter():
+                return gathered(ranks, whole / ranks.size)
+            case AllReduce():
+                return reduced(ranks, whole)
+            case AllToAll():
+                return exchanged(ranks, whole)
+        return gathered(ranks, whole)
+
+    def _rows(self, op: AllToAllRows, ranks: Group) -> Legs:
+        """Rows to experts and back: by the side whose number of rows is known."""
+        sides = [op.xs[0].shape[0], op.rows]
+        known = [d for d in sides if isinstance(d, int) or d in self.rows]
+        number = self._compute.extent((known or sides)[0]) * self.imbalance
+        row = sum(self._compute.bytes(x.type) / max(1.0, self._compute.extent(x.shape[0])) for x in op.xs)
+        if self.routing is None or self.dispatch == "direct" or op.axis != "ep" or ranks.nodes == 1:
+            return exchanged(ranks, number * row)
+        return two_hop(self.routing, ranks, number / self.routing.top_k, row)
 
 
-def rate(op: Op, device: Device) -> float:
-    """Operations per second of the units that `op` runs on."""
-    return _matrix(op.operands[0], device) if isinstance(op, MATRIX) else device.peak.vector
+def two_hop(routing: Routing, ranks: Group, tokens: float, row: float) -> Legs:
+    """Bytes per rank of `tokens` whose copies cross the network once per distinct domain and a domain's links once per distinct rank."""
+    nodes, gpus = routing.distinct(ranks.nodes), routing.distinct(ranks.size)
+    away, beside = (ranks.nodes - 1) / ranks.nodes, (ranks.local - 1) / ranks.local
+    return Legs(tokens * nodes * away * row, tokens * gpus * beside * row)
 
 
-def _matrix(operand: Value, device: Device) -> float:
-    type, peak = operand.type, device.peak
-    rates = {"f64": peak.f64, "f32": peak.f32, "f16": peak.f16, "bf16": peak.bf16}
-    return rates.get(type.dtype.name, peak.f8) if isinstance(type, Tensor) else peak.f32
+def _of_weights(op: Op) -> bool:
+    """Whether it depends on weights alone."""
+    return bool(op.operands) and all(_from_weights(v) for v in op.operands)
+
+
+def _from_weights(value: Value) -> bool:
+    owner = value.owner
+    if owner is None or isinstance(owner, Collective):
+        return False
+    return isinstance(owner, Param) or (bool(owner.operands) and all(map(_from_weights, owner.operands)))

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ..ir.attributes import convert, hints_of
 from ..ir.errors import DscError, require
 from ..ir.quantization import Accumulation
+from .figures import Figure, Provenance, group, provenance, read_toml
 
 DEVICES = Path(__file__).with_name("devices")
-
-Provenance = Literal["measured", "published", "assumed"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +27,42 @@ class Source:
 
 @dataclass(frozen=True)
 class Peak:
-    """What a chip can do in a second at best: dense matrix products by the dtype of their operands, all else, and bytes of its memory."""
+    """What a chip can do at best: dense matrix products by the dtype of their operands, all else, and bytes of its memory."""
 
-    bf16: float
-    f16: float
-    f8: float
-    f32: float
-    f64: float
-    vector: float
-    bandwidth: float
+    bf16: Figure
+    f16: Figure
+    f8: Figure
+    f32: Figure
+    f64: Figure
+    vector: Figure
+    bandwidth: Figure
+
+
+PEAK = {"bandwidth": "B/s"} | {f.name: "FLOP/s" for f in fields(Peak) if f.name != "bandwidth"}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What kernels make of a chip. The coefficients of `cost.py`, which says how they enter.
+
+    matrix        share of the peak inside the loop over K              promotion  s to promote one accumulator element on one SM
+    ramp          s per tile: the pipeline fills, the result is written  memory     share of the bandwidth that products reach
+    wgrad         time of an FP8 weight gradient by that of a product    rows       share of the bandwidth of kernels along rows
+    attention, attention_backward   share of the peak                    launch     s between two kernels of a stream
+    """
+
+    matrix: Figure
+    promotion: Figure
+    ramp: Figure
+    memory: Figure
+    wgrad: Figure
+    attention: Figure
+    attention_backward: Figure
+    rows: Figure
+    launch: Figure
+
+
+KERNELS = {f.name: "s" if f.name in ("promotion", "ramp", "launch") else "1" for f in fields(Kernels)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,11 @@ class Device:
     fp8: str
     accumulations: Mapping[str, Accumulation]
     peak: Peak
+    units: int
+    """Streaming multiprocessors, or what does their work: a kernel's tiles are dealt out to them."""
+    memory: Figure
+    """Bytes of its memory."""
+    kernels: Kernels
     sources: Mapping[str, Source]
     """Of each accumulation, by its name, and of `peak`."""
 
@@ -60,14 +90,21 @@ def devices() -> tuple[str, ...]:
 
 def device(name: str) -> Device:
     """The device of that name (in any case), or that a .toml file describes. Raises `DscError` with the nearest names."""
+    return read_device(find(name, DEVICES, "device"))
+
+
+def find(name: str, folder: Path, what: str) -> Path:
+    """The file of that name in any case: one of `folder`, or a .toml file of the user's. Raises `DscError` with the nearest names."""
     file = Path(name)
     if file.suffix == ".toml":
-        return _read(file)
-    key = name.lower().replace(" ", "")
-    if key not in devices():
-        near = ", ".join(get_close_matches(key, devices(), 3)) or ", ".join(devices())
-        raise DscError(f"unknown device {name}; expected a .toml file or one of: {near}")
-    return _read(DEVICES / f"{key}.toml")
+        return file
+    known = {f.stem: f for f in sorted(folder.glob("*.toml"))}
+    key = name.lower().replace(" ", "-")
+    found = known.get(key) or known.get(key.replace("-", ""))
+    if found is None:
+        near = ", ".join(get_close_matches(key, known, 3)) or ", ".join(known)
+        raise DscError(f"unknown {what} {name}; expected a .toml file or one of: {near}")
+    return found
 
 
 def accumulation(name: str) -> Accumulation:
@@ -83,43 +120,68 @@ def accumulation(name: str) -> Accumulation:
 
 
 @cache
-def _read(file: Path) -> Device:
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DscError(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise DscError(f"{file}: not TOML: {error}") from None
+def read_device(file: Path) -> Device:
+    """The device that a file describes."""
+    return parse_device(read_toml(file), str(file))
+
+
+def parse_device(raw: Mapping[str, Any], where: str) -> Device:
+    """The device that tables describe; `where` stands before what is wrong with them."""
     for key in ("name", "architecture", "fp8"):
-        require(isinstance(raw.get(key), str), f'{file}: expected {key} = "...", found {raw.get(key)!r}')
+        require(isinstance(raw.get(key), str), f'{where}: expected {key} = "...", found {raw.get(key)!r}')
+    known = {"name", "architecture", "fp8", "accumulation", "peak", "chip", "kernels"}
+    unknown = ", ".join(sorted(set(raw) - known))
+    require(not unknown, f"{where}: unknown key {unknown}; expected {', '.join(sorted(known))}")
     tables: dict[str, Any] = raw.get("accumulation", {})
-    require(raw["fp8"] in tables, f"{file}: fp8 names {raw['fp8']}, but there is no [accumulation.{raw['fp8']}]")
-    models = {name: _accumulation(table, f"{file}: accumulation.{name}") for name, table in tables.items()}
-    sources = {name: _source(table, f"{file}: accumulation.{name}") for name, table in tables.items()}
-    sources["peak"] = _source(raw.get("peak", {}), f"{file}: peak")
-    return Device(raw["name"], raw["architecture"], raw["fp8"], models, _peak(raw["peak"], f"{file}: peak"), sources)
+    require(raw["fp8"] in tables, f"{where}: fp8 names {raw['fp8']}, but there is no [accumulation.{raw['fp8']}]")
+    models = {name: _accumulation(table, f"{where}: accumulation.{name}") for name, table in tables.items()}
+    sources = {name: Source(*provenance(table, f"{where}: accumulation.{name}")) for name, table in tables.items()}
+    peak, chip = raw.get("peak"), group(raw.get("chip"), {"units": "1", "memory": "B"}, f"{where}: chip")
+    sources["peak"] = Source(*provenance(peak if isinstance(peak, Mapping) else {}, f"{where}: peak"))
+    units = chip["units"].mid
+    require(units >= 1 and units == int(units), f"{where}: chip.units: expected a whole number, 1 or more, found {units:g}")
+    rates = Peak(**group(peak, PEAK, f"{where}: peak"))
+    for name in PEAK:
+        require(getattr(rates, name).low > 0, f"{where}: peak.{name}: expected more than 0")
+    return Device(
+        raw["name"],
+        raw["architecture"],
+        raw["fp8"],
+        models,
+        rates,
+        int(units),
+        chip["memory"],
+        _kernels(raw.get("kernels"), where),
+        sources,
+    )
 
 
-def _peak(table: dict[str, Any], where: str) -> Peak:
-    for key in hints_of(Peak):
-        given = table.get(key)
-        require(isinstance(given, int | float) and given > 0, f"{where}: expected {key} = a number per second above 0, found {given!r}")
-    return Peak(**{key: float(table[key]) for key in hints_of(Peak)})
+def _kernels(given: Any, where: str) -> Kernels:
+    """Coefficients of the device's own, or those of another, which are then assumed."""
+    if isinstance(given, str):
+        other = device(given)
+        taken = {
+            key: replace(
+                getattr(other.kernels, key), provenance="assumed", source=f"as on {other.name}: {getattr(other.kernels, key).source}"
+            )
+            for key in KERNELS
+        }
+        return Kernels(**taken)
+    require(isinstance(given, Mapping), f'{where}: expected a table kernels, or kernels = "h800" for those of another device')
+    found = group(given, KERNELS, f"{where}: kernels")
+    for key, unit in KERNELS.items():
+        share = unit == "1" and key != "wgrad"
+        fits = unit != "1" or (found[key].low > 0 and (not share or found[key].high <= 1))
+        require(fits, f"{where}: kernels.{key}: expected {'a share above 0, at most 1' if share else 'more than 0'}, found {found[key]}")
+    return Kernels(**found)
 
 
 def _accumulation(table: dict[str, Any], where: str) -> Accumulation:
     hints = hints_of(Accumulation)
-    fields = {key: value for key, value in table.items() if key not in ("provenance", "source")}
-    unknown = ", ".join(sorted(set(fields) - set(hints)))
+    given = {key: value for key, value in table.items() if key not in ("provenance", "source")}
+    unknown = ", ".join(sorted(set(given) - set(hints)))
     require(not unknown, f"{where}: unknown key {unknown}; expected some of {', '.join(hints)}, provenance, source")
     try:
-        return Accumulation(**{key: convert(hints[key], value) for key, value in fields.items()})
+        return Accumulation(**{key: convert(hints[key], value) for key, value in given.items()})
     except DscError as error:
         raise DscError(f"{where}: {error}") from None
-
-
-def _source(table: dict[str, Any], where: str) -> Source:
-    provenance: Any = table.get("provenance")
-    require(provenance in get_args(Provenance), f"{where}: provenance is {provenance!r}, expected one of {', '.join(get_args(Provenance))}")
-    require(isinstance(table.get("source"), str), f'{where}: expected source = "..."')
-    return Source(provenance, table["source"])

@@ -1,0 +1,164 @@
+"""What an op takes on one device: the longer of computing and of moving bytes, as fast as kernels do either (Williams, CACM 52(4), 2009).
+
+matrix products   `products.py`: tiles and waves over the units, promotion of FP8 sums; bytes at the share `memory` of the bandwidth
+attention         FLOPs, of the tiles on and below the diagonal where causal, at the shares `attention` and `attention_backward` of the peak
+all else          FLOPs at the peak of the vector units, bytes at the share `rows` of the bandwidth
+
+A view, a weight on its way to its reader and a bundle move nothing. FP8 codes that are turned before a product are copied, since tensor
+cores take FP8 operands along K alone (report, section 3.5.2): such a transpose is not a view here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from ..ir.core import Op, Phase, Trait, Value
+from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
+from ..ir.ops.control import Call
+from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
+from ..ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
+from ..ir.ops.shape import Transpose
+from ..ir.types import Bundle, DType, Ragged, Tensor, Type, bound
+from .device import Device
+from .products import Product, loop_seconds
+
+Bound = Literal["matrix", "vector", "memory", "network", "latency", "nothing"]
+MATRIX = (
+    Matmul,
+    GroupedMatmul,
+    GroupedMatmulWgrad,
+    ScaledMatmul,
+    GroupedScaledMatmul,
+    GroupedScaledMatmulWgrad,
+    Attention,
+    AttentionBackward,
+    AttentionDecode,
+)
+"""Ops that run on matrix units; all others on vector units."""
+FP8 = (DType.f8e4m3, DType.f8e5m2)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one execution of an op takes: `seconds`, what bounds it, and how much it computes, moves through memory and sends."""
+
+    seconds: float
+    bound: Bound
+    flops: float = 0.0
+    bytes: float = 0.0
+    sent: float = 0.0
+    """Bytes that leave the GPU."""
+
+
+NOTHING = Cost(0.0, "nothing")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Ops on `units` of a device's units. `rows` says how long ragged dimensions are; where it does not, their bound counts."""
+
+    device: Device
+    units: int = 0
+    features: frozenset[str] = frozenset()
+    rows: Mapping[Ragged, float] | None = None
+
+    def cost(self, op: Op) -> Cost:
+        """Of one execution, launching apart."""
+        if self.free(op):
+            return NOTHING
+        moved = self.moved(op)
+        flops = op.flops() * self._share(op)
+        slow, bound = self._computing(op, flops)
+        kernels, bandwidth = self.device.kernels, self.device.peak.bandwidth.mid
+        moving = moved / (bandwidth * (kernels.memory if isinstance(op, MATRIX) else kernels.rows).mid)
+        return Cost(max(slow, moving), bound if slow >= moving else "memory", flops, moved)
+
+    def free(self, op: Op) -> bool:
+        """Whether nothing runs for it."""
+        if isinstance(op, Transpose):
+            return not self._turned(op)
+        return Trait.VIEW in op.traits or Trait.SOURCE in op.traits or isinstance(op, Call)
+
+    def _turned(self, op: Transpose) -> bool:
+        codes = op.x.dtype in FP8 and op.x.tensor.rank >= 2 and op.perm[-1] != op.x.tensor.rank - 1
+        return codes and "transposed-reads" not in self.features
+
+    def moved(self, op: Op) -> float:
+        """Bytes read and written."""
+        if isinstance(op, Quantize) and "fused-cast" in self.features:
+            wider = (op.x.dtype.bits - op.dtype.bits) / 8  # the product that reads it reads the original instead
+            return max(0.0, wider) * self.size(op.x.type)
+        return sum(self.bytes(v.type) for v in dict.fromkeys((*op.operands, *op.results)))
+
+    def extent(self, dim: int | Ragged) -> float:
+        """How long a dimension is."""
+        return (self.rows or {}).get(dim, dim.bound) if isinstance(dim, Ragged) else dim
+
+    def size(self, type: Type) -> float:
+        """How many elements it has."""
+        return sum(map(self.size, type.fields)) if isinstance(type, Bundle) else prod(map(self.extent, type.shape))
+
+    def bytes(self, type: Type) -> float:
+        """How many bytes it has."""
+        return sum(map(self.bytes, type.fields)) if isinstance(type, Bundle) else self.size(type) * type.dtype.bits / 8
+
+    def _share(self, op: Op) -> float:
+        """Of the FLOPs at the bound of a ragged dimension, those at its length."""
+        share = 1.0
+        for dim in {d for v in (*op.operands, *op.results) if isinstance(v.type, Tensor) for d in v.shape if isinstance(d, Ragged)}:
+            share *= self.extent(dim) / max(1, dim.bound)
+        return share
+
+    def _peak(self, operand: Value) -> float:
+        type, peak = operand.type, self.device.peak
+        rates = {"f64": peak.f64, "f32": peak.f32, "f16": peak.f16, "bf16": peak.bf16}
+        return (rates.get(type.dtype.name, peak.f8) if isinstance(type, Tensor) else peak.f32).mid
+
+    def _computing(self, op: Op, flops: float) -> tuple[float, Bound]:
+        units = self.units or self.device.units
+        share = units / self.device.units
+        if not isinstance(op, MATRIX):
+            return flops / (self.device.peak.vector.mid * share), "vector"
+        peak, kernels = self._peak(op.operands[0]), self.device.kernels
+        if isinstance(op, Attention | AttentionBackward):
+            reached = kernels.attention if isinstance(op, Attention) else kernels.attention_backward
+            return flops / (peak * share * reached.mid), "matrix"
+        if isinstance(op, AttentionDecode):
+            return flops / (peak * share * kernels.attention.mid), "matrix"
+        product = self.product(op)
+        slower = kernels.wgrad.mid if product.promoted and _is_wgrad(op) else 1.0
+        return slower * loop_seconds(product, self.device, units, peak), "matrix"
+
+    def product(self, op: Op) -> Product:
+        """The matrix product that an op is, its groups of equal size."""
+        first, bits = op.operands[0], op.operands[0].dtype.bits
+        promoted = first.dtype in FP8 and "group-scaling" not in self.features
+        if isinstance(op, Matmul):
+            *batch, m, n = map(self.extent, op.result.shape)
+            folded = op.b.tensor.rank == 2
+            m, groups = (prod(batch) * m, 1) if folded else (m, round(prod(batch)))
+            return Product(round(m), round(n), round(self.extent(op.a.shape[-1])), groups, bits)
+        if isinstance(op, ScaledMatmul):
+            *leading, n = map(self.extent, op.result.shape)
+            return Product(round(prod(leading)), round(n), round(self.extent(op.a.shape[-1])), 1, bits, promoted)
+        if isinstance(op, GroupedMatmul | GroupedScaledMatmul):
+            groups = bound(op.w.shape[0])
+            rows = prod(map(self.extent, op.x.shape[:-1]))
+            columns, k = self.extent(op.result.shape[-1]), self.extent(op.x.shape[-1])
+            return Product(round(rows / max(1, groups)), round(columns), round(k), groups, bits, promoted)
+        assert isinstance(op, GroupedMatmulWgrad | GroupedScaledMatmulWgrad), op
+        groups, rows = bound(op.counts.shape[0]), self.extent(op.a.shape[0])
+        m, n = bound(op.a.shape[1]), bound(op.b.shape[1])
+        return Product(m, n, round(rows / max(1, groups)), groups, bits, promoted)
+
+
+def _is_wgrad(op: Op) -> bool:
+    return isinstance(op, GroupedScaledMatmulWgrad) or (op.phase is Phase.W and isinstance(op, ScaledMatmul))
+
+
+def slower(cost: Cost, factor: float, extra: float = 0.0) -> Cost:
+    """The cost `factor` times over, and `extra` seconds later."""
+    return replace(cost, seconds=cost.seconds * factor + extra)

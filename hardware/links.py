@@ -1,0 +1,75 @@
+"""How long ranks take to exchange bytes: latency and bandwidth, inside a scale-up domain and between domains at once.
+
+A group of n ranks lies in `nodes` domains, `local` ranks in each. Every rank drives its own network card, and what is meant for another
+domain goes to the rank of the same index there and on over the domain's links (DeepSeek-V3 report, section 3.2.2; the hierarchical
+collectives of NCCL move the same bytes). The two legs run side by side, so the longer counts. A collective starts once for each of its
+steps, of which n ranks need log2 n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log2
+
+from .cluster import Cluster, Link
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate: in how many domains they lie, and how many in each."""
+
+    nodes: int
+    local: int
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.local
+
+
+def group(ranks: tuple[int, ...], node: int) -> Group:
+    """The group that these ranks are, of consecutive domains of `node` ranks."""
+    nodes = len({rank // node for rank in ranks})
+    return Group(nodes, -(-len(ranks) // nodes))
+
+
+@dataclass(frozen=True)
+class Legs:
+    """Bytes that one rank sends between domains and inside its own, and how often it starts over."""
+
+    inter: float
+    intra: float
+    steps: float = 1.0
+
+
+def gathered(group: Group, part: float) -> Legs:
+    """All-gather of `part` bytes per rank; a reduce-scatter that leaves `part` bytes to each rank is the same backwards."""
+    return Legs((group.nodes - 1) * part, (group.size - group.nodes) * part, _steps(group))
+
+
+def reduced(group: Group, whole: float) -> Legs:
+    """All-reduce of `whole` bytes: a reduce-scatter and an all-gather."""
+    half = gathered(group, whole / group.size)
+    return Legs(2 * half.inter, 2 * half.intra, 2 * half.steps)
+
+
+def exchanged(group: Group, whole: float) -> Legs:
+    """All-to-all of `whole` bytes per rank, an equal part to each rank."""
+    part = whole / group.size
+    return Legs((group.size - group.local) * part, (group.local - 1) * part)
+
+
+def _steps(group: Group) -> float:
+    return max(1.0, log2(group.size)) if group.size > 1 else 0.0
+
+
+def seconds(cluster: Cluster, legs: Legs) -> tuple[float, bool]:
+    """How long the longer leg takes, and whether bytes rather than latency are most of it."""
+    found = [_leg(link, sent, legs.steps) for link, sent in ((cluster.inter, legs.inter), (cluster.intra, legs.intra)) if sent > 0]
+    if not found:
+        return 0.0, False
+    moving, waiting = max(found, key=sum)
+    return moving + waiting, moving >= waiting
+
+
+def _leg(link: Link, sent: float, steps: float) -> tuple[float, float]:
+    return sent / (link.bandwidth.mid * link.efficiency.mid), steps * link.latency.mid

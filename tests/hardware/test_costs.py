@@ -1,0 +1,140 @@
+"""Costs of ops: what moves nothing is free, nothing is faster than the peaks, more work takes longer, and exchanges add up."""
+
+from __future__ import annotations
+
+from math import comb
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsc.hardware.cluster import cluster
+from dsc.hardware.cost import Costs, seconds, two_hop
+from dsc.hardware.links import Group, exchanged, gathered, reduced
+from dsc.hardware.routing import Routing
+from dsc.ir.core import Op, Phase, Value
+from dsc.ir.mesh import parse_mesh
+from dsc.ir.ops.attention import Attention
+from dsc.ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
+from dsc.ir.ops.linalg import Matmul
+from dsc.ir.ops.norm import RmsNorm
+from dsc.ir.ops.quant import Quantize, ScaledMatmul
+from dsc.ir.ops.shape import Reshape, Transpose
+from dsc.ir.types import DType, Ragged, Tensor
+
+SETTINGS = settings(max_examples=60, deadline=None, database=None, derandomize=True)
+H800 = cluster("h800")
+SIZES = st.integers(1, 40_000)
+
+
+def value(dtype: DType, *shape: int | Ragged) -> Value:
+    return Value(Tensor(dtype, shape), "x")
+
+
+def fp8_product(m: int, n: int, k: int, phase: Phase = Phase.F) -> ScaledMatmul:
+    a, b = (Quantize(value(DType.bf16, rows, k), tile=tile) for rows, tile in ((m, (1, 128)), (n, (128, 128))))
+    return ScaledMatmul(*a.results, *b.results, phase=phase)
+
+
+def ops(m: int, n: int, k: int) -> list[Op]:
+    a, b = value(DType.bf16, m, k), value(DType.bf16, n, k)
+    q = value(DType.bf16, 1, 4, m, 192)
+    attention = Attention(q, q, value(DType.bf16, 1, 4, m, 128), causal=True)
+    return [Matmul(a, b, transpose_b=True), fp8_product(m, n, k), RmsNorm(a, value(DType.bf16, k), 1e-6), Quantize(a), attention]
+
+
+@SETTINGS
+@given(SIZES, SIZES, SIZES)
+def test_nothing_is_faster_than_the_peaks(m: int, n: int, k: int) -> None:
+    peak = H800.device.peak
+    for op in ops(m, n, k):
+        moved = sum(v.type.bytes for v in dict.fromkeys((*op.operands, *op.results)))
+        least = max(op.flops() / peak.f8.mid, moved / peak.bandwidth.mid)
+        for costs in (Costs(H800), Costs(H800, overlap=True)):
+            assert costs.seconds(op) >= least * (1 - 1e-12)
+        assert seconds(op, H800.device) >= least * (1 - 1e-12)
+
+
+@SETTINGS
+@given(SIZES, SIZES, SIZES, st.integers(1, 4), st.integers(0, 2))
+def test_more_work_takes_no_less_time(m: int, n: int, k: int, factor: int, which: int) -> None:
+    larger = [m, n, k]
+    larger[which] *= factor
+    for small, large in zip(ops(m, n, k), ops(*larger), strict=True):
+        assert Costs(H800).seconds(large) >= Costs(H800).seconds(small) * (1 - 1e-12), small
+        assert Costs(H800, overlap=True).seconds(small) >= Costs(H800).seconds(small) * (1 - 1e-12)
+
+
+def test_what_moves_nothing_is_free() -> None:
+    x = value(DType.bf16, 16, 8)
+    for op in (Reshape(x, (8, 16)), Transpose(x, (1, 0)), OwnPart(x, "ep", 4)):
+        assert Costs(H800).seconds(op) == 0
+    codes = value(DType.f8e4m3, 4096, 7168)
+    turned = Transpose(codes, (1, 0))
+    assert Costs(H800).cost(turned).bytes == 2 * 4096 * 7168
+    assert Costs(cluster("h800-transposed-reads")).seconds(turned) == 0
+
+
+def test_distinct_places_by_hand_and_by_deepseeks_rule() -> None:
+    """5.295 of 8 nodes and 7.676 of 64 GPUs where any expert may be chosen; 3.954 and 7.49 by the sum of a group's two best."""
+    free, limited = Routing(256, 8), Routing(256, 8, 8, 4)
+    assert free.distinct(8) == pytest.approx(8 * (1 - comb(224, 8) / comb(256, 8)))
+    assert free.distinct(8) == pytest.approx(5.295, abs=5e-4)
+    assert free.distinct(64) == pytest.approx(7.676, abs=5e-4)
+    assert limited.distinct(8) == pytest.approx(3.954, abs=0.01)  # three standard errors of the sample
+    assert limited.distinct(64) == pytest.approx(7.49, abs=0.03)
+    assert limited.distinct(1) == 1
+    assert Routing(256, 8).distinct(256) == pytest.approx(8)
+
+
+def test_bytes_of_collectives_by_hand() -> None:
+    """Two nodes of four ranks: what leaves a rank over the network and inside its node."""
+    ranks = Group(2, 4)
+    assert (gathered(ranks, 10).inter, gathered(ranks, 10).intra) == (10, 60)
+    assert (reduced(ranks, 80).inter, reduced(ranks, 80).intra) == (20, 120)
+    assert (exchanged(ranks, 80).inter, exchanged(ranks, 80).intra) == (40, 30)
+    legs = two_hop(Routing(256, 8), Group(8, 8), 4096, 7392)
+    assert legs.inter == pytest.approx(4096 * 7392 * 8 * (1 - comb(224, 8) / comb(256, 8)) * 7 / 8)
+
+
+def test_an_exchange_of_rows_costs_what_is_expected_not_the_bound() -> None:
+    mesh = parse_mesh("dp=64,ep=64")
+    counts = value(DType.i32, 64)
+    rows = Ragged("rows", 1 << 20)
+    there = AllToAllRows((value(DType.f8e4m3, 32768, 7168), value(DType.f32, 32768, 56)), counts, counts, "ep", 64, rows)
+    back = AllToAllRows((value(DType.bf16, rows, 7168),), counts, counts, "ep", 64, 32768)
+    routing = Routing(256, 8, 8, 4)
+    costs = Costs(H800, mesh, routing=routing)
+    tokens, away = 4096, 7 / 8
+    assert costs.cost(there).sent == pytest.approx(tokens * (routing.distinct(8) * away * 7392 + routing.distinct(64) * away * 7392))
+    assert costs.cost(back).sent == pytest.approx(tokens * (routing.distinct(8) + routing.distinct(64)) * away * 14336)
+    assert Costs(H800, mesh, routing=routing, dispatch="direct").cost(there).sent == pytest.approx(32768 * 7392 * 63 / 64)
+    assert Costs(H800, mesh, routing=routing, imbalance=1.5).cost(there).sent == pytest.approx(1.5 * costs.cost(there).sent)
+    assert costs.cost(there).bound == "network"
+    assert costs.stream(there) == "comm"
+
+
+@SETTINGS
+@given(st.integers(1, 1 << 16), st.sampled_from([1, 2, 4, 8, 16, 64]), st.integers(2, 4))
+def test_collectives_are_monotone_and_never_faster_than_the_links(length: int, ranks: int, factor: int) -> None:
+    def collectives(n: int) -> list[Op]:
+        x = value(DType.bf16, ranks * n)
+        args = ("world", ranks)
+        return [AllGather(x, *args), ReduceScatter(x, *args), AllReduce(x, *args), AllToAll(x, *args)]
+
+    costs = Costs(H800)
+    for small, large in zip(collectives(length), collectives(length * factor), strict=True):
+        assert costs.seconds(small) <= costs.seconds(large)
+        found = costs.cost(large)
+        assert found.seconds >= found.sent / (H800.intra.bandwidth.mid + H800.inter.bandwidth.mid)
+        assert (found.seconds > 0) is (ranks > 1)
+
+
+def test_communication_takes_units_and_both_sides_slow_down() -> None:
+    op = fp8_product(4096, 24576, 1536)
+    alone, beside = Costs(H800), Costs(H800, overlap=True)
+    assert beside.taken == 20
+    assert beside.seconds(op) > 1.1 * alone.seconds(op)
+    free = Costs(cluster("h800-co-processor"), overlap=True)
+    assert free.taken == 0
+    assert free.seconds(op) == alone.seconds(op)
