@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..ir.types import Bundle, DType, Tensor, Type, bound
+from ..ir.types import Bundle, DType, Tensor, Type, bound, landed
 from ..numerics import formats
 
 Array = NDArray[Any]
@@ -63,6 +63,7 @@ def ulp(x: Array, dtype: DType) -> NDArray[np.float64]:
 
 def fits(value: object, type: Type) -> bool:
     """Whether `value` is of `type`: the dtype, the rank, every extent; a ragged one up to its bound."""
+    type = landed(type)
     if isinstance(type, Bundle):
         same = isinstance(value, tuple) and len(value) == len(type.fields)
         return same and all(map(fits, cast(tuple[object, ...], value), type.fields))

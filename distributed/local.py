@@ -1,74 +1,123 @@
 """All ranks of a mesh in one process, in lockstep: a rank runs until it needs others, and goes on when they have come to the same op.
 
-Nothing is copied, and the order is the same in every run. Where ranks wait for each other for ever, or meet with different ops, the error
-is a table of who waits for what.
+Nothing is copied, and the order is the same in every run. A request that was only started is answered when everybody has come to it; until
+somebody waits for it ranks go on. Where ranks wait for each other for ever, or meet with different ops, the error is a table of who waits
+for what.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh
-from .world import Exchange, Gather, Index, Placed, Receive, Request, Send, T, ranks_text, where
+from .world import Asked, Exchange, Gather, Index, Placed, Receive, Request, Send, Start, T, Wait, ranks_text, where
+
+
+@dataclass(eq=False)
+class _Posted:
+    """A request of a rank, and its answer once it has one."""
+
+    rank: int
+    request: Request
+    group: tuple[int, ...]
+    """Who takes part: the ranks of the axis, or sender and receiver."""
+    answered: bool = False
+    answer: Any = None
+
+    @property
+    def line(self) -> tuple[Any, ...]:
+        """Requests of one line are met in the order in which each rank makes them."""
+        return (self.request.axis, isinstance(self.request, Send | Receive), self.group)
 
 
 def run(mesh: Mesh, program: Placed[T]) -> list[T]:
     """The results of `program(rank)` on every rank of `mesh`. `DscError` names the rank where one fails, or says who waits for what."""
     programs = [program(rank) for rank in range(mesh.world)]
     results: dict[int, T] = {}
-    waiting: dict[int, Request] = {}
+    waiting: dict[int, _Posted] = {}
+    board = _Board()
     ready: deque[tuple[int, Any]] = deque((rank, None) for rank in range(mesh.world))
     try:
         while ready:
             rank, answer = ready.popleft()
             try:
-                request = programs[rank].send(answer)
-                size = mesh.size(request.axis)
-                require(request.size == size, f"{where(request)}: the mesh {mesh} has {size} ranks along {request.axis}")
+                asked = programs[rank].send(answer)
+                posted = _posted(mesh, rank, asked)
             except StopIteration as done:
                 results[rank] = done.value
                 continue
             except DscError as error:
                 raise DscError("\n".join(f"rank {rank}: {line}" for line in str(error).split("\n"))) from None
-            if isinstance(request, Index):
-                ready.append((rank, mesh.index(request.axis, rank)))
+            if isinstance(posted.request, Index):
+                ready.append((rank, mesh.index(posted.request.axis, rank)))
                 continue
-            waiting[rank] = request
-            if partners := _partners(mesh, rank, waiting):
-                answers = _answers(partners, waiting)
-                for partner in partners:
-                    del waiting[partner]
-                ready.extend(zip(partners, answers, strict=True))
+            met = () if isinstance(asked, Wait) else board.post(posted)
+            if isinstance(asked, Start):
+                ready.append((rank, posted))
+            else:
+                waiting[rank] = posted
+            for one in (*met, posted):
+                if one.answered and waiting.get(one.rank) is one:
+                    del waiting[one.rank]
+                    ready.append((one.rank, one.answer))
         if waiting:
-            raise DscError(f"{len(waiting)} of {mesh.world} ranks wait for ever:\n{_table(mesh, waiting)}")
+            raise DscError(f"{len(waiting)} of {mesh.world} ranks wait for ever:\n{_table(mesh, board, waiting)}")
     finally:
-        for one in programs:
-            one.close()
+        for each in programs:
+            each.close()
     return [results[rank] for rank in range(mesh.world)]
 
 
-def _partners(mesh: Mesh, rank: int, waiting: dict[int, Request]) -> tuple[int, ...]:
-    """The ranks, in their order, whose requests make one exchange with that of `rank`; empty while somebody is missing."""
-    request = waiting[rank]
+def _posted(mesh: Mesh, rank: int, asked: Asked) -> _Posted:
+    """What a rank asks, with those who take part; what it waits for as it was posted."""
+    if isinstance(asked, Wait):
+        ticket: _Posted = asked.ticket
+        return ticket
+    request = asked.request if isinstance(asked, Start) else asked
+    size = mesh.size(request.axis)
+    require(request.size == size, f"{where(request)}: the mesh {mesh} has {size} ranks along {request.axis}")
     group = mesh.group(request.axis, rank)
-    if isinstance(request, Send | Receive):
-        other = group[request.to if isinstance(request, Send) else request.source]
-        found = waiting.get(other)
-        sender, receiver = (rank, other) if isinstance(request, Send) else (other, rank)
-        given, taken = waiting.get(sender), waiting.get(receiver)
-        meet = isinstance(given, Send) and isinstance(taken, Receive) and found is not None and found.axis == request.axis
-        meant = meet and group[given.to] == receiver and group[taken.source] == sender  # type: ignore[union-attr]
-        return (sender, receiver) if meant else ()
-    met = (waiting.get(other) for other in reversed(group))  # ranks mostly come in order: the last is the one to ask for first
-    return group if all(isinstance(r, Exchange | Gather) and r.axis == request.axis for r in met) else ()
+    match request:
+        case Send(to=to):
+            group = (rank, group[to])
+        case Receive(source=source):
+            group = (group[source], rank)
+    require(not isinstance(request, Send | Receive) or group[0] != group[1], f"{where(request)}: a rank does not send to itself")
+    return _Posted(rank, request, group)
 
 
-def _answers(partners: tuple[int, ...], waiting: dict[int, Request]) -> list[Any]:
+@dataclass
+class _Board:
+    """What has been asked and not yet answered, line by line and rank by rank."""
+
+    lines: dict[tuple[Any, ...], dict[int, deque[_Posted]]] = field(default_factory=dict)
+
+    def post(self, posted: _Posted) -> tuple[_Posted, ...]:
+        """Put it up. The requests that are answered by that: its own and its partners', in the order of the ranks."""
+        line = self.lines.setdefault(posted.line, {})
+        line.setdefault(posted.rank, deque()).append(posted)
+        if not all(line.get(rank) for rank in reversed(posted.group)):  # ranks mostly come in order: the last is the one to ask for first
+            return ()
+        met = tuple(line[rank].popleft() for rank in posted.group)
+        for one, answer in zip(met, _answers(met), strict=True):
+            one.answered, one.answer = True, answer
+        return met
+
+    def missing(self, posted: _Posted) -> list[int]:
+        """The ranks of its group that have not yet come to a request."""
+        line = self.lines[posted.line]
+        before = line[posted.rank].index(posted)
+        return [rank for rank in posted.group if rank != posted.rank and len(line.get(rank, ())) <= before]
+
+
+def _answers(met: tuple[_Posted, ...]) -> list[Any]:
     """What each of them gets. `DscError` where they do not mean the same."""
-    requests = [waiting[rank] for rank in partners]
+    requests = [one.request for one in met]
+    partners = [one.rank for one in met]
     given = requests[0]
     match requests:
         case [Send(x=x), Receive(like=like)]:
@@ -76,7 +125,7 @@ def _answers(partners: tuple[int, ...], waiting: dict[int, Request]) -> list[Any
                 raise DscError(f"rank {partners[0]} sends {_type(x)}, but rank {partners[1]} expects {_type(like)}: {where(given)}")
             return [None, x]
     if len({(type(r), r.op) for r in requests}) > 1:
-        raise DscError(f"ranks meet along {given.axis} with different ops:\n{_rows((rank, where(waiting[rank])) for rank in partners)}")
+        raise DscError(f"ranks meet along {given.axis} with different ops:\n{_rows((one.rank, where(one.request)) for one in met)}")
     if isinstance(given, Gather):
         found = [r.x for r in requests if isinstance(r, Gather)]
         if len({_type(x) for x in found}) > 1:
@@ -101,26 +150,17 @@ def _shapes(shapes: Iterable[tuple[int, ...]]) -> str:
     return " and ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
 
 
-def _table(mesh: Mesh, waiting: dict[int, Request]) -> str:
+def _table(mesh: Mesh, board: _Board, waiting: dict[int, _Posted]) -> str:
     """One line for all ranks that wait in the same place for the same ranks."""
     rows = []
     for rank in range(mesh.world):
-        request = waiting.get(rank)
-        if request is None:
+        posted = waiting.get(rank)
+        if posted is None:
             rows.append((rank, "finished"))
             continue
-        group = mesh.group(request.axis, rank)
-        if isinstance(request, Send | Receive):
-            group = (group[request.to if isinstance(request, Send) else request.source],)
-        missing = [r for r in group if r != rank and not _answers_to(waiting.get(r), request)]
-        rows.append((rank, f"{where(request)}, for {ranks_text(missing)}" if missing else where(request)))
+        missing = board.missing(posted)
+        rows.append((rank, f"{where(posted.request)}, for {ranks_text(missing)}" if missing else where(posted.request)))
     return _rows(rows)
-
-
-def _answers_to(other: Request | None, request: Request) -> bool:
-    """Whether `other` waits in the same collective, as far as it can be told."""
-    same = isinstance(other, Exchange | Gather) and isinstance(request, Exchange | Gather)
-    return same and other is not None and other.axis == request.axis
 
 
 def _rows(rows: Iterable[tuple[int, str]]) -> str:

@@ -1,8 +1,8 @@
 """One process per rank, started by torchrun: torch.distributed carries the bytes, over NCCL on GPUs and gloo on CPUs.
 
-Everything goes as bytes, for gloo refuses FP8. A group is made when an axis is first used, by its members alone. Where a rank dies or
-hangs, every other one ends within the time-out: each that waits says so in the store which torchrun keeps, and the lowest of them names
-the ranks that did not.
+Everything goes as bytes, for gloo refuses FP8. What is only started is carried by gloo's threads, or NCCL's stream, while a rank computes.
+A group is made when an axis is first used, by its members alone. Where a rank dies or hangs, every other one ends within the time-out: each
+that waits says so in the store which torchrun keeps, and the lowest of them names the ranks that did not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..ir.errors import DscError
 from ..ir.mesh import Mesh
-from .world import Array, Exchange, Gather, Index, Program, Receive, Request, Send, T, ranks_text, where
+from .world import Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Start, T, Wait, ranks_text, where
 
 CONNECT = 300.0
 """Seconds within which all ranks have to be there: on a busy machine one may import for long. A longer `timeout` holds here, too."""
@@ -93,9 +93,9 @@ class TorchWorld:
         try:
             while True:
                 self._waiting = False
-                request = program.send(answer)
+                asked = program.send(answer)
                 self._waiting = True
-                answer = self._served(request)
+                answer = self._served(asked)
         except StopIteration as done:
             self._waiting = True
             result: T = done.value
@@ -109,46 +109,67 @@ class TorchWorld:
         except _Ended:
             raise DscError("") from None
 
-    def _served(self, request: Request) -> Any:
+    def _served(self, asked: Asked) -> Any:
+        if isinstance(asked, Wait):
+            return self._ended(asked.ticket)
+        request = asked.request if isinstance(asked, Start) else asked
         size = self.mesh.size(request.axis)
         if request.size != size:
             raise DscError(f"{where(request)}: the mesh {self.mesh} has {size} ranks along {request.axis}")
         members = self.mesh.group(request.axis, self.rank)
         if isinstance(request, Index):
             return members.index(self.rank)
+        flight = self._begun(request, members)
+        return flight if isinstance(asked, Start) else self._ended(flight)
+
+    def _begun(self, request: Request, members: tuple[int, ...]) -> _Flight:
         start = time.monotonic()
         try:
-            return self._carried(request, members)
+            return _Flight(request, members, start, *self._carried(request, members))
         except RuntimeError as error:
             raise _Lost(request, members, time.monotonic() - start, _first(error)) from None
 
-    def _carried(self, request: Request, members: tuple[int, ...]) -> Any:
+    def _ended(self, flight: _Flight) -> Any:
+        try:
+            flight.work.wait()
+        except RuntimeError as error:
+            raise _Lost(flight.request, flight.members, time.monotonic() - flight.start, _first(error)) from None
+        return flight.answer()
+
+    def _carried(self, request: Request, members: tuple[int, ...]) -> tuple[Any, Callable[[], Any], tuple[torch.Tensor, ...]]:
+        """What torch.distributed has begun, what the answer is made of when it has ended, and the bytes that are sent until then."""
         match request:
             case Gather(x=x):
                 given = self._bytes(x)
                 found = given.new_empty(len(members) * len(given))
-                ALL_GATHER(found, given, group=self._group(members))
-                return tuple(_like(part, x, tuple(x.shape)) for part in found.view(len(members), -1))
+                work = ALL_GATHER(found, given, group=self._group(members), async_op=True)
+                return work, lambda: tuple(_like(part, x, tuple(x.shape)) for part in found.view(len(members), -1)), (given,)
             case Exchange(messages=messages, shapes=shapes):
                 return self._exchanged(messages, shapes, members)
             case Send(x=x, to=to):
-                dist.send(self._bytes(x), members[to])
-                return None
+                given = self._bytes(x)
+                return dist.isend(given, members[to]), lambda: None, (given,)
             case Receive(like=like, source=source):
                 found = torch.empty(_size(like, tuple(like.shape)), dtype=torch.uint8, device=self._device)
-                dist.recv(found, members[source])
-                return _like(found, like, tuple(like.shape))
+                return dist.irecv(found, members[source]), lambda: _like(found, like, tuple(like.shape)), ()
         raise TypeError(f"no world serves {type(request).__name__}")
 
-    def _exchanged(self, messages: Sequence[Sequence[Array]], shapes: Sequence[Sequence[tuple[int, ...]]], members: tuple[int, ...]) -> Any:
+    def _exchanged(
+        self, messages: Sequence[Sequence[Array]], shapes: Sequence[Sequence[tuple[int, ...]]], members: tuple[int, ...]
+    ) -> tuple[Any, Callable[[], Any], tuple[torch.Tensor, ...]]:
         sent = [[self._bytes(x) for x in message] for message in messages]
         kinds = messages[0]
         sizes = [[_size(x, shape) for x, shape in zip(kinds, one, strict=True)] for one in shapes]
         found = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=self._device)
         out, into = [sum(map(len, one)) for one in sent], [sum(one) for one in sizes]
-        dist.all_to_all_single(found, torch.cat([x for one in sent for x in one]), into, out, group=self._group(members))
-        parts = iter(found.split([n for one in sizes for n in one]))
-        return tuple(tuple(_like(next(parts), x, shape) for x, shape in zip(kinds, one, strict=True)) for one in shapes)
+        given = torch.cat([x for one in sent for x in one])
+        work = dist.all_to_all_single(found, given, into, out, group=self._group(members), async_op=True)
+
+        def answer() -> Any:
+            parts = iter(found.split([n for one in sizes for n in one]))
+            return tuple(tuple(_like(next(parts), x, shape) for x, shape in zip(kinds, one, strict=True)) for one in shapes)
+
+        return work, answer, (given,)
 
     def _group(self, members: tuple[int, ...]) -> Any:
         if members not in self._groups:
@@ -189,6 +210,18 @@ class TorchWorld:
         slow = lost.seconds >= 0.9 * self.timeout
         fate = f"no answer from {ranks_text(missing)} within {self.timeout:g} s" if slow else f"{ranks_text(missing)} ended"
         return DscError(f"{fate if missing else lost.reason}; rank {self.rank} waited in {where(lost.request)}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """A request that torch.distributed carries: what becomes of it, and what has to stay in memory until then."""
+
+    request: Request
+    members: tuple[int, ...]
+    start: float
+    work: Any
+    answer: Callable[[], Any]
+    held: tuple[torch.Tensor, ...]
 
 
 class _Lost(Exception):

@@ -7,6 +7,9 @@ drives the generators is a world: `alone` here, for one rank; `local.run`, all r
 A world moves arrays as bytes and computes nothing. There are these requests: `Exchange` and `Gather` among the ranks of an axis, `Send` and
 `Receive` between two, and `Index`, which a rank asks of its world alone. Reductions are made of them by the backends, which add up in the
 order of the ranks: a library's own reduction would add in the order of its rings, and round BF16 at every hop.
+
+A rank that has something to compute meanwhile yields a request in `Start`, is given a ticket at once, and yields `Wait` with it later. What
+the ranks of an axis do together they do in the order in which each of them began it; so it is with what one rank sends to another.
 """
 
 from __future__ import annotations
@@ -76,8 +79,29 @@ class Receive(Request):
     source: int
 
 
+Ticket: TypeAlias = Any
+"""A request in flight, as its world knows it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Let `request`, which is no `Index`, begin. The answer, at once, is its ticket; the arrays in it must not change until it is over."""
+
+    request: Request
+
+
+@dataclass(frozen=True, eq=False)
+class Wait:
+    """The answer is that of the request with this ticket. Each ticket is waited for once, before the program ends."""
+
+    ticket: Ticket
+
+
+Asked: TypeAlias = Request | Start | Wait
+"""What a program yields."""
+
 T = TypeVar("T")
-Program: TypeAlias = Generator[Request, Any, T]
+Program: TypeAlias = Generator[Asked, Any, T]
 """One rank's part of a computation, with its result."""
 
 Placed: TypeAlias = Callable[[int], Program[T]]
@@ -100,21 +124,30 @@ def alone(program: Program[T]) -> T:
     answer: Any = None
     while True:
         try:
-            request = program.send(answer)
+            asked = program.send(answer)
         except StopIteration as done:
             result: T = done.value
             return result
-        alone_here = "and this is one: run it with --ranks local, or under torchrun"
-        require(request.size == 1, f"{where(request)} is run by {request.size} ranks together, {alone_here}")
-        match request:
-            case Exchange(messages=messages):
-                answer = messages
-            case Gather(x=x):
-                answer = (x,)
-            case Index():
-                answer = 0
+        match asked:
+            case Start(request):
+                answer = _answer_of_one(request)
+            case Wait(ticket):
+                answer = ticket
             case _:
-                raise DscError(f"{where(request)}: a rank does not send to itself")
+                answer = _answer_of_one(asked)
+
+
+def _answer_of_one(request: Request) -> Any:
+    alone_here = "and this is one: run it with --ranks local, or under torchrun"
+    require(request.size == 1, f"{where(request)} is run by {request.size} ranks together, {alone_here}")
+    match request:
+        case Exchange(messages=messages):
+            return messages
+        case Gather(x=x):
+            return (x,)
+        case Index():
+            return 0
+    raise DscError(f"{where(request)}: a rank does not send to itself")
 
 
 def where(request: Request) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..ir.core import Func, Module, Op
 from ..ir.ops.fused import Fused
-from ..ir.types import Tensor
+from ..ir.types import Tensor, landed
 
 
 def align(a: Module, b: Module) -> Mapping[tuple[str, str], str]:
@@ -62,4 +62,5 @@ def _kind(op: Op) -> tuple[str, Any]:
 
 
 def _shapes(op: Op) -> tuple[Any, ...]:
-    return tuple(r.type.shape if isinstance(r.type, Tensor) else len(r.type.fields) for r in op.results)
+    there = (landed(r.type) for r in op.results)
+    return tuple(type.shape if isinstance(type, Tensor) else len(type.fields) for type in there)

@@ -12,7 +12,7 @@ from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, mesh_of
-from ..ir.types import Bundle, Tensor, Type
+from ..ir.types import Bundle, Tensor, Type, landed
 from ..ir.walk import weights as weights_of
 from .artifact import Artifact
 from .inputs import Inputs, prepare
@@ -145,6 +145,7 @@ def array_types(module: Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def add(name: str, type: Type) -> None:
+        type = landed(type)
         if isinstance(type, Tensor):
             found[name] = type
         else:

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
 from .errors import DscError, require
-from .types import Bundle, DType, Shape, Tensor, Type
+from .types import Async, Bundle, DType, Shape, Tensor, Type
 
 
 class Phase(Enum):
@@ -68,6 +68,13 @@ class Value:
         if isinstance(self.type, Bundle):
             return self.type
         raise DscError(f"expected a bundle, but %{self.name} is {self.type}")
+
+    @property
+    def coming(self) -> Tensor:
+        """The tensor that it is going to be, where only one on its way will do."""
+        if isinstance(self.type, Async):
+            return self.type.tensor
+        raise DscError(f"expected a tensor on its way (async), but %{self.name} is {self.type}")
 
     @property
     def dtype(self) -> DType:
@@ -222,7 +229,7 @@ def _arguments(cls: type[Op]) -> tuple[Argument, ...]:
     hints = get_type_hints(cls)
     base = {f.name for f in fields(Op)}
     found: list[Argument] = []
-    for f in fields(cls):
+    for f in sorted(fields(cls), key=lambda f: bool(f.kw_only)):  # what a family adds by keyword comes last
         if f.name in base or f.name == "result_types":
             continue
         role = _role(hints[f.name])

@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .core import Func, Module, Op, Trait, Value
+from .ops.collective import Done, reads
 from .ops.control import Call, Pack, Unpack
 
 
 def last_uses(func: Func) -> tuple[tuple[Value, ...], ...]:
-    """For each op, the values that nothing reads after it. Parameters and results of the function outlive it."""
+    """For each op, the values that nothing reads after it. Parameters and results of the function outlive it.
+
+    What a started collective sends is read until it is done.
+    """
     kept = set(func.params) | set(func.results)
     dead_after: list[tuple[Value, ...]] = []
     seen: set[Value] = set()
     for op in reversed(func.ops):
-        last = [v for v in dict.fromkeys((*op.operands, *op.results)) if v not in seen and v not in kept]
+        last = [v for v in dict.fromkeys((*reads(op), *op.results)) if v not in seen and v not in kept]
         seen.update(last)
         dead_after.append(tuple(last))
     return tuple(reversed(dead_after))
@@ -44,7 +48,7 @@ def _live(module: Module, func: Func, known: dict[str, Live]) -> Live:
     roots = _roots(func)
     alive_until: dict[Value, int] = {}
     for index, op in enumerate(func.ops):
-        for value in (*op.operands, *op.results):
+        for value in (*reads(op), *op.results):
             for root in roots.get(value, ()):
                 alive_until[root] = index
     for value in func.results:
@@ -77,6 +81,9 @@ def _roots(func: Func) -> dict[Value, tuple[Value, ...]]:
     for op in func.ops:
         shared = Trait.VIEW in op.traits or isinstance(op, Pack | Unpack)
         inherited = tuple(dict.fromkeys(root for v in op.operands for root in roots[v]))
-        for result in op.results:
+        for index, result in enumerate(op.results):
+            if isinstance(op, Done):
+                roots[result] = roots[op.xs[index]]
+                continue
             roots[result] = inherited if shared else () if Trait.SOURCE in op.traits else (result,)
     return roots

@@ -19,7 +19,7 @@ from .core import OPS, Func, Module, Op, Phase, Role, Symbol, Value, takes_resul
 from .diagnostics import Diagnostic, IRError
 from .errors import DscError
 from .printer import Word
-from .types import Bundle, DType, Ragged, Shape, Tensor, Type
+from .types import Async, Bundle, DType, Ragged, Shape, Tensor, Type
 from .verify import STAGES, check
 
 DTYPES = dict(DType.__members__)
@@ -120,6 +120,9 @@ class _Tree(Transformer[Token, Any]):
 
     def bundle(self, *types: Any) -> Type | DscError:
         return next((t for t in types if isinstance(t, DscError)), Bundle(tuple(t for t in types if t)))
+
+    def async_(self, tensor: Tensor | DscError) -> Type | DscError:
+        return tensor if isinstance(tensor, DscError) else Async(tensor)
 
     def fixed(self, number: Token) -> int | DscError:
         return int(number) if number.isdigit() else DscError(f"a dimension is a whole number, found {number}")

@@ -17,7 +17,7 @@ from .core import Module, Value
 from .errors import require
 from .mesh import Mesh
 from .ops.control import Param
-from .types import Bundle, Tensor, Type
+from .types import Bundle, Tensor, Type, landed
 from .walk import join, walk
 
 INPUTS, RESULTS = "inputs", "results"
@@ -49,6 +49,7 @@ def part(split: Split, shape: Sequence[int], mesh: Mesh, rank: int) -> tuple[sli
 
 def whole(type: Type, split: Split, mesh: Mesh) -> Type:
     """The type of the whole of which a rank has a value of `type`."""
+    type = landed(type)
     if isinstance(type, Bundle):
         return Bundle(tuple(whole(t, s, mesh) for t, s in zip(type.fields, split, strict=True)))
     sizes = [prod(map(mesh.size, axes_of(split, dim))) for dim in range(type.rank)]

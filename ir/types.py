@@ -1,4 +1,4 @@
-"""What a value can be: a `Tensor` of one `DType`, or a `Bundle` of values that travel together.
+"""What a value can be: a `Tensor` of one `DType`, a `Bundle` of values that travel together, or an `Async` tensor that is still on its way.
 
 A dimension is an int, or a `Ragged` one: a named extent known only at run time, under a static bound. Quantised data and
 its scales are two ordinary tensors, and sharding is not a type: both would otherwise have to be understood by every op.
@@ -130,15 +130,38 @@ class Bundle:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor in it, bundles within it included, in order."""
         for field in self.fields:
-            yield from field.tensors() if isinstance(field, Bundle) else (field,)
+            yield from tensors(field)
 
     def __str__(self) -> str:
         return f"bundle{{{', '.join(map(str, self.fields))}}}"
 
 
-Type = Tensor | Bundle
+@dataclass(frozen=True)
+class Async:
+    """A tensor that a started collective is going to bring: `async bf16[4, 8]`. Only a `done` can read it."""
+
+    tensor: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.bytes
+
+    def __str__(self) -> str:
+        return f"async {self.tensor}"
+
+
+Type = Tensor | Bundle | Async
+
+
+def landed(type: Type) -> Tensor | Bundle:
+    """What a value of this type is once it is there."""
+    return type.tensor if isinstance(type, Async) else type
 
 
 def tensors(type: Type) -> Iterator[Tensor]:
-    """The tensors that a value of this type holds."""
-    return type.tensors() if isinstance(type, Bundle) else iter((type,))
+    """The tensors that a value of this type holds, or is going to hold."""
+    there = landed(type)
+    if isinstance(there, Bundle):
+        yield from there.tensors()
+    else:
+        yield there

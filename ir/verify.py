@@ -7,7 +7,8 @@ Laws of every stage:
 3. An op's id is `component#n`, `component#n.k`, ... and unique in its function.
 4. The types of an op's results are what its type rule infers.
 5. A call names a function of the module, and its operands and results have the types of that function.
-6. An update gives a parameter a result of the same type; no parameter and no result takes part in two.
+6. A collective that is started is done once, all of its results together, in the same function; nothing else reads what is on its way.
+7. An update gives a parameter a result of the same type; no parameter and no result takes part in two.
 
 A stage adds laws of its own (`STAGES`). Laws of a stage that a pipeline skips do not apply.
 """
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from . import gradients
+from . import flight, gradients
 from .core import Func, Module, Op, Phase, Value, called
 from .diagnostics import Diagnostic, IRError
 from .errors import DscError
@@ -163,7 +164,7 @@ def _collectives(module: Module, func: Func) -> Found:
                 yield op, f"{op.name}: size is {size}, but the mesh {mesh_of(module)} has {ranks} ranks along {axis}"
 
 
-LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, _updates)
+LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, flight.law, _updates)
 
 STAGES: dict[str, tuple[Law, ...]] = {
     "traced": (_forward_only,),
@@ -171,8 +172,8 @@ STAGES: dict[str, tuple[Law, ...]] = {
     "quantized": (_nothing_recomputed, gradients.law),
     "sharded": (_collectives,),
     "rematerialized": (_collectives,),
-    "scheduled": (_collectives,),
-    "lowered": (_collectives,),
+    "scheduled": (_collectives, flight.in_order),
+    "lowered": (_collectives, flight.in_order),
 }
 """The stages in their order, each with the laws that it adds."""
 

@@ -22,9 +22,11 @@ class Packed:
 def is_free(op: Op) -> bool:
     """Whether running `op` again costs no more than reading what it would otherwise have kept.
 
-    Weights and constants are read again, views move nothing, and a cast to a dtype that is no narrower reads less than it makes.
+    Weights and constants are read again, views move nothing (though a `done` waits), and a cast to a dtype that is no narrower reads less
+    than it makes.
     """
-    return Trait.SOURCE in op.traits or Trait.VIEW in op.traits or (isinstance(op, Cast) and op.dtype.bits >= op.x.dtype.bits)
+    viewed = Trait.VIEW in op.traits and Trait.COLLECTIVE not in op.traits
+    return Trait.SOURCE in op.traits or viewed or (isinstance(op, Cast) and op.dtype.bits >= op.x.dtype.bits)
 
 
 def needed(ops: Iterable[Op], results: Iterable[Value], given: Collection[Value]) -> set[Value]:

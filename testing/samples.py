@@ -10,7 +10,7 @@ import math
 
 from ..ir.core import OPS, Op, Symbol
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
-from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
+from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ..ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
 from ..ir.ops.elementwise import (
     Abs,
@@ -352,6 +352,10 @@ COLLECTIVE = [
     *(sample(OwnPart, f"{dtype}[3, 1, 7]", axis="tp", size=1, dim=2) for dtype in ("f32", "bf16", "f8e4m3")),
 ]  # fmt: skip
 
+IN_FLIGHT = [
+    *(sample(Done, f"async {type}") for type in ("f32[3, 4]", "bf16[2]", "f8e4m3[3]", "i32[1]")),
+]
+
 FUSED = [
     sample(Fused, "f32[2, 3]", callee=Symbol("doubled"), result_types=result("f32[2, 3]")),
     *(sample(RmsNormQuantize, (f"{dtype}[2, 3, 200]", wide), f"{dtype}[200]", eps=1e-6) for dtype in ("f32", "bf16")),
@@ -374,6 +378,7 @@ SAMPLES: tuple[Sample, ...] = (
     *QUANTISED,
     *CONTROL,
     *COLLECTIVE,
+    *IN_FLIGHT,
     *FUSED,
 )
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from ..backends.arrays import STORAGE, Array, Data, rounded
 from ..ir.core import Builder, Func, Module, Op, Role, Value
+from ..ir.ops.collective import AllGather
 from ..ir.ops.control import Call, Constant, Param
 from ..ir.ops.elementwise import Add
 from ..ir.ops.fused import Fused
 from ..ir.printer import print_attribute
-from ..ir.types import Bundle, DType, Ragged, Shape, Tensor, Type, tensors
+from ..ir.types import Async, Bundle, DType, Ragged, Shape, Tensor, Type, landed, tensors
 
 Generator = np.random.Generator
 Domain = Callable[[Generator, tuple[int, ...]], Array]
@@ -35,9 +36,10 @@ class Operand:
 
     def draw(self, rng: Generator) -> Data:
         """Seeded numbers of the type; a ragged extent is two below its bound."""
-        if isinstance(self.type, Bundle):
-            return tuple(Operand(field, self.domain).draw(rng) for field in self.type.fields)
-        return draw(self.type, self.domain, rng)
+        type = landed(self.type)
+        if isinstance(type, Bundle):
+            return tuple(Operand(field, self.domain).draw(rng) for field in type.fields)
+        return draw(type, self.domain, rng)
 
 
 def draw(type: Tensor, domain: Domain, rng: Generator) -> Array:
@@ -73,9 +75,11 @@ class Sample:
         return make(self.cls, given, self.attributes)
 
     def module(self) -> Module:
-        """A function of the operands that returns every result of the op."""
+        """A function of the operands that returns every result of the op. What is on its way is that of a collective of one rank."""
         b = Builder("sample")
-        made = b.emit(self.op(*(b.param(f"x{i}", o.type) for i, o in enumerate(self.operands))))
+        given = [b.param(f"x{i}", landed(o.type)) for i, o in enumerate(self.operands)]
+        started = (isinstance(o.type, Async) for o in self.operands)
+        made = b.emit(self.op(*(b.emit(AllGather(x, "dp", 1, start=True)).result if s else x for x, s in zip(given, started, strict=True))))
         funcs: tuple[Func, ...] = (b.finish(made.results),)
         if isinstance(made, Call):
             funcs = (*funcs, _doubled(made.callee, made.result.tensor, weighted=not isinstance(made, Fused)))
@@ -226,7 +230,9 @@ def constantly(value: float) -> Domain:
 
 
 def tensor(text: str) -> Type:
-    """A type from its text: `bf16[4, rows<=9]`, `bundle{i32[6]}`."""
+    """A type from its text: `bf16[4, rows<=9]`, `bundle{i32[6]}`, `async f32[4]`."""
+    if text.startswith("async "):
+        return Async(cast(Tensor, tensor(text.removeprefix("async "))))
     if text.startswith("bundle{"):
         return Bundle(tuple(tensor(t) for t in re.findall(r"\w+\[[^]]*\]", text)))
     dtype, dims = cast(re.Match[str], re.fullmatch(r"(\w+)\[(.*)\]", text)).groups()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..ir.core import OPS, Op
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
-from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
+from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
 from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
 from ..ir.ops.fused import QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
@@ -215,6 +215,9 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         message="expected every x as [R, ...] with the same R, found f32[6, 3] and f32[5, 1]",
     ),
     wrong(OwnPart, "f32[3, 4]", axis="tp", size=2, message="dimension 0 of f32[3, 4] does not make 2 equal parts"),
+    wrong(Done, message="done needs the results of a started collective"),
+    wrong(Done, "f32[3]", message="expected a tensor on its way (async), but %x0 is f32[3]"),
+    wrong(Neg, "async f32[3]", message="expected a tensor, but %x0 is async f32[3]"),
     # control
     wrong(Param, path="w", result_types=(), message="a weight is one tensor, found 0 results"),
     wrong(Constant, path="c", result_types=result("f32[1]") * 2, message="a constant is one tensor, found 2 results"),

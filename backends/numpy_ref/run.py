@@ -14,14 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from ...distributed.world import Program, alone
+from ...distributed.world import Program, Request, Start, Ticket, Wait, alone
 from ...ir.core import Func, Module, Op, Value
 from ...ir.errors import DscError, require
 from ...ir.liveness import last_uses
-from ...ir.ops.collective import Collective
+from ...ir.ops.collective import Collective, Done, Transfer
 from ...ir.ops.control import Call, Constant, Param
 from ...ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize, expansion
-from ...ir.types import Bundle, DType, Tensor
+from ...ir.types import Bundle, DType, Tensor, landed
 from ...ir.walk import join
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, describe, fits, rounded, widen
@@ -72,13 +72,43 @@ class Interpreter:
 
     def _together(self, site: Site, op: Collective, operands: Sequence[Data]) -> Program[tuple[Data, ...]]:
         """The results of a collective, whose requests say where it stands."""
-        program, answer = COLLECTIVES[type(op)](op, self._wide(op), *operands), None
+        program = COLLECTIVES[type(op)](op, self._wide(op), *operands)
+        return (yield from self._ended(site, op, program, None))
+
+    def _ended(self, site: Site, op: Collective, program: Program[Any], answer: Any) -> Program[tuple[Data, ...]]:
+        """The results of a collective whose program has got as far as to need `answer`."""
         while True:
             try:
                 request = program.send(answer)
             except StopIteration as done:
                 return _all_stored(op, done.value if len(op.results) > 1 else (done.value,))
-            answer = yield replace(request, op=op.signature, site=str(site))
+            answer = yield _named(request, op, site)
+
+    def _begun(self, site: Site, op: Transfer, operands: Sequence[Data]) -> Program[_Flight]:
+        """Start a collective: its first request is on the way, and what it does with the answer is left to its `done`."""
+        program = COLLECTIVES[type(op)](op, self._wide(op), *operands)
+        ticket = yield Start(_named(next(program), op, site))
+        return _Flight(op, program, ticket)
+
+    def _landed(self, site: Site, flight: _Flight) -> Program[tuple[Data, ...]]:
+        """The results of a started collective."""
+        answer = yield Wait(flight.ticket)
+        return (yield from self._ended(site, flight.op, flight.program, answer))
+
+
+def _named(asked: Any, op: Collective, site: Site) -> Request:
+    """The request of a collective's program, saying what it is of and where that stands."""
+    request: Request = replace(asked, op=op.signature, site=str(site))
+    return request
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """What stands for each result of a collective between its start and its `done`."""
+
+    op: Transfer
+    program: Program[Any]
+    ticket: Ticket
 
 
 FLOAT32 = Interpreter(STORAGE[DType.f32])
@@ -126,12 +156,13 @@ def _widened(value: Value, x: Data, wide: np.dtype[Any]) -> Data:
 
 def _stored(value: Value, x: Any) -> Data:
     """What a reference returned, rounded to the dtype of the result; of whole numbers the low bits, as hardware keeps."""
-    if isinstance(value.type, Bundle):
+    type = landed(value.type)
+    if isinstance(type, Bundle):
         return tuple(x)
     array = np.asarray(x)
-    if value.dtype.is_float and array.dtype.kind == "f":
-        return rounded(array, value.dtype)
-    return array.astype(STORAGE[value.dtype], copy=False) if value.dtype.is_int and array.dtype.kind in "iu" else array
+    if type.dtype.is_float and array.dtype.kind == "f":
+        return rounded(array, type.dtype)
+    return array.astype(STORAGE[type.dtype], copy=False) if type.dtype.is_int and array.dtype.kind in "iu" else array
 
 
 def _all_stored(op: Op, found: Sequence[Any]) -> tuple[Data, ...]:
@@ -168,7 +199,7 @@ class _Run:
         """The results of `func`, whose ops are seen in the function, prefix and run of `within`."""
         if func.name not in self.dying:
             self.dying[func.name] = last_uses(func)
-        values: dict[Value, Data] = dict(zip(func.params, inputs, strict=True))
+        values: dict[Value, Any] = dict(zip(func.params, inputs, strict=True))
         for op, dying in zip(func.ops, self.dying[func.name], strict=True):
             operands = tuple(values[v] for v in op.operands)
             site = Site(within.func, within.weights, op.id, within.run)
@@ -177,6 +208,13 @@ class _Run:
                     results = self.observed(site, op, operands, (yield from self.steps(self.module[op.callee], within, operands)))
                 elif isinstance(op, Call):
                     results = yield from self.call(self.module[op.callee], join(within.weights, op.weights), operands)
+                elif isinstance(op, Transfer) and op.start:
+                    flight = yield from self.interpreter._begun(site, op, operands)
+                    values.update((result, flight) for result in op.results)
+                    continue
+                elif isinstance(op, Done):
+                    results = yield from self.interpreter._landed(site, cast(_Flight, operands[0]))
+                    results = self.observed(site, op, results, results)
                 elif isinstance(op, Collective):
                     results = self.observed(site, op, operands, (yield from self.interpreter._together(site, op, operands)))
                 else:

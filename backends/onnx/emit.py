@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ...ir.core import Builder, Op
 from ...ir.core import Value as DscValue
-from ...ir.types import Bundle, DType, Ragged, Shape, Type
+from ...ir.types import Bundle, DType, Ragged, Shape, Type, landed
 from ...numerics.formats import FORMATS
 from .registry import MAPPINGS, Unmapped
 
@@ -64,6 +64,7 @@ def shape_of(shape: Shape) -> ir.Shape:
 
 def fresh(type: Type, name: str | None = None, stacked: int = 0) -> Tree:
     """New values of a type: inputs of a function or a graph, or of the `stacked` matrices of a stack."""
+    type = landed(type)
     if isinstance(type, Bundle):
         return tuple(fresh(field, f"{name}.{i}" if name else None) for i, field in enumerate(type.fields))
     if stacked:

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from ...ir.core import Op
+from ...ir.core import OPS, Op
 from ...ir.errors import DscError
 from ...ir.ops import collective
-from ...ir.ops.collective import Collective
 
 Operands = Literal["wide", "stored", "moved", "carried"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,8 +50,8 @@ MAPPINGS: dict[type[Op], Mapping] = {}
 
 GAPS: dict[type[Op], Missing] = {
     cls: Missing("ONNX has no op in which ranks communicate")
-    for cls in vars(collective).values()
-    if isinstance(cls, type) and issubclass(cls, Collective) and cls is not Collective
+    for cls in OPS.values()
+    if issubclass(cls, collective.Collective | collective.Done)
 }
 """Ops that are left out, each with its reason."""
 

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import torch
 
 from ...ir.core import Func, Module, Op, Value
+from ...ir.ops.collective import Done, reads
 from ...ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
 from ...ir.ops.fused import Fused
 from ...ir.ops.shape import Reshape
-from ...ir.types import Bundle, DType, Ragged, Tensor, Type
+from ...ir.types import Bundle, DType, Ragged, Tensor, Type, landed, tensors
 from . import codegen, kernels, torch_ops
 from .memory import Lifetime, aligned, place
 from .registry import Declined, Launch, Slot, Slots, plan
@@ -142,6 +143,7 @@ def plan_function(module: Module, func: Func, arguments: Sequence[Layout], targe
 
 def layout_of(type: Type) -> Any:
     """A contiguous value of `type` on the meta device, ragged dimensions at their bound."""
+    type = landed(type)
     if isinstance(type, Bundle):
         return tuple(map(layout_of, type.fields))
     return meta(type, tuple(d.bound if isinstance(d, Ragged) else d for d in type.shape))
@@ -164,7 +166,7 @@ class _Planner:
             self.values[param], number = _as_arguments(given, number)
         steps = []
         for index, op in enumerate(self.func.ops):
-            for operand in op.operands:
+            for operand in reads(op):
                 self.touch(self.values[operand], index)
             steps.append(self.step(op, index))
         results = tuple(self.values[v] for v in self.func.results)
@@ -179,6 +181,7 @@ class _Planner:
 
     def bind(self, type: Type, given: Any) -> None:
         """Learn the extents of ragged dimensions from an argument."""
+        type = landed(type)
         if isinstance(type, Bundle):
             for part, item in zip(type.fields, given, strict=True):
                 self.bind(part, item)
@@ -201,6 +204,7 @@ class _Planner:
 
     def results(self, type: Type, index: int) -> Layout:
         """A fresh buffer for each tensor of a result."""
+        type = landed(type)
         if isinstance(type, Bundle):
             return tuple(self.results(part, index) for part in type.fields)
         made = meta(type, self.shape(type))
@@ -211,6 +215,9 @@ class _Planner:
         if isinstance(op, Param | Constant | Literal | Iota):
             self.values[op.result] = Planned(meta(op.result.tensor, self.shape(op.result.tensor)), None)
             return Step(op, "source")
+        if isinstance(op, Done):
+            self.values.update(zip(op.results, operands, strict=True))
+            return Step(op, "view")
         if isinstance(op, Pack | Unpack):
             self.values.update(zip(op.results, (operands,) if isinstance(op, Pack) else operands[0], strict=True))
             return Step(op, "view")
@@ -235,12 +242,12 @@ class _Planner:
         if found is None and region is None:
             return Step(op, "torch", results)
         strided = found is not None and found.strided
-        types = [t for v in op.operands for t in _tensor_types(v.type)]
+        types = [t for v in op.operands for t in tensors(v.type)]
         layouts = [planned.meta for planned in flat(operands)]
         uneven = [i for i, m in enumerate(layouts) if not strided and not m.is_contiguous()]
         packed = [m.contiguous() if i in uneven else m for i, m in enumerate(layouts)]
         operand_slots = [_slot("operand", i, t.dtype, m) for i, (t, m) in enumerate(zip(types, packed, strict=True))]
-        result_types = [t for v in op.results for t in _tensor_types(v.type)]
+        result_types = [t for v in op.results for t in tensors(v.type)]
         result_slots = [_slot("result", i, t.dtype, m.meta) for i, (t, m) in enumerate(zip(result_types, flat(made), strict=True))]
         launches: tuple[Launch, ...] | Declined
         if region is not None:
@@ -285,10 +292,6 @@ def _as_arguments(given: Any, number: int) -> tuple[Layout, int]:
 
 def _metas(layout: Layout) -> Any:
     return tuple(map(_metas, layout)) if isinstance(layout, tuple) else layout.meta
-
-
-def _tensor_types(type: Type) -> Iterator[Tensor]:
-    return type.tensors() if isinstance(type, Bundle) else iter((type,))
 
 
 def _slot(kind: Any, index: int, dtype: DType, layout: torch.Tensor) -> Slot:

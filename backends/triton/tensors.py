@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ...ir.types import Bundle, DType, Tensor, Type
+from ...ir.types import Bundle, DType, Tensor, Type, landed
 from ..arrays import STORAGE, Data
 
 Held: TypeAlias = Any
@@ -36,6 +36,7 @@ _SAME_BITS = {2: (np.dtype(np.int16), torch.int16), 1: (np.dtype(np.uint8), torc
 
 def from_numpy(array: Data, type: Type, device: torch.device) -> Held:
     """`array` (for a bundle a tuple) on `device`. On the CPU it shares its memory, which must not change while in use."""
+    type = landed(type)
     if isinstance(type, Bundle):
         return tuple(from_numpy(a, t, device) for a, t in zip(array, type.fields, strict=True))
     target = DTYPES[type.dtype]
@@ -61,6 +62,7 @@ def _writable_alias(array: np.ndarray) -> np.ndarray:
 
 def to_numpy(tensor: Held, type: Type) -> Data:
     """A copy in host memory, in the storage that `backends.arrays` names."""
+    type = landed(type)
     if isinstance(type, Bundle):
         return tuple(to_numpy(t, field) for t, field in zip(tensor, type.fields, strict=True))
     storage = STORAGE[type.dtype]

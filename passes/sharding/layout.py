@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 from ...ir.core import Value
 from ...ir.errors import DscError
 from ...ir.sharding import Split, axes_of
-from ...ir.types import Bundle, Shape, Tensor, Type
+from ...ir.types import Bundle, Shape, Tensor, Type, landed
 from ...ir.types import Dim as Extent
 
 
@@ -170,12 +170,14 @@ def local_type(type: Type, placement: Placement) -> Type:
         assert isinstance(placement, tuple)
         return Bundle(tuple(map(local_type, type.fields, placement)))
     assert isinstance(placement, Layout)
+    assert isinstance(type, Tensor)
     return Tensor(type.dtype, placement.shape)
 
 
 def placed(type: Type) -> Placement:
     """A value that every rank holds whole."""
-    return tuple(map(placed, type.fields)) if isinstance(type, Bundle) else whole(type.shape)
+    there = landed(type)
+    return tuple(map(placed, there.fields)) if isinstance(there, Bundle) else whole(there.shape)
 
 
 def from_split(value: Value, split: Split, sizes: dict[str, int]) -> Layout:

@@ -5,10 +5,11 @@ every rank holds is the sum of the gradients on all ranks, and each rule is the 
 from __future__ import annotations
 
 from ...ir.core import Value
-from ...ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
+from ...ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ...ir.ops.elementwise import Eq
 from .rules import Backward, Gradients, missing, vjp
 
+missing("what is in flight is made by overlap, which comes after differentiation", Done)
 missing("sharding comes after differentiation, and nothing before it makes one", OwnPart)
 
 

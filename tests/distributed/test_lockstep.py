@@ -11,7 +11,7 @@ import pytest
 import dsc
 from dsc import DscError, backends
 from dsc.distributed import local
-from dsc.distributed.world import Exchange, Gather, Index, Program, Receive, Send, alone
+from dsc.distributed.world import Exchange, Gather, Index, Program, Receive, Send, Start, Wait, alone
 from dsc.ir.mesh import Mesh, mesh_of, parse_mesh
 from dsc.ir.verify import verify
 
@@ -121,6 +121,108 @@ def test_one_rank_alone() -> None:
         alone(gather("tp", 4, op="all_gather(f32[2])", site="@main main#3"))
     hint = "run by 4 ranks together, and this is one: run it with --ranks local, or under torchrun"
     assert str(error.value) == f"all_gather(f32[2]) at @main main#3 is {hint}"
+
+
+def test_what_is_started_waits_for_nobody_until_it_is_waited_for() -> None:
+    """Answers come in the order in which the requests of an axis began, whenever they are waited for."""
+    went_on = []
+
+    def program(rank: int) -> Program[list[np.ndarray]]:
+        first = yield Start(Gather("dp", 2, X + rank))
+        second = yield Start(Gather("dp", 2, X - rank))
+        went_on.append(rank)
+        third = yield Gather("tp", 2, X * rank)
+        return [np.stack(found) for found in ((yield Wait(second)), (yield Wait(first)), third)]
+
+    mesh = parse_mesh("dp=2,tp=2")
+    for rank, (second, first, third) in enumerate(local.run(mesh, program)):
+        np.testing.assert_array_equal(first, [X + r for r in mesh.group("dp", rank)])
+        np.testing.assert_array_equal(second, [X - r for r in mesh.group("dp", rank)])
+        np.testing.assert_array_equal(third, [X * r for r in mesh.group("tp", rank)])
+    assert went_on == [0, 1, 2, 3]  # each goes on when it has started both, before the others have
+
+
+def test_sends_that_are_started_cross() -> None:
+    def program(rank: int) -> Program[np.ndarray]:
+        sent = yield Start(Send("pp", 2, X + rank, 1 - rank))
+        found = yield Receive("pp", 2, X, 1 - rank)
+        assert (yield Wait(sent)) is None
+        return found
+
+    np.testing.assert_array_equal(local.run(parse_mesh("pp=2"), program), [X + 1, X])
+
+
+def test_an_order_that_differs_is_told_when_ranks_meet() -> None:
+    def swapped(rank: int) -> Program[None]:
+        tickets = []
+        for op in ("dispatch", "combine")[:: -1 if rank else 1]:
+            tickets.append((yield Start(Gather("ep", 2, X, op=op))))
+        for ticket in tickets:
+            yield Wait(ticket)
+
+    found = message(parse_mesh("dp=2,ep=2"), swapped)
+    assert found == "ranks meet along ep with different ops:\n  rank 0  dispatch\n  rank 1  combine"
+
+
+def test_a_start_that_nobody_answers_is_in_the_table() -> None:
+    def program(rank: int) -> Program[None]:
+        ticket = yield Start(Gather("tp", 2, X, op="all_gather", site="@main main#1"))
+        if rank == 0:
+            yield Wait((yield Start(Gather("tp", 2, X, op="all_gather", site="@main main#2"))))
+        yield Wait(ticket)
+
+    found = message(parse_mesh("tp=2"), program)
+    assert found.split("\n")[1:] == ["  rank 0  all_gather at @main main#2, for rank 1", "  rank 1  finished"]
+
+
+def test_nobody_sends_to_himself() -> None:
+    def program(rank: int) -> Program[None]:
+        yield Send("pp", 2, X, rank)
+
+    assert message(parse_mesh("pp=2"), program) == "rank 0: send along pp to 0: a rank does not send to itself"
+
+
+HEAD = """
+module {{ stage=scheduled, mesh={{dp=3}} }}
+func @main(%x: f32[6, 2]) {{"""
+APART = """
+  %t: async {type} = {call}, start=true)  @ moe#1.1 F
+  %n: f32[6, 2] = neg(%x)  @ moe#2 F
+  %y: {type} = done([%t])  @ moe#1 F
+  return %y, %n
+}}
+"""
+AT_ONCE = """
+  %y: {type} = {call})  @ moe#1 F
+  %n: f32[6, 2] = neg(%x)  @ moe#2 F
+  return %y, %n
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("type", "call"),
+    [
+        ("f32[18, 2]", 'all_gather(%x, axis="dp", size=3'),
+        ("f32[2, 2]", 'reduce_scatter(%x, axis="dp", size=3'),
+        ("f32[6, 2]", 'all_reduce(%x, axis="dp", size=3'),
+        ("f32[6, 2]", 'all_to_all(%x, axis="dp", size=3'),
+    ],
+)
+def test_a_collective_in_two_ops_gives_what_it_gives_in_one(type: str, call: str) -> None:
+    inputs = np.random.default_rng(0).standard_normal((3, 6, 2)).astype(np.float32)
+
+    def run(body: str) -> tuple[list[np.ndarray], list[str]]:
+        module, seen = dsc.parse((HEAD + body).format(type=type, call=call)), list[str]()
+        runner = backends.get("numpy")
+        found = local.run(
+            mesh_of(module), lambda rank: runner.program(module, None, (inputs[rank],), lambda site, *_: seen.append(site.op))
+        )
+        return [x for results in found for x in results], sorted(seen)
+
+    (apart, seen), (at_once, expected) = run(APART), run(AT_ONCE)
+    assert all(map(np.array_equal, apart, at_once))
+    assert seen == expected == ["moe#1"] * 3 + ["moe#2"] * 3  # a start has nothing to show: its done has
 
 
 ROWS = """

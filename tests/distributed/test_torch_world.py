@@ -89,24 +89,30 @@ def numbers(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> np.
     return rounded(rng.standard_normal(shape) * np.exp2(rng.integers(-6, 6, shape)) * (rng.random(shape) > 0.1), DType[dtype])
 
 
-def module(mesh: Mesh, params: dict[str, str], results: list[str], call: str) -> str:
+def module(mesh: Mesh, params: dict[str, str], results: list[str], call: str, started: bool = False) -> str:
     record = ", ".join(f"{k}={v}" for k, v in mesh.record().items())
     declared = ", ".join(f"%{name}: {type}" for name, type in params.items())
     made = ", ".join(f"%y{i}: {type}" for i, type in enumerate(results))
     returned = ", ".join(f"%y{i}" for i in range(len(results)))
     head = f"module {{ stage=sharded, mesh={{{record}}} }}\n\nfunc @main({declared}) {{\n"
+    if started:
+        flying = ", ".join(f"%t{i}: async {type}" for i, type in enumerate(results))
+        handed = ", ".join(f"%t{i}" for i in range(len(results)))
+        call = f"{call[:-1]}, start=true)  @ main#2 F\n  {made} = done([{handed}])"
+        made = flying
     return head + (f"  {made} = {call}  @ main#1 F\n  return {returned}\n}}\n" if call else "  return %x\n}\n")
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, list[tuple[np.ndarray, ...]]]:
-    """A collective along some axis, and inputs for every rank."""
+    """A collective along some axis, begun and ended at once or in two ops, and inputs for every rank."""
     mesh = draw(st.sampled_from(MESHES))
     axis = draw(st.sampled_from([axis for axis in mesh.axes if mesh.size(axis) > 1]))
     size = mesh.size(axis)
     kind = draw(st.sampled_from(("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "all_to_all_rows")))
     dtype = draw(st.sampled_from(("f32", "bf16", "f16") if "reduce" in kind else ("f32", "bf16", "f8e4m3", "i32", "i64", "bool")))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    started = draw(st.booleans())
     along = f'axis="{axis}", size={size}'
 
     def tensor(*shape: int) -> str:
@@ -124,7 +130,7 @@ def cases(draw: st.DrawFn) -> tuple[str, list[tuple[np.ndarray, ...]]]:
             inputs.append((numbers(rng, dtype, (rows, width)), numbers(rng, "f32", (rows, 1)), send, recv))
         params = {"x": f"{dtype}[rows<={most}, {width}]", "s": f"f32[rows<={most}, 1]", "n": f"i32[{size}]", "m": f"i32[{size}]"}
         results = [f"{dtype}[got<={most}, {width}]", f"f32[got<={most}, 1]"]
-        return module(mesh, params, results, f'{kind}([%x, %s], %n, %m, {along}, rows={{name="got", bound={most}}})'), inputs
+        return module(mesh, params, results, f'{kind}([%x, %s], %n, %m, {along}, rows={{name="got", bound={most}}})', started), inputs
     shape = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
     dim = draw(st.integers(-len(shape), len(shape) - 1)) if kind in ("all_gather", "reduce_scatter") else 0
     cut = list(shape)
@@ -134,7 +140,7 @@ def cases(draw: st.DrawFn) -> tuple[str, list[tuple[np.ndarray, ...]]]:
     extra = f", dim={dim}" if kind in ("all_gather", "reduce_scatter") else ""
     extra += ', kind="max"' if kind == "all_reduce" and draw(st.booleans()) else ""
     inputs = [(numbers(rng, dtype, tuple(shape)),) for _ in range(mesh.world)]
-    return module(mesh, {"x": tensor(*shape)}, [tensor(*result)], f"{kind}(%x, {along}{extra})"), inputs
+    return module(mesh, {"x": tensor(*shape)}, [tensor(*result)], f"{kind}(%x, {along}{extra})", started), inputs
 
 
 @given(case=cases())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dsc.ir.core import Builder, Func, Module, Op, Symbol, Trait, Value
 from dsc.ir.liveness import last_uses, live_bytes
+from dsc.ir.ops.collective import AllGather, Done
 from dsc.ir.ops.control import Call, Pack, Param, Unpack
 from dsc.ir.ops.elementwise import Add, Neg
 from dsc.ir.ops.reduce import TopK
@@ -23,6 +24,7 @@ def draw_func(name: str, random: Random, callees: tuple[Func, ...]) -> Func:
     """A function of matrices, views of them, bundles and calls; some values are never read, some are returned twice."""
     b = Builder(name, name)
     values = [b.param(f"p{i}", Tensor(DType.f32, (random.choice(ROWS), 4))) for i in range(random.randint(1, 3))]
+    flying: list[AllGather] = []
     for _ in range(random.randint(0, 14)):
         x = random.choice(values)
         if isinstance(x.type, Bundle):
@@ -31,12 +33,19 @@ def draw_func(name: str, random: Random, callees: tuple[Func, ...]) -> Func:
         same = [v for v in values if v.type == x.type]
         made: list[Op] = [Neg(x), Add(x, random.choice(same)), Pack(tuple(random.choices(values, k=random.randint(0, 3))))]
         made += [Param("w", (x.type,)), TopK(x, k=2)]
+        started = [v for v in values if v.type == x.type and not isinstance(v.owner, Done)] if x.tensor.is_static else []
+        if started and random.random() < 0.3:
+            flying.append(b.emit(AllGather(random.choice(started), "dp", 1, start=True)))
+        if flying and random.random() < 0.3:
+            values.extend(b.emit(Done(flying.pop(0).results)).results)
         made += [Reshape(x, (x.tensor.size,)), Broadcast(Reshape(x, (1, x.tensor.size)).x, x.shape)] if x.tensor.is_static else []
         for callee in callees:
             fitting = [[v for v in values if v.type == p.type] for p in callee.params]
             if all(fitting):
                 made.append(Call(Symbol(callee.name), tuple(map(random.choice, fitting)), tuple(r.type for r in callee.results)))
         values.extend(b.emit(random.choice(made)).results)
+    for op in flying:
+        values.extend(b.emit(Done(op.results)).results)
     return b.finish(random.choices(values, k=random.randint(0, 3)))
 
 
@@ -47,8 +56,10 @@ def draw_module(random: Random) -> Module:
 
 
 def touched(func: Func, value: Value) -> list[int]:
-    """The ops that define or read a value, and one past the end where it is returned."""
+    """The ops that define or read a value, one that is sent until it is done, and one past the end where it is returned."""
     found = [i for i, op in enumerate(func.ops) if value in op.operands or value in op.results]
+    found += [i for i, op in enumerate(func.ops) if isinstance(op, Done) and op.started and value in op.started.operands]
+    found.sort()
     return [*found, len(func.ops)] if value in func.results else found
 
 
@@ -107,6 +118,6 @@ def test_the_programs_are_worth_it() -> None:
     """The generator reaches what the laws are about; otherwise they would hold for want of cases."""
     modules = [draw_module(Random(seed)) for seed in range(200)]
     names = {op.name for module in modules for func in module.funcs for op in func.ops}
-    assert names == {"neg", "add", "pack", "unpack", "param", "topk", "reshape", "broadcast", "call"}
+    assert names == {"neg", "add", "pack", "unpack", "param", "topk", "reshape", "broadcast", "call", "all_gather", "done"}
     calls = [op for module in modules for op in module.main.ops if isinstance(op, Call)]
     assert {op.callee for op in calls} == {"middle", "leaf"}

@@ -83,10 +83,10 @@ def test_what_a_runtime_cannot_do_it_still_cannot(name: str, sample: str, proto:
 def test_what_has_no_mapping_is_named_or_left_opaque(sample: Sample, proto: Any) -> None:
     with pytest.raises(DscError) as error:
         proto(sample.module())
-    head, line = str(error.value).splitlines()
+    head, *lines = str(error.value).splitlines()
     assert "--opaque" in head
-    assert line.startswith(f"  {sample.cls.name} (@sample main#1): {refusal(sample)}")
-    (node,) = (n for n in proto(sample.module(), opaque=True).graph.node if n.op_type != "Identity")
+    assert any(line.startswith(f"  {sample.cls.name} (@sample main#") and line.endswith(refusal(sample)) for line in lines)
+    *_, node = (n for n in proto(sample.module(), opaque=True).graph.node if n.op_type != "Identity")
     assert (node.domain, node.op_type) == (OPAQUE, sample.cls.name)
     assert {a.name for a in node.attribute} == {k for k, v in sample.op().attributes.items() if v is not None}
 

@@ -36,6 +36,11 @@ def _concat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat([plain(x) for x in parts], dim).view(parts[0].dtype)
 
 
+@torch_op(ops.Done)
+def done(op: ops.Done, *xs: Tensor) -> Any:
+    return xs if len(xs) > 1 else xs[0]
+
+
 @collective(ops.AllGather)
 def all_gather(op: ops.AllGather, x: Tensor) -> Program[Tensor]:
     return _concat((yield Gather(op.axis, op.size, x)), op.dim)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ....ir.core import Op
-from ....ir.types import Bundle, DType, tensors
+from ....ir.types import Bundle, DType, landed, tensors
 from ..tensors import DTYPES, Held, rounded, widen
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -73,6 +73,8 @@ def _wide(value: Any, x: Held, dtype: torch.dtype) -> Held:
 def _stored(value: Any, x: Held) -> Held:
     if isinstance(value.type, Bundle):
         return x
-    if value.dtype.is_float and x.dtype in (torch.float32, torch.float64):
-        return rounded(x, value.dtype)
-    return x.to(DTYPES[value.dtype])
+    there = landed(value.type)
+    assert not isinstance(there, Bundle)
+    if there.dtype.is_float and x.dtype in (torch.float32, torch.float64):
+        return rounded(x, there.dtype)
+    return x.to(DTYPES[there.dtype])
