@@ -21,7 +21,7 @@ from ..ir.ops.control import Call
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.shape import Transpose
-from ..ir.types import Bundle, DType, Ragged, Tensor, Type, bound
+from ..ir.types import Bundle, DType, Ragged, Tensor, Type, bound, landed
 from .device import Device
 from .products import Product, loop_seconds
 
@@ -99,11 +99,13 @@ class Compute:
 
     def size(self, type: Type) -> float:
         """How many elements it has."""
-        return sum(map(self.size, type.fields)) if isinstance(type, Bundle) else prod(map(self.extent, type.shape))
+        there = landed(type)
+        return sum(map(self.size, there.fields)) if isinstance(there, Bundle) else prod(map(self.extent, there.shape))
 
     def bytes(self, type: Type) -> float:
         """How many bytes it has."""
-        return sum(map(self.bytes, type.fields)) if isinstance(type, Bundle) else self.size(type) * type.dtype.bits / 8
+        there = landed(type)
+        return sum(map(self.bytes, there.fields)) if isinstance(there, Bundle) else self.size(there) * there.dtype.bits / 8
 
     def _share(self, op: Op) -> float:
         """Of the FLOPs at the bound of a ragged dimension, those at its length."""
