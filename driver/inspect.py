@@ -28,24 +28,26 @@ PARTS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one part of the model."""
+    """Parameters of one part of the whole model, and of them what a rank holds, in elements and in bytes."""
 
     name: str
     total: int
     active: int
+    held: int
     bytes: int
 
 
 def parts(module: Module) -> list[Part]:
     """Parameters by part, the largest first. A weight that no rule knows goes to the first word of its name."""
+    from ..ir.sharding import whole_weights
     from ..ir.walk import weights
 
-    types = weights(module)
+    types, own = weights(module), parameters(module)
     found: dict[str, list[int]] = {}
-    for name, counted in parameters(module).items():
+    for name, counted in parameters(module, whole_weights(module)).items():
         part = next((part for key, part in PARTS if key in name), name.split(".")[0])
-        sums = found.setdefault(part, [0, 0, 0])
-        for i, number in enumerate((counted.total, counted.active, types[name].bytes)):
+        sums = found.setdefault(part, [0, 0, 0, 0])
+        for i, number in enumerate((counted.total, counted.active, own[name].total, types[name].bytes)):
             sums[i] += number
     return sorted((Part(name, *sums) for name, sums in found.items()), key=lambda p: -p.total)
 
@@ -53,19 +55,25 @@ def parts(module: Module) -> list[Part]:
 def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
     """The parameter table, as JSON and as text."""
     rows = parts(module)
-    total, active, bytes = (sum(getattr(p, key) for p in rows) for key in ("total", "active", "bytes"))
+    total, active, held, bytes = (sum(getattr(p, key) for p in rows) for key in ("total", "active", "held", "bytes"))
     inner = active - sum(p.active for p in rows if p.name == "embedding")
     value = {
         "parts": [vars(p) for p in rows],
         "total": total,
         "active": active,
         "active_without_embedding": inner,
+        "held": held,
         "bytes": bytes,
     }
-    cells = [(p.name, f"{p.total:,}", f"{p.active:,}", size(p.bytes)) for p in rows]
-    text = table(("part", "parameters", "active per token", "bytes"), [*cells, ("total", f"{total:,}", f"{active:,}", size(bytes))])
+    every = [*rows, Part("total", total, active, held, bytes)]
     apart = f" ({count(inner)} without the input embedding)" if inner != active else ""
-    return value, f"{text}\n\n{count(total)} parameters, {count(active)} active per token{apart}"
+    summary = f"{count(total)} parameters, {count(active)} active per token{apart}"
+    if held == total:
+        cells = [(p.name, f"{p.total:,}", f"{p.active:,}", size(p.bytes)) for p in every]
+        return value, f"{table(('part', 'parameters', 'active per token', 'bytes'), cells)}\n\n{summary}"
+    ranked = [(p.name, f"{p.total:,}", f"{p.active:,}", f"{p.held:,}", size(p.bytes)) for p in every]
+    heads = ("part", "parameters", "active per token", "on each rank", "bytes there")
+    return value, f"{table(heads, ranked)}\n\n{summary}; {count(held)} on each rank"
 
 
 def describe_program(module: Module) -> tuple[dict[str, Any], str]:

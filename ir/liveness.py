@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .core import Func, Module, Op, Trait, Value
+from .expected import expected_bytes
 from .ops.collective import Done, reads
 from .ops.control import Call, Pack, Unpack
+from .types import Type
 
 
 def last_uses(func: Func) -> tuple[tuple[Value, ...], ...]:
@@ -39,12 +42,13 @@ def live_bytes(module: Module, func: Func) -> Live:
     """The bytes of `func`'s own values at each op, its parameters not counted.
 
     A view shares its operand's memory and a bundle its fields': such values cost nothing of their own and keep what they
-    share alive. A weight is counted with the weights, and a call with the peak of what it calls.
+    share alive. A weight is counted with the weights, and a call with the peak of what it calls. Rows that ranks exchange are as
+    many as are expected (`expected.py`).
     """
-    return _live(module, func, {})
+    return _live(module, func, {}, expected_bytes(module))
 
 
-def _live(module: Module, func: Func, known: dict[str, Live]) -> Live:
+def _live(module: Module, func: Func, known: dict[str, Live], size: Callable[[Type], int]) -> Live:
     roots = _roots(func)
     alive_until: dict[Value, int] = {}
     for index, op in enumerate(func.ops):
@@ -56,22 +60,22 @@ def _live(module: Module, func: Func, known: dict[str, Live]) -> Live:
             alive_until[root] = len(func.ops)
     released: dict[int, int] = {}
     for value, index in alive_until.items():
-        released[index] = released.get(index, 0) + value.type.bytes
+        released[index] = released.get(index, 0) + size(value.type)
     now, after = 0, []
     for index, op in enumerate(func.ops):
-        now += sum(root.type.bytes for result in op.results for root in roots[result] if root is result)
-        after.append(now + _inside(module, op, known))
+        now += sum(size(root.type) for result in op.results for root in roots[result] if root is result)
+        after.append(now + _inside(module, op, known, size))
         now -= released.get(index, 0)
     peak = max(after, default=0)
     return Live(tuple(after), peak, after.index(peak) if after else 0)
 
 
-def _inside(module: Module, op: Op, known: dict[str, Live]) -> int:
+def _inside(module: Module, op: Op, known: dict[str, Live], size: Callable[[Type], int]) -> int:
     if not isinstance(op, Call):
         return 0
     if op.callee not in known:
-        known[op.callee] = _live(module, module[op.callee], known)
-    results = sum(r.type.bytes for r in op.results)
+        known[op.callee] = _live(module, module[op.callee], known, size)
+    results = sum(size(r.type) for r in op.results)
     return max(0, known[op.callee].peak - results)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .core import Func, Module, Op, Trait, Value, called
@@ -12,7 +12,7 @@ from .ops.linalg import GroupedMatmul
 from .ops.moe import Dispatch
 from .ops.quant import GroupedScaledMatmul, Quantize
 from .quantization import SCALE_SUFFIX
-from .types import Tensor
+from .types import Tensor, bound
 
 
 def join(prefix: str, name: str) -> str:
@@ -61,21 +61,42 @@ class Count:
     active: int
 
 
-def parameters(module: Module) -> dict[str, Count]:
-    """Elements of each weight by full name. Of a stack of experts top_k / experts are active."""
-    shares: dict[str, tuple[int, int]] = {}
-    for prefix, func, op in walk(module):
-        if isinstance(op, GroupedMatmul | GroupedScaledMatmul) and (owner := _weight(op.w)):
-            chosen = next((d.ids.shape[1] for d in func.ops if isinstance(d, Dispatch) and d.counts is op.counts), None)
-            if isinstance(chosen, int) and isinstance(op.w.shape[0], int):
-                shares[join(prefix, owner.path)] = (chosen, op.w.shape[0])
+def parameters(module: Module, types: Mapping[str, Tensor] | None = None) -> dict[str, Count]:
+    """Elements of each weight by full name. Of a stack of experts top_k / experts are active.
+
+    `types` are the weights', those that the module reads unless they are given; of what one rank of many reads `sharding.whole_weights`
+    makes the whole model's.
+    """
+    shares = expert_weights(module)
     counted = {}
-    for name, tensor in weights(module).items():
+    for name, tensor in (weights(module) if types is None else types).items():
         if name.endswith(SCALE_SUFFIX):
             continue  # a scale belongs to its codes: it is bytes, but no parameter
         chosen, experts = shares.get(name, (1, 1))
         counted[name] = Count(tensor.size, tensor.size * chosen // experts)
     return counted
+
+
+def expert_weights(module: Module) -> dict[str, tuple[int, int]]:
+    """The stacks of experts by full name: to how many experts a token goes, and of how many."""
+    found = {}
+    for prefix, _, op in walk(module):
+        if isinstance(op, GroupedMatmul | GroupedScaledMatmul) and (owner := _weight(op.w)) and (sent := _dispatch(op.counts)):
+            found[join(prefix, owner.path)] = (bound(sent.ids.shape[1]), sent.experts)
+    return found
+
+
+def _dispatch(counts: Value) -> Dispatch | None:
+    """The dispatch whose rows `counts` counts, exchanged between ranks as they may be."""
+    seen, ahead = set[Value](), [counts]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value.owner, Dispatch):
+            return value.owner
+        if value.owner and value not in seen:
+            seen.add(value)
+            ahead += value.owner.operands
+    return None
 
 
 def _weight(value: Value) -> Param | None:

@@ -1,0 +1,39 @@
+"""How large values with ragged dimensions are expected to be: of the rows that experts get a program knows the bound alone.
+
+The bound is what comes when every token chooses the same experts: at 64 ranks sixty-four times what comes when it is even. Buffers are
+sized by what is expected, times an imbalance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from math import ceil
+
+from .core import Module
+from .ops.collective import AllToAllRows
+from .types import Bundle, Dim, Ragged, Tensor, Type, bound, landed
+
+IMBALANCE = Fraction(6, 5)
+"""Rows that the busiest rank gets, by those of the mean: what PithTrain reserves (arXiv 2605.31463)."""
+
+
+def expected_bytes(module: Module) -> Callable[[Type], int]:
+    """Bytes of a value. Of rows that ranks exchange as many count as a rank sends, times `IMBALANCE`; of other ragged ones the bound."""
+    rows: dict[Ragged, Fraction] = {}
+    for func in module.funcs:
+        for op in func.ops:
+            if isinstance(op, AllToAllRows) and isinstance(op.rows, Ragged):
+                sent = op.xs[0].shape[0]
+                rows[op.rows] = rows.get(sent, Fraction(bound(sent))) if isinstance(sent, Ragged) else sent * IMBALANCE
+
+    def extent(dim: Dim) -> int:
+        return min(dim.bound, ceil(rows[dim])) if isinstance(dim, Ragged) and dim in rows else bound(dim)
+
+    def size(type: Type) -> int:
+        there = landed(type)
+        if isinstance(there, Bundle):
+            return sum(map(size, there.fields))
+        return there.bytes if there.is_static else Tensor(there.dtype, tuple(map(extent, there.shape))).bytes
+
+    return size
