@@ -83,6 +83,14 @@ class Artifact:
         """The program after the last pass."""
         return self._read(self.manifest.passes[-1])
 
+    @cached_property
+    def update(self) -> Module | None:
+        """The optimiser's program, of a model in training."""
+        from ..ir.parser import parse
+
+        file = self.path / UPDATE
+        return parse(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
+
     def after(self, name: str) -> Module:
         """The program after the last pass of that name; `traced` is the program before any."""
         return self._read(self._record(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -79,19 +79,28 @@ def _leaving(mesh: Mesh, axis: str, op: Collective) -> Fraction:
     return Fraction(sum(mesh.crosses(a, b) for a, b in steps), len(steps))
 
 
-def describe_comm(module: Module) -> tuple[dict[str, Any], str]:
-    """What a rank sends in a step, as JSON with every collective, and as text by function and call."""
+def describe_comm(module: Module, update: Module | None = None) -> tuple[dict[str, Any], str]:
+    """What a rank sends in a step and in the `update` after it, as JSON with every collective, and as text by function and call."""
     every = list(sent(module))
+    after = list(sent(update)) if update and ATTRIBUTE in update.attributes else []
     calls: dict[tuple[str, str, str], list[Sent]] = {}
-    for one in every:
+    for one in (*every, *after):
         calls.setdefault((one.func, one.kind, one.axis), []).append(one)
     rows = []
     for (func, kind, axis), found in calls.items():
         times = len({one.weights for one in found})
-        each = [sum(getattr(one, what) for one in found) for what in ("bytes", "crossing")]
+        each = _total(found)
         rows.append((f"@{func}", kind, f"{axis}={found[0].ranks}", str(times), str(len(found)), *map(size, each), size(each[0] // times)))
-    total, crossing = sum(one.bytes for one in every), sum(one.crossing for one in every)
     heads = ("function", "collective", "axis", "calls", "in all", "bytes", "leave the node", "per call")
+    total, crossing = _total(every)
     summary = f"a rank sends {size(total)} in a step, {size(crossing)} to other nodes, in {plural(len(every), 'collective')}"
-    text = f"{table(heads, rows, left=3)}\n\n{summary}"
-    return {"mesh": mesh_of(module).record(), "bytes": total, "crossing": crossing, "collectives": [vars(one) for one in every]}, text
+    value = {"mesh": mesh_of(module).record(), "bytes": total, "crossing": crossing, "collectives": [vars(one) for one in every]}
+    if after:
+        more, leaving = _total(after)
+        summary += f"; in the update {size(more)}, {size(leaving)} to other nodes, in {plural(len(after), 'collective')}"
+        value["update"] = {"bytes": more, "crossing": leaving, "collectives": [vars(one) for one in after]}
+    return value, f"{table(heads, rows, left=3)}\n\n{summary}"
+
+
+def _total(found: Sequence[Sent]) -> tuple[int, int]:
+    return sum(one.bytes for one in found), sum(one.crossing for one in found)

@@ -76,17 +76,20 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
         command, add = click.get_current_context().obj, add_kernels if targets else None
         made = build(source, out, command=command, on_step=bar("compiling"), fuse=bool(targets), add=add, **options)
     seconds = time.perf_counter() - start
+    from ..ir.sharding import whole_weights
     from ..ir.walk import parameters
 
-    counted = parameters(made.module).values()
+    counted = parameters(made.module, whole_weights(made.module)).values()
     total, active = sum(c.total for c in counted), sum(c.active for c in counted)
+    held = sum(c.total for c in parameters(made.module).values())
     ops = made.manifest.passes[-1].ops
     if as_json:
-        numbers = {"seconds": seconds, "parameters": total, "active": active} | ({"kernels": kernels} if targets else {})
+        sizes = {"parameters": total, "active": active, "parameters_of_a_rank": held}
+        numbers = {"seconds": seconds, **sizes} | ({"kernels": kernels} if targets else {})
         emit_json({"out": str(out), **numbers, **made.manifest.model_dump(mode="json")})
         return 0
     made_of = f"{plural(len(made.module.funcs), 'function')}, {plural(ops, 'op')}, {count(total)} parameters"
-    print(f"{source}: {made_of} ({count(active)} active per token)")
+    print(f"{source}: {made_of} ({f'{count(held)} on each rank, ' if held != total else ''}{count(active)} active per token)")
     rows = [(p.name, p.file if p.changed else "unchanged", f"{p.seconds:.2f} s", f"{p.ops:,}") for p in made.manifest.passes]
     print(table(("step", "result", "time", "ops"), rows, left=2))
     if kernels:
@@ -246,9 +249,10 @@ def inspect(
         check_writable(plot)
 
     notes: tuple[str, ...] = ()
+    update = None
     if artifact.is_artifact(Path(source)) or (Path(source).is_dir() and not (Path(source) / "config.json").exists()):
         program = artifact.load(source)
-        module = program.after(after) if after else program.module
+        module, update = program.after(after) if after else program.module, program.update if comm else None
         notes = tuple(line for record in program.manifest.passes for line in record.notes)
     else:
         require(after in (None, "traced"), f"--after {after} needs an artifact; {source} is not one")
@@ -266,7 +270,7 @@ def inspect(
     found += [("memory", *describe_memory(module))] if memory else []
     if plot:
         plot_memory(module, plot)
-    found += [("comm", *describe_comm(module))] if comm else []
+    found += [("comm", *describe_comm(module, update))] if comm else []
     found += [("quantization", *describe_quantization(module, reasons))] if quantization else []
     if as_json:
         emit_json({name: value for name, value, _ in found})

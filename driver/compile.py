@@ -207,10 +207,10 @@ def default_pipeline(
 
 
 def _update_of(module: Module, config: dict[str, Any] | None) -> Module | None:
-    """The optimiser's program for a differentiated model, where one rank has all of it: the norm of gradients goes over all of them."""
+    """The optimiser's program for a differentiated model; of a sharded one that of a rank, over its parts."""
     from .train_program import assemble
 
-    return assemble(module, config).update if config and bundles(module) and ATTRIBUTE not in module.attributes else None
+    return assemble(module, config).update if config and bundles(module) else None
 
 
 def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) -> str:

@@ -7,21 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.core import Module, Phase
-from ..ir.gradients import bundles
+from ..ir.gradients import bundles, by_name
 from ..ir.liveness import live_bytes
+from ..ir.mesh import ATTRIBUTE
+from ..ir.quantization import SCALE_SUFFIX
+from ..ir.sharding import axes, weight_splits
 from ..ir.timeline import ACTIVATIONS, KINDS, Kind, Timeline, timeline
+from ..ir.types import Bundle
+from ..ir.walk import expert_weights
 from ..ir.walk import weights as weights_of
-from .ui import size, table
+from .ui import count, size, table
 
 MASTER, MOMENTS, GRADIENT = 4, 2 + 2, 4
 """Bytes of training for each parameter: the FP32 weight, both AdamW moments in BF16, the FP32 gradient (DeepSeek-V3 report, 3.3.3)."""
+
+BUCKETS = {"tp": "TP-sharded", "replicated": "replicated", "experts": "experts (ETP x EP)"}
+"""How the ranks of a stage share a weight: cut along tp, whole on each, or cut along ep (the three buckets of Megatron-LM's accounting)."""
 
 
 def memory(module: Module) -> dict[str, Any]:
     """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds.
 
     The peak is of what a function makes itself, its results and the functions that it calls included, its parameters not:
-    `total_bytes` is weights, inputs and the peak of @main. Of a program with gradients there is `training` as well: see `training`.
+    `total_bytes` is weights, inputs and the peak of @main. Of a program for a mesh or with gradients there are `buckets` as well, of the
+    latter `training`: see there.
     """
     known = weights_of(module)
     by_dtype: dict[str, int] = {}
@@ -41,7 +50,30 @@ def memory(module: Module) -> dict[str, Any]:
         "total_bytes": sum(by_dtype.values()) + sum(p.type.bytes for p in main.params) + functions[main.name]["peak_bytes"],
         "functions": functions,
     }
+    if ATTRIBUTE in module.attributes or bundles(module):
+        found["buckets"] = buckets(module)
     return found | {"training": training(module)} if bundles(module) else found
+
+
+def buckets(module: Module) -> dict[str, dict[str, int]]:
+    """What a rank holds of the weights, and in training beside them, in the buckets of `BUCKETS`.
+
+    Gradients are accumulated whole. `state_parameters` are those of which the rank keeps the optimiser's state: with ZeRO-1 the parts
+    of gradients that its step returns.
+    """
+    known, splits, experts = weights_of(module), weight_splits(module), expert_weights(module)
+    parts = by_name(module, [r.type.fields if isinstance(r.type, Bundle) else r.type for r in module.main.results])
+    keys = ("parameters", "weight_bytes", "gradient_bytes", "state_parameters", "state_bytes")
+    found = {name: dict.fromkeys(keys, 0) for name in BUCKETS}
+    for name, tensor in known.items():
+        at = found["experts" if name.removesuffix(SCALE_SUFFIX) in experts else "tp" if "tp" in axes(splits[name]) else "replicated"]
+        kept = parts[name].size if name in parts else 0
+        at["parameters"] += 0 if name.endswith(SCALE_SUFFIX) else tensor.size
+        at["weight_bytes"] += tensor.bytes
+        at["gradient_bytes"] += GRADIENT * tensor.size if name in parts else 0
+        at["state_parameters"] += kept
+        at["state_bytes"] += (MASTER + MOMENTS) * kept
+    return found
 
 
 def training(module: Module) -> dict[str, Any]:
@@ -52,22 +84,21 @@ def training(module: Module) -> dict[str, Any]:
     gradients count whole from the first step on, as they are accumulated in place. `functions` says what there is at the fullest
     point of each function.
     """
-    known = weights_of(module)
-    trained = sum(known[name].size for name in {name for names in bundles(module) for name in names})
+    held = [*buckets(module).values()]
+    gradients, kept, weights = (sum(bucket[key] for bucket in held) for key in ("gradient_bytes", "state_parameters", "weight_bytes"))
     line = timeline(module)
     series = {kind: line.series(kind) for kind in KINDS}
-    states = {"master": MASTER * trained, "moments": MOMENTS * trained}
+    states = {"master": MASTER * kept, "moments": MOMENTS * kept}
     most, at = line.peak(*ACTIVATIONS)
-    weights = sum(t.bytes for t in known.values())
     return {
-        "trained_parameters": trained,
+        "trained_parameters": gradients // GRADIENT,
         "state_bytes": states,
-        "gradient_bytes": GRADIENT * trained,
+        "gradient_bytes": gradients,
         "peaks": {kind: max(values, default=0) for kind, values in series.items()},
         "step_peak_bytes": line.peak()[0],
         "activation_peak_bytes": most,
         "activation_peak_at": place(line, at),
-        "total_bytes": weights + sum(states.values()) + GRADIENT * trained + line.peak("inputs", *ACTIVATIONS)[0],
+        "total_bytes": weights + sum(states.values()) + gradients + line.peak("inputs", *ACTIVATIONS)[0],
         "functions": by_function(line, series),
     }
 
@@ -93,6 +124,7 @@ def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
     value = memory(module)
     held = ", ".join(f"{size(number)} in {dtype}" for dtype, number in value["weights"].items()) or "none"
     lines = [f"weights  {size(value['weight_bytes'])} ({held})", f"inputs   {size(value['input_bytes'])}"]
+    lines += [*_bucket_lines(value["buckets"]), ""] if ATTRIBUTE in module.attributes else []
     if "training" in value:
         return value, "\n".join([*lines, *_training_lines(value["training"])])
     rows = [(f"@{name}", f"{f['ops']:,}", size(f["peak_bytes"]), f["at"]) for name, f in value["functions"].items()]
@@ -103,6 +135,21 @@ def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
         table(("function", "ops", "peak of live values", "reached at"), rows),
     ]
     return value, "\n".join(lines)
+
+
+def _bucket_lines(found: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What a rank of a mesh holds, bucket by bucket; of a program without gradients the weights alone."""
+    rows = {BUCKETS[key]: bucket for key, bucket in found.items() if bucket["weight_bytes"]}
+    rows["in all"] = {key: sum(bucket[key] for bucket in found.values()) for key in next(iter(found.values()))}
+    heads: tuple[str, ...] = ("on each rank", "parameters", "weights")
+    cells = [[name, count(b["parameters"]), size(b["weight_bytes"])] for name, b in rows.items()]
+    if rows["in all"]["gradient_bytes"]:
+        heads = (*heads, "gradients", "optimiser", "of its share", "together")
+        for cell, b in zip(cells, rows.values(), strict=True):
+            share = b["gradient_bytes"] / GRADIENT / max(1, b["state_parameters"])
+            of = f"1/{share:.4g}" if share > 1 else "all"
+            cell += [size(b["gradient_bytes"]), size(b["state_bytes"]), of, size(sum(b[k] for k in b if k.endswith("bytes")))]
+    return ["", table(heads, cells)]
 
 
 def _training_lines(found: Mapping[str, Any]) -> list[str]:

@@ -134,7 +134,7 @@ def cut(x: Data, split: Split, mesh: Mesh, rank: int) -> Data:
     """The part of `rank` of a whole value."""
     if isinstance(x, tuple):
         return tuple(cut(field, inner, mesh, rank) for field, inner in zip(x, split, strict=True))
-    return x[part(split, x.shape, mesh, rank)]
+    return x[(*part(split, x.shape, mesh, rank), ...)]
 
 
 def assembled(module: Module, results: Sequence[tuple[Data, ...]]) -> tuple[Data, ...]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
-from ..ir.gradients import bundles
+from ..ir.gradients import bundles, by_name
+from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
+from ..ir.sharding import Split, axes, result_splits, weight_splits, whole_weights
 from ..ir.types import DType, Tensor
-from ..ir.walk import weights as weights_of
-from ..passes.optimizer import AdamW, average_module, update_module
+from ..ir.verify import verify
+from ..passes.optimizer import STATE, AdamW, average_module, update_module
+from ..passes.shard_experts import spread_program
 
 GATE = ".e_score_correction_bias"
 """How the names of the gates' correction biases end."""
@@ -27,7 +31,7 @@ class Programs:
     average: Module
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
-    """Every weight that the step reads, as it reads it."""
+    """Every weight that the step reads, whole, in the dtype in which it is read."""
     trained: tuple[str, ...]
     """Those that gradients move, in the order of @update."""
     gates: tuple[str, ...]
@@ -43,6 +47,16 @@ class Programs:
     def seq(self) -> int:
         """Tokens in a sequence."""
         return int(self.step.attributes["seq"])
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of whose ranks these are the programs; None of one that has all."""
+        return mesh_of(self.step) if ATTRIBUTE in self.step.attributes else None
+
+    @cached_property
+    def state_splits(self) -> Mapping[str, Split]:
+        """How the gradient of each trained weight and the optimiser's state of it are split."""
+        return by_name(self.step, result_splits(self.step))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -72,14 +86,30 @@ def programs(
 
 
 def assemble(step: Module, config: Mapping[str, Any], adamw: AdamW | None = None) -> Programs:
-    """The programs around a differentiated `step`."""
+    """The programs around a differentiated `step`: on a mesh those of a rank, whose update takes what its step gives."""
     adamw = adamw or AdamW()
-    known = weights_of(step)
+    known = whole_weights(step)
     trained = tuple(dict.fromkeys(name for names in bundles(step) for name in names))
     require(bool(trained), "the program has no gradients: its pipeline lacks autodiff")
     counts = next((r.tensor for r in step.main.results if r.name == "counts"), None)
     gates = tuple(name for name in known if name.endswith(GATE)) if counts else ()
     moved = {name: known[name] for name in trained}
     gradients = {name: Tensor(DType.f32, tensor.shape) for name, tensor in moved.items()}
-    update = update_module(moved, gradients, gates, counts if gates else None, adamw)
-    return Programs(step, update, average_module(moved), config, known, trained, gates, adamw)
+    made = Programs(step, step, average_module(moved), config, known, trained, gates, adamw)
+    splits = made.state_splits
+    alike: dict[frozenset[str], list[str]] = {}
+    for name in trained:
+        alike.setdefault(frozenset(axes(splits[name])), []).append(name)
+    update = update_module(moved, gradients, gates, counts if gates else None, adamw, tuple(alike.values()))
+    if made.mesh is None:
+        return replace(made, update=update)
+    held = weight_splits(step)
+    state = [split for name in trained for split in (splits[name],) * (1 + len(STATE))]
+    inputs = [()] * (len(update.main.params) - len(state) - len(gates)) + state + [()] * len(gates)
+    results = {1 + i * (1 + len(STATE)): held[name] for i, name in enumerate(trained)}
+    wide = [(), *(split for name in trained for split in (splits[name],) * 2)]
+    return replace(
+        made,
+        update=verify(spread_program(update, made.mesh, inputs, results)),
+        average=verify(spread_program(made.average, made.mesh, wide, {})),
+    )

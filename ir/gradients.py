@@ -16,8 +16,11 @@ from typing import Any
 
 from .core import Func, Module
 from .errors import require
+from .mesh import ATTRIBUTE as MESH
+from .mesh import mesh_of
+from .sharding import result_splits, whole, whole_weights
 from .types import Bundle, DType, Tensor
-from .walk import join, weights
+from .walk import join
 
 ATTRIBUTE = "gradients"
 
@@ -37,19 +40,24 @@ def by_name(module: Module, results: Sequence[Any]) -> dict[str, Any]:
 
 
 def law(module: Module, func: Func) -> Iterator[tuple[Func, str]]:
-    """The last results of main are the gradients that the module's attribute names, float32 (float64 of a float64 weight)."""
+    """The last results of main are the gradients that the module's attribute names, float32 (float64 of a float64 weight).
+
+    On a rank a gradient may be split otherwise than its weight: of both the whole counts.
+    """
     named = bundles(module)
     if func is not module.main or not named:
         return
     if len(named) > len(func.results):
         yield func, f"the module names {len(named)} bundles of gradients, but @{func.name} has {len(func.results)} results"
         return
-    known = weights(module)
-    for names, result in zip(named, func.results[len(func.results) - len(named) :], strict=True):
+    known, first = whole_weights(module), len(func.results) - len(named)
+    splits = result_splits(module)[first:]
+    for names, result, split in zip(named, func.results[first:], splits, strict=True):
         if unknown := [name for name in names if name not in known]:
             yield func, f"%{result.name} holds a gradient of {unknown[0]}, which is no weight of this module"
             continue
         wide = (Tensor(DType.f64 if known[n].dtype is DType.f64 else DType.f32, known[n].shape) for n in names)
         expected = Bundle(tuple(wide))
-        if result.type != expected:
-            yield func, f"%{result.name} holds the gradients of {', '.join(names)}: expected {expected}, found {result.type}"
+        found = whole(result.type, split, mesh_of(module)) if MESH in module.attributes else result.type
+        if found != expected:
+            yield func, f"%{result.name} holds the gradients of {', '.join(names)}: expected {expected}, found {found}"

@@ -15,10 +15,11 @@ from typing import Any
 
 from .core import Module, Value
 from .errors import require
-from .mesh import Mesh
+from .mesh import ATTRIBUTE, Mesh, mesh_of
 from .ops.control import Param
 from .types import Bundle, Tensor, Type, landed
 from .walk import join, walk
+from .walk import weights as weights_of
 
 INPUTS, RESULTS = "inputs", "results"
 
@@ -29,6 +30,11 @@ Split = tuple[Any, ...]
 def axes_of(split: Split, dim: int) -> tuple[str, ...]:
     """The axes along which dimension `dim` is cut, the outermost first."""
     return tuple(split[dim].split("+")) if dim < len(split) and split[dim] else ()
+
+
+def axes(split: Split) -> tuple[str, ...]:
+    """All axes along which a tensor is cut."""
+    return tuple(axis for dim in range(len(split)) for axis in axes_of(split, dim))
 
 
 def part(split: Split, shape: Sequence[int], mesh: Mesh, rank: int) -> tuple[slice, ...]:
@@ -52,8 +58,13 @@ def whole(type: Type, split: Split, mesh: Mesh) -> Type:
     type = landed(type)
     if isinstance(type, Bundle):
         return Bundle(tuple(whole(t, s, mesh) for t, s in zip(type.fields, split, strict=True)))
-    sizes = [prod(map(mesh.size, axes_of(split, dim))) for dim in range(type.rank)]
-    return Tensor(type.dtype, tuple(d * s if isinstance(d, int) else d for d, s in zip(type.shape, sizes, strict=True)))
+    return whole_tensor(type, split, mesh)
+
+
+def whole_tensor(tensor: Tensor, split: Split, mesh: Mesh) -> Tensor:
+    """The same of a tensor."""
+    sizes = [prod(map(mesh.size, axes_of(split, dim))) for dim in range(tensor.rank)]
+    return Tensor(tensor.dtype, tuple(d * s if isinstance(d, int) else d for d, s in zip(tensor.shape, sizes, strict=True)))
 
 
 def input_splits(module: Module) -> tuple[Split, ...]:
@@ -82,3 +93,11 @@ def nowhere(type: Type) -> Split:
 def weight_splits(module: Module) -> Mapping[str, Split]:
     """How each weight is split, by full name."""
     return {join(prefix, op.path): op.shard for prefix, _, op in walk(module) if isinstance(op, Param)}
+
+
+def whole_weights(module: Module) -> dict[str, Tensor]:
+    """Every weight of the whole model, by full name, in the order of first use: of what was not sharded as it is read."""
+    if ATTRIBUTE not in module.attributes:
+        return weights_of(module)
+    mesh, splits = mesh_of(module), weight_splits(module)
+    return {name: whole_tensor(tensor, splits[name], mesh) for name, tensor in weights_of(module).items()}

@@ -2,7 +2,7 @@
 
 The program is executed on buffers in place of arrays. An op that moves data makes one for each result, a view lies in its operand's, a
 bundle holds those of its values, and a value is let go after its last use, as in an executor; a parameter lives until its function
-returns. Weights and constants are not counted here.
+returns. Weights and constants are not counted here; rows that ranks exchange are as many as are expected (`expected.py`).
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from .core import Func, Module, Op, Phase, Trait, Value
+from .expected import expected_bytes
 from .gradients import bundles
 from .liveness import last_uses
+from .ops.collective import Collective
 from .ops.control import Call, Pack, Unpack
 from .ops.elementwise import Add, Cast
+from .ops.shape import Reshape
 from .types import Bundle, Type
 from .walk import join
 
 Kind = Literal["inputs", "residuals", "workspace", "gradients"]
 """What a buffer is for.
 
-`inputs` are the caller's. `gradients` are those of weights that main returns, and the parts that main adds up to them. `residuals` are
-made in phase F and read in another; `workspace` is everything else.
+`inputs` are the caller's. `gradients` are those of weights that main returns, and the parts that main and its collectives add up to
+them. `residuals` are made in phase F and read in another; `workspace` is everything else.
 """
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ACTIVATIONS: tuple[Kind, ...] = ("residuals", "workspace")
@@ -104,6 +107,9 @@ class Execution:
     runs: int = 0
     dying: dict[str, tuple[tuple[Value, ...], ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.size = expected_bytes(self.module)
+
     def timeline(self) -> Timeline:
         """The whole run."""
         main = self.module.main
@@ -163,7 +169,7 @@ class Execution:
         """New memory for a value."""
         if isinstance(type, Bundle):
             return Fields(tuple(self.make(t, func, name, now) for t in type.fields))
-        self.buffers.append(Buffer(type.bytes, func, name, now, now))
+        self.buffers.append(Buffer(self.size(type), func, name, now, now))
         return self.buffers[-1]
 
 
@@ -192,6 +198,6 @@ def gradient_values(module: Module) -> Collection[Value]:
     main = module.main
     wanted = set(main.results[len(main.results) - len(bundles(module)) :])
     for op in reversed(main.ops):
-        if isinstance(op, Pack | Unpack | Add | Cast) and not wanted.isdisjoint(op.results):
+        if isinstance(op, Pack | Unpack | Add | Cast | Reshape | Collective) and not wanted.isdisjoint(op.results):
             wanted.update(op.operands)
     return wanted

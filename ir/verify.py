@@ -170,10 +170,10 @@ STAGES: dict[str, tuple[Law, ...]] = {
     "traced": (_forward_only,),
     "differentiated": (_nothing_recomputed, gradients.law),
     "quantized": (_nothing_recomputed, gradients.law),
-    "sharded": (_collectives,),
-    "rematerialized": (_collectives,),
-    "scheduled": (_collectives, flight.in_order),
-    "lowered": (_collectives, flight.in_order),
+    "sharded": (_collectives, gradients.law),
+    "rematerialized": (_collectives, gradients.law),
+    "scheduled": (_collectives, gradients.law, flight.in_order),
+    "lowered": (_collectives, gradients.law, flight.in_order),
 }
 """The stages in their order, each with the laws that it adds."""
 

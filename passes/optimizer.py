@@ -7,8 +7,9 @@ the step that makes it uses it unrounded. One function serves all weights of a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from ..ir.core import Builder, Func, Module, Symbol, Value
 from ..ir.errors import require
@@ -49,11 +50,13 @@ def update_module(
     gates: Sequence[str] = (),
     counts: Tensor | None = None,
     adamw: AdamW | None = None,
+    groups: Sequence[Collection[str]] = (),
 ) -> Module:
     """The program that ends a step: `@update`, and a function for each shape of weight.
 
     `weights` are those that gradients move, with the type in which the model reads them; `gradients` has a type for each. `gates` are
-    the correction biases of the gates, one for each row of `counts`, i32[gates, experts]. The parameters of @update are
+    the correction biases of the gates, one for each row of `counts`, i32[gates, experts]. The squares of gradients are added up group
+    by group where the weights are in `groups`: those of a group lie on the ranks in the same way. The parameters of @update are
 
         learning_rate, mean_correction, variance_correction f32[]   see `AdamW.corrections`
         balance_speed f32[], counts i32[gates, experts]             where there are gates
@@ -76,12 +79,12 @@ def update_module(
         kept = (Tensor(F32, tensor.shape), Tensor(adamw.moments, tensor.shape), Tensor(adamw.moments, tensor.shape))
         gradient = b.param(f"{name}.gradient", gradients[name])
         states.append((gradient, *(b.param(f"{name}.{what}", t) for what, t in zip(STATE, kept, strict=True))))  # type: ignore[arg-type]
-    squares = []
+    squares = {}
     for name, (gradient, *_) in zip(weights, states, strict=True):
         b.component = name
-        squares.append(_call(b, library.squares(gradient.tensor), [gradient]).result)
+        squares[name] = _call(b, library.squares(gradient.tensor), [gradient]).result
     b.component = "update"
-    norm, scale = _clip(b, squares, adamw.clip)
+    norm, scale = _clip(b, [[squares[name] for name in group] for group in groups or (tuple(weights),)], adamw.clip)
     keep = b.emit(Sub(_number(b, 1.0), b.emit(Mul(rate, _number(b, adamw.decay))).result, names=("keep",))).result
     step = b.emit(Mul(rate, mean_correction, names=("step_size",))).result
     results, updates = [norm], {}
@@ -128,10 +131,13 @@ def average_module(weights: Mapping[str, Tensor]) -> Module:
     return verify(Module((b.finish(results, updates), *library.funcs.values()), stage="differentiated"))
 
 
-def _clip(b: Builder, squares: Sequence[Value], limit: float) -> tuple[Value, Value]:
+def _clip(b: Builder, groups: Sequence[Sequence[Value]], limit: float) -> tuple[Value, Value]:
     """The norm of all gradients, and what to multiply them by so that it is at most `limit`: as torch.nn.utils.clip_grad_norm_."""
-    rows = tuple(b.emit(Reshape(s, (1,))).result for s in squares)
-    total = b.emit(Sum(b.emit(Concat(rows, 0)).result, (0,))).result
+    totals = []
+    for squares in groups:
+        rows = tuple(b.emit(Reshape(s, (1,))).result for s in squares)
+        totals.append(b.emit(Sum(b.emit(Concat(rows, 0)).result, (0,))).result)
+    total = reduce(lambda x, y: b.emit(Add(x, y)).result, totals)
     norm = b.emit(Sqrt(total, names=("norm",))).result
     if limit == float("inf"):
         return norm, _number(b, 1.0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..ir.core import Func, Module, Value
-from ..ir.errors import DscError, require
+from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, parse_mesh
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.control import Param
@@ -17,12 +17,13 @@ from ..ir.ops.moe import Dispatch
 from ..ir.ops.quant import GroupedScaledMatmul, Quantize
 from ..ir.ops.shape import Reshape, Transpose
 from ..ir.sharding import INPUTS, RESULTS, Split
-from ..ir.types import Bundle, bound
+from ..ir.types import Bundle, Type, bound
 from ..ir.walk import communicating
 from .manager import Pass, register
 from .sharding import experts, losses, products, rules  # noqa: F401 - they fill RULES
 from .sharding.body import RULES, Body
-from .sharding.layout import Layout, Placement, from_split, placed, to_split
+from .sharding.layout import Layout, Placement, from_split, placed, settled, to_split
+from .sharding.zero import Handout
 from .simplify import drop_unused
 
 
@@ -35,6 +36,10 @@ class ShardExperts(Pass):
     where a value is wanted elsewhere than it is (passes/sharding/); dispatch and combine become exchanges of rows along ep. Sums over what
     is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main. The module
     carries its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
+
+    With `zero=1` the sums of gradients end scattered: each of the ranks that hold a weight together gets an equal part of its gradient,
+    and keeps the optimiser's state for that part alone (ZeRO-1, arXiv 1910.02054, section 5.1). Those are the ranks of dp, for experts
+    those of edp. A gradient is cut along its first dimension that divides; where none does, it is whole on every rank (`--why`).
 
     Before `shard-experts{mesh="dp=2,ep=2"}`:
 
@@ -78,6 +83,7 @@ class ShardExperts(Pass):
 
     mesh: str
     dispatch: Literal["direct"] = "direct"
+    zero: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
         parse_mesh(self.mesh)
@@ -86,11 +92,24 @@ class ShardExperts(Pass):
         mesh = parse_mesh(self.mesh)
         require(mesh.pp == 1, f"mesh {mesh}: stages of a pipeline are not split here; pp=1 would fit")
         _check(module, mesh)
-        return _Sharding(module, mesh).module()
+        handout = Handout(module, mesh, bool(self.zero))
+        made = _Sharding(module, mesh).module([_input(module, p, mesh) for p in module.main.params], handout)
+        self.declined.extend(handout.declined)
+        return made
+
+
+def spread_program(module: Module, mesh: Mesh, inputs: Sequence[Split], results: Mapping[int, Split]) -> Module:
+    """What one rank runs of a program whose inputs lie as `inputs` says, and results where `results` says, else where they are made.
+
+    It is for what stands beside a sharded program, such as the optimiser's update: `shard-experts` chooses the splits itself.
+    """
+    types, sizes = [r.type for r in module.main.results], _sizes(mesh)
+    wanted = {i: _placement(types[i], split, sizes) for i, split in results.items()}
+    return _Sharding(module, mesh).module(inputs, lambda i, have: wanted.get(i) or settled(have))
 
 
 class _Sharding:
-    """One run of the pass. A function is made once for each way in which its arguments are placed."""
+    """One sharding of a module. A function is made once for each way in which its arguments are placed."""
 
     def __init__(self, module: Module, mesh: Mesh) -> None:
         self.before = module
@@ -99,24 +118,21 @@ class _Sharding:
         self.funcs: dict[str, list[Func]] = {func.name: [] for func in module.funcs}
         self.names = set(self.funcs)
 
-    def module(self) -> Module:
-        """The program of a rank."""
+    def module(self, inputs: Sequence[Split], settle: Callable[[int, Placement], Placement]) -> Module:
+        """The program of a rank. Its inputs are split as given; `settle` says where result i, which lies somewhere, is handed out."""
         main = self.before.main
-        splits = [_input(self.before, p, self.mesh) for p in main.params]
-        sizes = {axis: self.mesh.size(axis) for axis in self.mesh.axes}
-        given = tuple(
-            from_split(p, split, sizes) if not isinstance(p.type, Bundle) else placed(p.type)
-            for p, split in zip(main.params, splits, strict=True)
-        )
+        given = tuple(_placement(p.type, split, _sizes(self.mesh), p.name) for p, split in zip(main.params, inputs, strict=True))
         body = self.body(main, given)
         results, placements = [], []
         replaced = {result: param for param, result in main.updates.items()}
         for i, value in enumerate(main.results):
             have = body.layouts[value]
-            want = given[replaced[i]] if i in replaced else _settled(have)
+            want = given[replaced[i]] if i in replaced else settle(i, have)
+            start = len(body.ops)
             made = body.bring(body.form(value), have, want)
-            if made is not body.form(value):
-                body.form(value).name += "_part"  # the result keeps its name
+            if made is not body.form(value):  # the result keeps its name
+                for part in (body.form(value), *(r for op in body.ops[start:] for r in op.results if r is not made)):
+                    part.name += "_part" if part.name == made.name else ""
             results.append(made)
             placements.append(want)
         _number(body, main)
@@ -173,14 +189,13 @@ def _number(body: Body, func: Func) -> None:
             object.__setattr__(op, "phase", body.ops[body.ops.index(op) - 1].phase)
 
 
-def _settled(have: Placement) -> Placement:
-    """Where a result is handed out: added up, and in parts that lie together."""
-    if isinstance(have, tuple):
-        return tuple(map(_settled, have))
-    if not isinstance(have, Layout):
-        raise DscError(f"main returns a value of {have.type}, which has a meaning on its rank alone")
-    have = have.summed()
-    return have if to_split(have) is not None else have.without(set(have.places()))
+def _sizes(mesh: Mesh) -> dict[str, int]:
+    return {axis: mesh.size(axis) for axis in mesh.axes}
+
+
+def _placement(type: Type, split: Split, sizes: Mapping[str, int], name: str = "") -> Placement:
+    """Where a value lies that is split so; a bundle is whole."""
+    return placed(type) if isinstance(type, Bundle) else from_split(Value(type, name), split, sizes)
 
 
 def _split(placement: Placement) -> Split:

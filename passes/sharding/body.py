@@ -143,7 +143,7 @@ class Body:
             if axis in have.partial - want.partial:
                 x, have = self._cut(x, have, ReduceScatter, axis, i, before)
         if missing := have.partial - want.partial:
-            for axis in ["stage"] if missing == {"dp", "tp"} else sorted(missing):
+            for axis in ["stage"] if missing in ({"dp", "tp"}, {"ep", "edp"}) else sorted(missing):
                 x = self.emit(AllReduce(x, axis, self.size(axis), names=(x.name,))).result
             have = Layout(have.dims, have.partial - missing)
         for axis, (i, before) in wanted.items():

@@ -7,7 +7,7 @@ to minor: reshaping [B, S, H] to [B * S, H] joins factors and moves nothing. A r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple, TypeAlias
@@ -180,7 +180,17 @@ def placed(type: Type) -> Placement:
     return tuple(map(placed, there.fields)) if isinstance(there, Bundle) else whole(there.shape)
 
 
-def from_split(value: Value, split: Split, sizes: dict[str, int]) -> Layout:
+def settled(have: Placement) -> Placement:
+    """Where a result is handed out: added up, and in parts that lie together."""
+    if isinstance(have, tuple):
+        return tuple(map(settled, have))
+    if not isinstance(have, Layout):
+        raise DscError(f"main returns a value of {have.type}, which has a meaning on its rank alone")
+    have = have.summed()
+    return have if to_split(have) is not None else have.without(set(have.places()))
+
+
+def from_split(value: Value, split: Split, sizes: Mapping[str, int]) -> Layout:
     """The layout that a split of a tensor says. `DscError` where a dimension does not divide."""
     dims: list[Dim] = []
     for i, extent in enumerate(value.shape):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import dsc
 from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.mesh import Mesh, parse_mesh
-from dsc.ir.ops.collective import AllReduce, AllToAll
+from dsc.ir.ops.collective import AllReduce, AllToAll, ReduceScatter
 from dsc.ir.ops.control import Pack
 from dsc.ir.ops.elementwise import Add
 from dsc.ir.ops.linalg import Matmul
@@ -77,7 +77,7 @@ class Parts:
 
     def observer(self, rank: int) -> Callable[..., None]:
         def observe(site: Any, op: Op, operands: Sequence[Any], results: Sequence[Any]) -> None:
-            if site.func == "main" and isinstance(op, Add | AllReduce) and operands[0].dtype.kind == "f":
+            if site.func == "main" and isinstance(op, Add | AllReduce | ReduceScatter) and operands[0].dtype.kind == "f":
                 found = self.sizes.setdefault(op.id, [0.0] * self.mesh.ep)
                 found[self.mesh.index("ep", rank)] += sum(np.abs(x.astype(np.float64)) for x in operands)
 
@@ -86,7 +86,7 @@ class Parts:
     def bound(self, value: Value) -> Any:
         """Of a result that ranks add up: a rounding of each part, of each partial sum before it, and of the sums, here and unsharded."""
         owner = value.owner
-        if not isinstance(owner, AllReduce):
+        if not isinstance(owner, AllReduce | ReduceScatter):
             return 0.0
         before = owner.x.owner
         sizes, roundings = (self.sizes[before.id], 6) if isinstance(before, Add) else (self.sizes[owner.id], 3)

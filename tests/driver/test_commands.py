@@ -61,7 +61,7 @@ def test_compile_json(command: Any, tmp_path: Path) -> None:
     found = done.json
     manifest = json.loads((out / "manifest.json").read_text())
     assert {key: found[key] for key in manifest} == manifest
-    assert found.keys() - manifest.keys() == {"out", "seconds", "parameters", "active"}
+    assert found.keys() - manifest.keys() == {"out", "seconds", "parameters", "active", "parameters_of_a_rank"}
     assert (found["parameters"], found["active"]) == (1_249_016, 668_408)
     assert found["command"] == ["dsc", "compile", "deepseek-v3-tiny", "-o", str(out), "--seq", "16", "--batch", "2", "--json"]
     assert dsc.load(out).module.main.params[0].shape == (2, 16)
