@@ -36,9 +36,9 @@ def run(
 
     `weights` is a mapping of names to arrays or tensors (a `state_dict`), a checkpoint folder, or `random:SEED`; without it the
     artifact's own, else `random:0`. `inputs` is a tuple in the order of the parameters, a mapping by name, or an .npz file;
-    without it seeded ones. `observe` sees every op that runs (see `dsc.backends`). Triton runs the program as `fuse` makes it. A sharded
-    program runs on all `ranks` of its mesh, "local", in this process, or "torchrun", where this process is one of them and rank 0 alone
-    has the results; inputs and results are whole.
+    without it seeded ones. `observe` sees every op that runs (see `dsc.backends`). A backend may ask for passes first: Triton runs the
+    program as `fuse` makes it. A sharded program runs on all `ranks` of its mesh, "local", in this process, or "torchrun", where this
+    process is one of them and rank 0 alone has the results; inputs and results are whole.
 
     >>> logits, = dsc.run(dsc.trace("deepseek-v3-tiny", seq=16), weights="random:0")
     """
@@ -49,10 +49,10 @@ def run(
     if isinstance(program, Artifact) and (with_kernels := getattr(runner, "with_kernels", None)):
         runner = with_kernels(program.path / KERNELS)
     module, spec, config = unpack(program, weights)
-    if backend == "triton" and module.stage != "lowered":
+    if pipeline := backends.prepares(runner, module):
         from ..passes.manager import apply
 
-        module = apply(module, "fuse")
+        module = apply(module, pipeline)
     if ranks is not None:
         return run_ranks(module, weights_source(spec, config=config), prepare(module, inputs), runner, ranks, observe, timeout)
     count = mesh_of(module).world if ATTRIBUTE in module.attributes else 1

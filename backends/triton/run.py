@@ -66,6 +66,10 @@ class Executor:
         """An executor that takes machine code from an artifact's `kernels/` where it fits."""
         return replace(self, code=MachineCode(folder))
 
+    def prepares(self, module: Module) -> str:
+        """The pipeline to run before: ops that make one kernel are fused, unless that has been done."""
+        return "" if module.stage == "lowered" else "fuse"
+
     def run(self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None) -> tuple[Data, ...]:
         """What the main function gives for `inputs`. `DscError` where an input or a weight is not what the program declares.
 

@@ -50,7 +50,8 @@ LAWS = {
     "backends/triton": law("ir numerics hardware distributed backends", "numpy ml_dtypes torch triton"),
     "backends/onnx": law("ir numerics hardware distributed backends", "numpy ml_dtypes safetensors onnx onnx_ir"),
     "models": law("ir numerics", "torch numpy ml_dtypes safetensors pydantic"),
-    "testing": law(f"ir backends {BACKENDS}", "numpy ml_dtypes pytest hypothesis"),
+    # The models of the conformance suite are traced when they are asked for.
+    "testing": law(f"ir backends {BACKENDS}", "numpy ml_dtypes pytest hypothesis", late="models passes"),
     "driver": law(
         BELOW_DRIVER,
         "numpy ml_dtypes safetensors click rich pydantic",
@@ -181,6 +182,7 @@ def test_every_import_keeps_the_law() -> None:
         ("distributed/world.py", "import torch"),
         ("distributed/world.py", "from .torch_world import World"),
         ("testing/agree.py", "from ..models import config"),
+        ("testing/conformance.py", "from ..passes.manager import apply"),
         ("testing/agree.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..driver import diff"),
         ("driver/cli.py", "import torch"),
         ("driver/cli.py", "class A:\n    import torch"),
