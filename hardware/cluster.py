@@ -7,7 +7,7 @@ lines; a figure that is changed is signed by the file that changes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +17,7 @@ from .device import DEVICES, KERNELS, PEAK, Device, find, parse_device, read_dev
 from .figures import SIGNED, Figure, group, read_toml
 
 CLUSTERS = Path(__file__).with_name("clusters")
+PRICE, MEMORY = "price.hour", "device.chip.memory"
 
 Feature = Literal["wide-accumulator", "group-scaling", "fused-cast", "transposed-reads"]
 """What the authors of DeepSeek-V3 ask of a chip's arithmetic (report, section 3.5.2).
@@ -78,10 +79,34 @@ class Cluster:
         """Every figure with its key, those of the device after those of the cluster."""
         for name, part in (("intra", self.intra), ("inter", self.inter), ("comm", self.comm)):
             yield from ((f"{name}.{f.name}", getattr(part, f.name)) for f in fields(part))
-        yield "price.hour", self.price
+        yield PRICE, self.price
         yield from ((f"device.peak.{key}", getattr(self.device.peak, key)) for key in PEAK)
-        yield "device.chip.memory", self.device.memory
+        yield MEMORY, self.device.memory
         yield from ((f"device.kernels.{key}", getattr(self.device.kernels, key)) for key in KERNELS)
+
+    def figure(self, key: str) -> Figure:
+        """One figure by its key, as `figures` names them. Raises `DscError` with the keys that there are."""
+        found = dict(self.figures())
+        require(key in found, f"{self.name} has no figure {key}; it has {', '.join(found)}")
+        return found[key]
+
+    def with_figures(self, values: Mapping[str, float]) -> Cluster:
+        """The cluster with other figures, by key, as if they were known exactly: what would be if."""
+        made = self
+        for key, value in values.items():
+            changed = replace(self.figure(key), mid=value, low=value, high=value)
+            part, name = key.rsplit(".", 1)
+            if key == PRICE:
+                made = replace(made, price=changed)
+            elif not part.startswith("device"):
+                made = replace(made, **{part: replace(getattr(made, part), **{name: changed})})
+            elif key == MEMORY:
+                made = replace(made, device=replace(made.device, memory=changed))
+            else:
+                part = part.removeprefix("device.")
+                holder = replace(getattr(made.device, part), **{name: changed})
+                made = replace(made, device=replace(made.device, **{part: holder}))
+        return made
 
 
 def clusters() -> tuple[str, ...]:

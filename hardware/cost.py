@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from ..ir.core import Module, Op, Trait, Value
+from ..ir.core import Module, Op, Trait
 from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
@@ -20,7 +20,7 @@ from ..ir.types import Ragged
 from .cluster import Cluster
 from .device import Device
 from .kernels import MATRIX, NOTHING, Compute, Cost, slower
-from .links import Group, Legs, exchanged, gathered, group, reduced
+from .links import Group, Legs, exchanged, gathered, group, reduced, two_hop
 from .links import seconds as transfer
 from .routing import Routing, routing_of
 
@@ -83,6 +83,10 @@ class Costs:
         device = self.cluster.device
         return Compute(device, device.units - self.taken, self.cluster.features, self.rows)
 
+    @cached_property
+    def _weights(self) -> dict[Op, bool]:
+        return {}
+
     def stream(self, op: Op) -> Stream:
         """Where it runs."""
         return "comm" if Trait.COLLECTIVE in op.traits else "compute"
@@ -105,7 +109,7 @@ class Costs:
         found = slower(cost, factor, launched)
         if cost.seconds * factor < launched:
             found = replace(found, bound="latency")
-        return slower(found, 1 / self.repeats) if self.repeats > 1 and _of_weights(op) else found
+        return slower(found, 1 / self.repeats) if self.repeats > 1 and of_weights(op, self._weights) else found
 
     def _group(self, axis: str, size: int) -> Group:
         ranks = self.mesh.group(axis, 0) if self.mesh is not None else tuple(range(size))
@@ -149,20 +153,11 @@ class Costs:
         return two_hop(self.routing, ranks, number / self.routing.top_k, row)
 
 
-def two_hop(routing: Routing, ranks: Group, tokens: float, row: float) -> Legs:
-    """Bytes per rank of `tokens` whose copies cross the network once per distinct domain and a domain's links once per distinct rank."""
-    nodes, gpus = routing.distinct(ranks.nodes), routing.distinct(ranks.size)
-    away, beside = (ranks.nodes - 1) / ranks.nodes, (ranks.local - 1) / ranks.local
-    return Legs(tokens * nodes * away * row, tokens * gpus * beside * row)
-
-
-def _of_weights(op: Op) -> bool:
-    """Whether it depends on weights alone."""
-    return bool(op.operands) and all(_from_weights(v) for v in op.operands)
-
-
-def _from_weights(value: Value) -> bool:
-    owner = value.owner
-    if owner is None or isinstance(owner, Collective):
-        return False
-    return isinstance(owner, Param) or (bool(owner.operands) and all(map(_from_weights, owner.operands)))
+def of_weights(op: Op, known: dict[Op, bool]) -> bool:
+    """Whether it depends on weights alone; `known` keeps what was found."""
+    if op not in known:
+        owners = [v.owner for v in op.operands]
+        known[op] = isinstance(op, Param) or (
+            bool(owners) and not isinstance(op, Collective) and all(owner is not None and of_weights(owner, known) for owner in owners)
+        )
+    return known[op]

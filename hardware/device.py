@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -45,24 +45,28 @@ PEAK = {"bandwidth": "B/s"} | {f.name: "FLOP/s" for f in fields(Peak) if f.name 
 class Kernels:
     """What kernels make of a chip. The coefficients of `cost.py`, which says how they enter.
 
-    matrix        share of the peak inside the loop over K              promotion  s to promote one accumulator element on one SM
-    ramp          s per tile: the pipeline fills, the result is written  memory     share of the bandwidth that products reach
-    wgrad         time of an FP8 weight gradient by that of a product    rows       share of the bandwidth of kernels along rows
-    attention, attention_backward   share of the peak                    launch     s between two kernels of a stream
+    matrix     share of the peak inside the loop over K               promotion  s to promote one element of a sum on one unit
+    feed       B/s that come into one unit                            ramp       s per tile: the pipeline fills, the result is written
+    memory     share of the bandwidth that products reach             wgrad      time of an FP8 weight gradient by that of a product
+    attention, attention_backward, decode   shares of the peak         cache      share of the bandwidth at which decoding reads its cache
+    rows       share of the bandwidth of all other kernels             launch     s between two kernels of a stream
     """
 
     matrix: Figure
     promotion: Figure
+    feed: Figure
     ramp: Figure
     memory: Figure
     wgrad: Figure
     attention: Figure
     attention_backward: Figure
+    decode: Figure
+    cache: Figure
     rows: Figure
     launch: Figure
 
 
-KERNELS = {f.name: "s" if f.name in ("promotion", "ramp", "launch") else "1" for f in fields(Kernels)}
+KERNELS = {f.name: {"promotion": "s", "ramp": "s", "launch": "s", "feed": "B/s"}.get(f.name, "1") for f in fields(Kernels)}
 
 
 @dataclass(frozen=True)
@@ -143,30 +147,20 @@ def parse_device(raw: Mapping[str, Any], where: str) -> Device:
     rates = Peak(**group(peak, PEAK, f"{where}: peak"))
     for name in PEAK:
         require(getattr(rates, name).low > 0, f"{where}: peak.{name}: expected more than 0")
-    return Device(
-        raw["name"],
-        raw["architecture"],
-        raw["fp8"],
-        models,
-        rates,
-        int(units),
-        chip["memory"],
-        _kernels(raw.get("kernels"), where),
-        sources,
-    )
+    kernels = _kernels(raw.get("kernels"), rates, int(units), where)
+    return Device(raw["name"], raw["architecture"], raw["fp8"], models, rates, int(units), chip["memory"], kernels, sources)
 
 
-def _kernels(given: Any, where: str) -> Kernels:
-    """Coefficients of the device's own, or those of another, which are then assumed."""
+def _kernels(given: Any, peak: Peak, units: int, where: str) -> Kernels:
+    """Coefficients of the device's own, or those of another, then assumed: what a unit is fed and promotes grows as its peaks do."""
     if isinstance(given, str):
         other = device(given)
-        taken = {
-            key: replace(
-                getattr(other.kernels, key), provenance="assumed", source=f"as on {other.name}: {getattr(other.kernels, key).source}"
-            )
-            for key in KERNELS
+        per = other.units / units
+        grown = {
+            "feed": per * peak.f8.mid / other.peak.f8.mid,
+            "promotion": other.peak.vector.mid / (per * peak.vector.mid),
         }
-        return Kernels(**taken)
+        return Kernels(**{key: _taken(getattr(other.kernels, key), grown.get(key, 1.0), other.name) for key in KERNELS})
     require(isinstance(given, Mapping), f'{where}: expected a table kernels, or kernels = "h800" for those of another device')
     found = group(given, KERNELS, f"{where}: kernels")
     for key, unit in KERNELS.items():
@@ -174,6 +168,12 @@ def _kernels(given: Any, where: str) -> Kernels:
         fits = unit != "1" or (found[key].low > 0 and (not share or found[key].high <= 1))
         require(fits, f"{where}: kernels.{key}: expected {'a share above 0, at most 1' if share else 'more than 0'}, found {found[key]}")
     return Kernels(**found)
+
+
+def _taken(figure: Figure, factor: float, name: str) -> Figure:
+    low, mid, high = (figure.low * factor, figure.mid * factor, figure.high * factor)
+    scaled = "" if factor == 1 else " in proportion to its peaks"
+    return Figure(mid, low, high, figure.unit, "assumed", f"as on {name}{scaled}: {figure.source}")
 
 
 def _accumulation(table: dict[str, Any], where: str) -> Accumulation:

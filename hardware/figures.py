@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 from ..ir.errors import DscError, require
 
 Provenance = Literal["measured", "published", "assumed"]
-PREFIXES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+PREFIXES = {"": 1.0, "p": 1e-12, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 NUMBER = re.compile(r"([+-]?(?:inf|\d+(?:\.\d*)?(?:e[+-]?\d+)?))\s*(\S*)", re.IGNORECASE)
 SIGNED = ("provenance", "source")
 RANGE = ("mid", "low", "high")

@@ -1,7 +1,9 @@
 """What an op takes on one device: the longer of computing and of moving bytes, as fast as kernels do either (Williams, CACM 52(4), 2009).
 
-matrix products   `products.py`: tiles and waves over the units, promotion of FP8 sums; bytes at the share `memory` of the bandwidth
-attention         FLOPs, of the tiles on and below the diagonal where causal, at the shares `attention` and `attention_backward` of the peak
+matrix products   `products.py`: tiles and waves over the units, promotion of FP8 sums; bytes at the share `memory` of the bandwidth.
+                  The two hide one another in part: (computing^4 + moving^4)^(1/4)
+attention         FLOPs, of the tiles on and below the diagonal where causal, at the share `attention`, `attention_backward` or `decode`
+                  of the peak, and bytes at the share `memory`, or `cache` where decoding
 all else          FLOPs at the peak of the vector units, bytes at the share `rows` of the bandwidth
 
 A view, a weight on its way to its reader and a bundle move nothing. FP8 codes that are turned before a product are copied, since tensor
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import inf, prod
 from typing import Literal
 
 from ..ir.core import Op, Phase, Trait, Value
@@ -39,6 +41,8 @@ MATRIX = (
 )
 """Ops that run on matrix units; all others on vector units."""
 FP8 = (DType.f8e4m3, DType.f8e5m2)
+TILE = 128
+"""Queries and keys of a tile of attention: of those on the diagonal half is computed in vain."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,20 @@ class Compute:
             return NOTHING
         moved = self.moved(op)
         flops = op.flops() * self._share(op)
-        slow, bound = self._computing(op, flops)
-        kernels, bandwidth = self.device.kernels, self.device.peak.bandwidth.mid
-        moving = moved / (bandwidth * (kernels.memory if isinstance(op, MATRIX) else kernels.rows).mid)
-        return Cost(max(slow, moving), bound if slow >= moving else "memory", flops, moved)
+        computing, bound = self._computing(op, flops)
+        moving = moved / (self.device.peak.bandwidth.mid * self._reached(op))
+        attention = isinstance(op, Attention | AttentionBackward | AttentionDecode)
+        both = isinstance(op, MATRIX) and not attention and 0 < computing < inf
+        longer = max(computing, moving)
+        took = longer * ((computing / longer) ** 4 + (moving / longer) ** 4) ** 0.25 if both else longer
+        return Cost(took, bound if computing >= moving else "memory", flops, moved)
+
+    def _reached(self, op: Op) -> float:
+        """The share of the bandwidth at which an op moves its bytes."""
+        kernels = self.device.kernels
+        if isinstance(op, AttentionDecode):
+            return kernels.cache.mid
+        return kernels.memory.mid if isinstance(op, MATRIX) else kernels.rows.mid
 
     def free(self, op: Op) -> bool:
         """Whether nothing runs for it."""
@@ -127,17 +141,24 @@ class Compute:
         peak, kernels = self._peak(op.operands[0]), self.device.kernels
         if isinstance(op, Attention | AttentionBackward):
             reached = kernels.attention if isinstance(op, Attention) else kernels.attention_backward
-            return flops / (peak * share * reached.mid), "matrix"
+            tiles = -(-self.extent(op.k.shape[-2]) // TILE)
+            diagonal = (tiles + 1) / tiles if op.causal and tiles else 1.0
+            return flops * diagonal / (peak * share * reached.mid), "matrix"
         if isinstance(op, AttentionDecode):
-            return flops / (peak * share * kernels.attention.mid), "matrix"
+            return flops / (peak * share * kernels.decode.mid), "matrix"
         product = self.product(op)
         slower = kernels.wgrad.mid if product.promoted and _is_wgrad(op) else 1.0
         return slower * loop_seconds(product, self.device, units, peak), "matrix"
 
+    def _promoted(self, op: Op) -> bool:
+        """Whether partial sums leave the matrix unit: to be scaled, or because it adds with too few bits."""
+        if op.operands[0].dtype not in FP8 or "group-scaling" in self.features:
+            return False
+        return not ("wide-accumulator" in self.features and _one_scale(op))
+
     def product(self, op: Op) -> Product:
         """The matrix product that an op is, its groups of equal size."""
-        first, bits = op.operands[0], op.operands[0].dtype.bits
-        promoted = first.dtype in FP8 and "group-scaling" not in self.features
+        bits, promoted = op.operands[0].dtype.bits, self._promoted(op)
         if isinstance(op, Matmul):
             *batch, m, n = map(self.extent, op.result.shape)
             folded = op.b.tensor.rank == 2
@@ -155,6 +176,13 @@ class Compute:
         groups, rows = bound(op.counts.shape[0]), self.extent(op.a.shape[0])
         m, n = bound(op.a.shape[1]), bound(op.b.shape[1])
         return Product(m, n, round(rows / max(1, groups)), groups, bits, promoted)
+
+
+def _one_scale(op: Op) -> bool:
+    """Whether scales stay the same along all of K."""
+    if isinstance(op, ScaledMatmul):
+        return min(op.a_tile[1], op.b_tile[1]) >= bound(op.a.shape[-1])
+    return isinstance(op, GroupedScaledMatmul) and min(op.x_tile[1], op.w_tile[1]) >= bound(op.x.shape[-1])
 
 
 def _is_wgrad(op: Op) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import log2
 
 from .cluster import Cluster, Link
+from .routing import Routing
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ def exchanged(group: Group, whole: float) -> Legs:
     return Legs((group.size - group.local) * part, (group.local - 1) * part)
 
 
+def two_hop(routing: Routing, ranks: Group, tokens: float, row: float) -> Legs:
+    """Bytes per rank of `tokens` whose copies cross the network once per distinct domain and a domain's links once per distinct rank."""
+    nodes, gpus = routing.distinct(ranks.nodes), routing.distinct(ranks.size)
+    away, beside = (ranks.nodes - 1) / ranks.nodes, (ranks.local - 1) / ranks.local
+    return Legs(tokens * nodes * away * row, tokens * gpus * beside * row)
+
+
 def _steps(group: Group) -> float:
     return max(1.0, log2(group.size)) if group.size > 1 else 0.0
 
@@ -73,3 +81,25 @@ def seconds(cluster: Cluster, legs: Legs) -> tuple[float, bool]:
 
 def _leg(link: Link, sent: float, steps: float) -> tuple[float, float]:
     return sent / (link.bandwidth.mid * link.efficiency.mid), steps * link.latency.mid
+
+
+def tpot_bound(
+    cluster: Cluster,
+    *,
+    ranks: int,
+    tokens: int,
+    copies: int,
+    hidden: int,
+    layers: int,
+    sent: tuple[float, float] = (1.0, 2.0),
+    micro_batches: int = 2,
+) -> float:
+    """Seconds per output token below which no decoding over `ranks` can come, by the bytes of dispatch and combine alone.
+
+    A GPU sends `copies` copies of each of its `tokens` tokens per micro-batch, `sent` bytes per element there and back (FP8, BF16), at
+    the bandwidth of the link between domains, or inside one that holds all ranks; `micro_batches` take turns. Latency is left out, and so
+    is the share of bandwidth that kernels reach. Insights into DeepSeek-V3 (arXiv 2505.09343), section 2.3.2.
+    """
+    link = cluster.intra if ranks <= cluster.node else cluster.inter
+    exchange = sum(sent) * tokens * copies * hidden / link.bandwidth.mid
+    return layers * micro_batches * exchange

@@ -1,11 +1,11 @@
-"""How long a matrix product takes on a chip's units: tiles, waves of tiles, the loop over K, promotion of FP8 sums.
+"""How long a chip's units work on a matrix product: tiles, waves of tiles, the loop over K, promotion of FP8 sums.
 
 A kernel cuts the result into tiles and deals them out to the units, in as many waves as tiles by units, rounded up. A tile takes
 
-    ramp + ceil(k / 128) * (2 bm bn 128 / (matrix * peak / units) + promotion * bm bn)
+    ramp + k / 128 * max(2 bm bn 128 / (matrix * peak / units) + promotion * bm bn, (bm + bn) 128 bytes / feed)
 
-seconds, the second summand for FP8 sums that are promoted every 128 elements (DeepSeek-V3 report, section 3.3.2). Of the tiles that
-kernels have the one is taken with the fewest waves, of those the one that fills the last wave best, as DeepGEMM chooses
+seconds: its unit multiplies, and promotes FP8 sums every 128 elements (DeepSeek-V3 report, section 3.3.2), while the next blocks come in.
+Of the tiles that kernels have the one is taken with the fewest waves, of those the one that fills the last wave best, as DeepGEMM chooses
 (deepseek-ai/DeepGEMM, get_best_configs at a6d97a1).
 """
 
@@ -59,7 +59,8 @@ def loop_seconds(product: Product, device: Device, units: int, peak: float) -> f
         return 0.0
     rows, columns, waves = tiling(product.m, product.n, product.groups, units, product.promoted)
     kernels = device.kernels
-    block = 2 * rows * columns * BLOCK_K / (kernels.matrix.mid * peak / device.units)
+    multiplying = 2 * rows * columns * BLOCK_K / (kernels.matrix.mid * peak / device.units)
     if product.promoted:
-        block += kernels.promotion.mid * rows * columns
+        multiplying += kernels.promotion.mid * rows * columns
+    block = max(multiplying, (rows + columns) * BLOCK_K * product.bits / 8 / kernels.feed.mid)
     return waves * (kernels.ramp.mid + product.k / BLOCK_K * block)

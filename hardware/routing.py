@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import comb
 from random import Random
+from typing import Literal
 
 from ..ir.core import Module
 from ..ir.errors import require
@@ -22,13 +23,16 @@ TOKENS = 4096
 
 @dataclass(frozen=True)
 class Routing:
-    """Each token goes to `top_k` of `experts`, chosen from the best `top_groups` of `groups` equal groups, by `score` as in `route`."""
+    """Each token goes to `top_k` of `experts`, chosen from the best `top_groups` of `groups` equal groups.
+
+    Groups are scored as in `route`, `top2` or `max`, or drawn at `random`.
+    """
 
     experts: int
     top_k: int
     groups: int = 1
     top_groups: int = 1
-    score: str = "top2"
+    score: Literal["top2", "max", "random"] = "top2"
 
     def __post_init__(self) -> None:
         require(1 <= self.top_k <= self.experts, f"top_k is {self.top_k}, expected 1 to {self.experts}")
@@ -36,11 +40,15 @@ class Routing:
     def distinct(self, places: int) -> float:
         """How many of `places`, over which the experts are spread evenly and in order, a token reaches on average.
 
-        Where every group may be chosen it is places * (1 - C(E - E/places, k) / C(E, k)); else sampled with a fixed seed.
+        Where every group may be chosen it is places * (1 - C(E - E/places, k) / C(E, k)), and likewise within groups drawn at random; else
+        sampled with a fixed seed.
         """
         require(places >= 1, f"experts lie in {places} places, expected 1 or more")
         if self.top_groups >= self.groups:
             return spread(self.experts, self.top_k, places)
+        if self.score == "random" and places % self.groups == 0:
+            kept = self.top_groups * places // self.groups
+            return spread(self.experts * self.top_groups // self.groups, self.top_k, kept)
         return _sampled(self, places)
 
 
@@ -70,8 +78,9 @@ def _chosen(routing: Routing, random: Random) -> Iterator[int]:
     size = routing.experts // routing.groups
     wanted = min(size, routing.top_k)
     best = [_descending(random, size, wanted) for _ in range(routing.groups)]
-    named = 2 if routing.score == "top2" else 1
-    kept = sorted(range(routing.groups), key=lambda g: -sum(best[g][:named]))[: routing.top_groups]
+    named = {"top2": 2, "max": 1, "random": 0}[routing.score]
+    drawn = [sum(scores[:named]) or random.random() for scores in best]
+    kept = sorted(range(routing.groups), key=lambda g: -drawn[g])[: routing.top_groups]
     ranked = sorted(((score, g) for g in kept for score in best[g]), reverse=True)[: routing.top_k]
     for g in kept:
         count = sum(1 for _, other in ranked if other == g)

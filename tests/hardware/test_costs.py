@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsc.hardware.cluster import cluster
-from dsc.hardware.cost import Costs, seconds, two_hop
-from dsc.hardware.links import Group, exchanged, gathered, reduced
+from dsc.hardware.cost import Costs, seconds
+from dsc.hardware.links import Group, exchanged, gathered, reduced, two_hop
 from dsc.hardware.routing import Routing
 from dsc.ir.core import Op, Phase, Value
 from dsc.ir.mesh import parse_mesh
