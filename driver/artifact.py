@@ -5,6 +5,7 @@
     ir/update.dsc           of a model in training: the optimiser's program, which takes the gradients that the last of these returns
     constants.safetensors   arrays too large for text, if there are any
     plan/memory.json        weights and peak live bytes by function
+    report.html             all of it as one page
 
 A folder is written beside its place and renamed, so it is complete or absent.
 """
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 CONSTANTS = "constants.safetensors"
 UPDATE = "ir/update.dsc"
+MEMORY = "plan/memory.json"
+REPORT = "report.html"
 
 
 class Entry(BaseModel):
@@ -77,11 +80,13 @@ class Artifact:
 
     path: Path
     manifest: Manifest
+    compiled: Module | None = field(default=None, repr=False, compare=False)
+    """The program, where it need not be read: it was just compiled."""
 
     @cached_property
     def module(self) -> Module:
         """The program after the last pass."""
-        return self._read(self.manifest.passes[-1])
+        return self.compiled or self._read(self.manifest.passes[-1])
 
     @cached_property
     def update(self) -> Module | None:
@@ -97,7 +102,11 @@ class Artifact:
 
     def text_after(self, name: str) -> str:
         """The same as text, as it stands on disk."""
-        return self._file(self._record(name).file).read_text(encoding="utf-8")
+        return self.text_of(self._record(name))
+
+    def text_of(self, record: PassRecord) -> str:
+        """The program after a step, as it stands on disk."""
+        return self._file(record.file).read_text(encoding="utf-8")
 
     def _record(self, name: str) -> PassRecord:
         found = [p for p in self.manifest.passes if p.name == name]
@@ -107,14 +116,21 @@ class Artifact:
     def _read(self, record: PassRecord) -> Module:
         from ..ir.parser import parse
 
-        file = self._file(record.file)
-        module = parse(file.read_text(encoding="utf-8"), str(file))
+        module = parse(self.text_of(record), str(self.path / record.file))
         return module.replace(constants=self.constants)
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The arrays of constants.safetensors by name, as read-only views of the file."""
         return constants_of(self.path)
+
+    def data_of(self, name: str) -> Any:
+        """What a JSON file of the artifact says."""
+        file = self._file(name)
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DscError(f"{file}: not JSON: {error}") from None
 
     def _file(self, name: str) -> Path:
         file = self.path / name

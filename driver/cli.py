@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             export_command,
             list_commands,
             place_command,
+            report_command,
             schedule_command,
             train_command,
             tune_command,

@@ -16,6 +16,7 @@ from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, parse_mesh
+from ..ir.timeline import timeline
 from ..ir.types import DType
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
@@ -131,6 +132,7 @@ def compile(
     ('traced', ['traced', 'simplify'])
     """
     from ..passes.manager import check_until, parse_pipeline, run_pipeline
+    from .report import page
 
     target = Path(out)
     artifact.check_target(target)
@@ -166,7 +168,8 @@ def compile(
         if update := _update_of(module, config):
             (folder / artifact.UPDATE).write_text(str(update), encoding="utf-8")
         (folder / "plan").mkdir()
-        _write_json(folder / "plan" / "memory.json", memory(module))
+        line = timeline(module)
+        _write_json(folder / artifact.MEMORY, memory(module, line))
         if add:
             add(module, folder)
         manifest = Manifest(
@@ -183,7 +186,9 @@ def compile(
             versions=artifact.versions(),
         )
         _write_json(folder / artifact.MANIFEST, manifest.model_dump(mode="json"))
-    return artifact.load(target)
+        report = page(Artifact(folder, manifest, module), line=line)
+        (folder / artifact.REPORT).write_text(report, encoding="utf-8", errors="replace")
+    return Artifact(target, artifact.load(target).manifest, module)
 
 
 def default_pipeline(

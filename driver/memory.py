@@ -25,8 +25,8 @@ BUCKETS = {"tp": "TP-sharded", "replicated": "replicated", "experts": "experts (
 """How the ranks of a stage share a weight: cut along tp, whole on each, or cut along ep (the three buckets of Megatron-LM's accounting)."""
 
 
-def memory(module: Module) -> dict[str, Any]:
-    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds.
+def memory(module: Module, line: Timeline | None = None) -> dict[str, Any]:
+    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds. `line` is the timeline, if it is known.
 
     The peak is of what a function makes itself, its results and the functions that it calls included, its parameters not:
     `total_bytes` is weights, inputs and the peak of @main. Of a program for a mesh or with gradients there are `buckets` as well, of the
@@ -52,7 +52,7 @@ def memory(module: Module) -> dict[str, Any]:
     }
     if ATTRIBUTE in module.attributes or bundles(module):
         found["buckets"] = buckets(module)
-    return found | {"training": training(module)} if bundles(module) else found
+    return found | {"training": training(module, line)} if bundles(module) else found
 
 
 def buckets(module: Module) -> dict[str, dict[str, int]]:
@@ -76,7 +76,7 @@ def buckets(module: Module) -> dict[str, dict[str, int]]:
     return found
 
 
-def training(module: Module) -> dict[str, Any]:
+def training(module: Module, line: Timeline | None = None) -> dict[str, Any]:
     """Of a differentiated program: the state of its optimiser, and the peak of each kind of buffer in a step (`ir/timeline.py`).
 
     `step_peak_bytes` is the most of inputs, residuals, workspace and gradients at once, `activation_peak_bytes` of residuals and workspace:
@@ -86,7 +86,7 @@ def training(module: Module) -> dict[str, Any]:
     """
     held = [*buckets(module).values()]
     gradients, kept, weights = (sum(bucket[key] for bucket in held) for key in ("gradient_bytes", "state_parameters", "weight_bytes"))
-    line = timeline(module)
+    line = timeline(module) if line is None else line
     series = {kind: line.series(kind) for kind in KINDS}
     states = {"master": MASTER * kept, "moments": MOMENTS * kept}
     most, at = line.peak(*ACTIVATIONS)

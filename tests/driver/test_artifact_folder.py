@@ -54,7 +54,7 @@ def with_constants(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_in_it(tiny: Path) -> None:
     files = sorted(str(p.relative_to(tiny)) for p in tiny.rglob("*") if p.is_file())
-    assert files == ["ir/00-traced.dsc", "ir/01-simplify.dsc", "manifest.json", "plan/memory.json"]
+    assert files == ["ir/00-traced.dsc", "ir/01-simplify.dsc", "manifest.json", "plan/memory.json", "report.html"]
     manifest = dsc.load(tiny).manifest
     assert manifest.model_dump(mode="json") == json.loads((tiny / "manifest.json").read_text())
     assert (manifest.source, manifest.source_kind, manifest.mode, manifest.stage) == ("deepseek-v3-tiny", "config", "forward", "traced")
@@ -131,7 +131,7 @@ def test_an_artifact_is_replaced_as_a_whole(scale: Path, tmp_path: Path) -> None
     (out / "kernels").mkdir()
     (out / "kernels" / "stale.py").write_text("")
     dsc.compile(scale, out=out, passes="")
-    assert sorted(p.name for p in out.rglob("*")) == ["00-traced.dsc", "ir", "manifest.json", "memory.json", "plan"]
+    assert sorted(p.name for p in out.rglob("*")) == ["00-traced.dsc", "ir", "manifest.json", "memory.json", "plan", "report.html"]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 

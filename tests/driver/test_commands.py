@@ -19,7 +19,7 @@ from dsc.ir.gradients import bundles, by_name
 from dsc.ir.walk import weights as weights_of
 from dsc.passes.manager import PASSES, options, parse_pipeline
 
-COMMANDS = ["compile", "run", "inspect", "export", "opt", "diff", "ops", "passes", "models"]
+COMMANDS = ["compile", "run", "inspect", "export", "opt", "diff", "report", "ops", "passes", "models"]
 
 
 def test_compile_says_why(command: Any, tmp_path: Path) -> None:

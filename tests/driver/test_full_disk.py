@@ -42,11 +42,11 @@ class TestOut:
 
 
 @pytest.mark.parametrize("old", ["nothing", "empty folder", "artifact"])
-@pytest.mark.parametrize("writes", range(6))
+@pytest.mark.parametrize("writes", range(7))
 def test_a_full_disk_leaves_what_was_there(
     refused: Refused, scale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, writes: int
 ) -> None:
-    """The disk is full at each of the six files of an artifact in turn, which is written in part."""
+    """The disk is full at each of the seven files of an artifact in turn, which is written in part."""
     out = tmp_path / "deep" / "er" / "out"
     if old == "empty folder":
         out.mkdir(parents=True)

@@ -1,0 +1,108 @@
+"""plan/timeline.json, a Chrome trace, as a timeline that zooms: the page's script draws it, so here it is only read and made small."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...ir.errors import DscError, require
+from .html import Html, code, data, el, fold, section
+
+FILE = Path("plan") / "timeline.json"
+ROWS = Path("plan") / "schedule.txt"
+MOST = 40_000
+"""Spans that a page holds: the longest ones."""
+HUES = 8
+
+
+def timeline(folder: Path) -> Html | None:
+    """The section, where the artifact has a trace."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    found = read(file)
+    spans = sum(len(row["spans"]) // 4 for row in found["rows"])
+    lead: list[Any] = [
+        f"{spans:,} spans in {len(found['rows']):,} rows, from ",
+        code(FILE.as_posix()),
+        " (which opens in Perfetto too). Drag to move; wheel with Ctrl, the buttons or + and − zoom; arrow keys move.",
+    ]
+    if found["left_out"]:
+        lead.append(f" The {found['left_out']:,} shortest spans are left out here.")
+    buttons = [
+        el("button", words, type="button", data_zoom=name, aria_label=label)
+        for name, words, label in (("in", "+", "zoom in"), ("out", "−", "zoom out"), ("all", "whole", "show everything"))
+    ]
+    key = [el("span", el("i", class_=f"hue-{i % HUES}"), name) for i, name in enumerate(found["kinds"])]
+    rows = folder / ROWS
+    text = (
+        fold("The schedule as text", el("pre", rows.read_text(encoding="utf-8"), tabindex="0", class_="scroll")) if rows.is_file() else None
+    )
+    return section(
+        "schedule",
+        "Schedule",
+        lead,
+        el("div", el("div", buttons, class_="views"), el("p", key, class_="key"), class_="tools"),
+        el(
+            "div",
+            el("div", class_="canvas"),
+            id="timeline",
+            tabindex="0",
+            role="application",
+            aria_label="timeline: + and − zoom, arrows move",
+        ),
+        el("output", id="timeline-says", class_="says"),
+        text,
+        data("timeline-data", found),
+    )
+
+
+def read(file: Path) -> dict[str, Any]:
+    """`rows` with their process, name and four numbers for each span: start and length in microseconds, name, kind. `names`, `kinds`.
+
+    `DscError` for what is no Chrome trace.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DscError(f"{file}: not JSON: {error}") from None
+    events: Any = raw.get("traceEvents") if isinstance(raw, dict) else raw
+    require(isinstance(events, list), f"{file}: expected a Chrome trace, a list of events or an object with traceEvents")
+    titles: dict[tuple[str, Any, Any], str] = {}
+    spans: list[Mapping[str, Any]] = []
+    for number, event in enumerate(events):
+        require(isinstance(event, dict) and "ph" in event, f"{file}: event {number} is no event of a Chrome trace")
+        if event["ph"] == "M":
+            thread = event.get("tid") if event.get("name") == "thread_name" else None
+            titles[str(event.get("name")), event.get("pid"), thread] = str(event.get("args", {}).get("name", ""))
+        elif event["ph"] == "X":
+            times = [event.get(key) for key in ("ts", "dur")]
+            require(
+                all(isinstance(t, int | float) and t >= 0 for t in times), f"{file}: event {number}: ts and dur are {times}, expected times"
+            )
+            spans.append(event)
+    require(bool(spans), f"{file}: no events of phase X, so there is nothing to draw")
+    kept = sorted(spans, key=lambda s: -s["dur"])[:MOST]
+    return _packed(kept, titles) | {"left_out": len(spans) - len(kept)}
+
+
+def _packed(spans: list[Mapping[str, Any]], titles: Mapping[tuple[str, Any, Any], str]) -> dict[str, Any]:
+    names: dict[str, int] = {}
+    kinds: dict[str, int] = {}
+    rows: dict[tuple[Any, Any], list[float]] = {}
+    first = min(s["ts"] for s in spans)
+    for s in sorted(spans, key=lambda s: (str(s.get("pid")).zfill(9), str(s.get("tid")).zfill(9), s["ts"])):
+        name, kind = str(s.get("name", "")), str(s.get("cat") or "span")
+        row = rows.setdefault((s.get("pid"), s.get("tid")), [])
+        row += [round(s["ts"] - first, 3), round(s["dur"], 3), names.setdefault(name, len(names)), kinds.setdefault(kind, len(kinds))]
+    made = [
+        {
+            "group": titles.get(("process_name", pid, None)) or f"process {pid}",
+            "name": titles.get(("thread_name", pid, tid)) or f"thread {tid}",
+            "spans": numbers,
+        }
+        for (pid, tid), numbers in rows.items()
+    ]
+    return {"rows": made, "names": list(names), "kinds": list(kinds), "end": max(s["ts"] + s["dur"] for s in spans) - first}

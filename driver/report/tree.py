@@ -1,0 +1,140 @@
+"""The model as a tree: parameters, bytes and floating-point operations of every module, equal layers as one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ...ir.core import Func, Module, Phase
+from ...ir.ops.control import Call
+from ...ir.walk import join, parameters, walk, weights
+from ..ui import count, size
+from .html import Html, el, share
+
+FORWARD, BACKWARD = 0, 1
+
+
+@dataclass
+class Node:
+    """A module or a weight, with what is below it. `own` numbers are its own, the others are sums."""
+
+    name: str
+    kind: str = ""
+    """Of a weight its type."""
+    parameters: int = 0
+    active: int = 0
+    bytes: int = 0
+    own_flops: list[int] = field(default_factory=lambda: [0, 0])
+    children: dict[str, Node] = field(default_factory=dict)
+
+    def at(self, path: str) -> Node:
+        """The node at a dotted path below this one, made where there is none."""
+        node = self
+        for word in path.split(".") if path else ():
+            node = node.children.setdefault(word, Node(word))
+        return node
+
+    def sum(self) -> None:
+        """Add up from the leaves."""
+        for child in self.children.values():
+            child.sum()
+            self.parameters += child.parameters
+            self.active += child.active
+            self.bytes += child.bytes
+            self.own_flops = [a + b for a, b in zip(self.own_flops, child.own_flops, strict=True)]
+
+    @cached_property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for modules that have equal parts; their names do not count."""
+        parts = tuple((name, child.signature) for name, child in self.children.items())
+        return self.kind, self.parameters, self.active, self.bytes, *self.own_flops, parts
+
+
+def tree(module: Module) -> Node:
+    """Weights at their names, and operations at the module that each op's id names."""
+    root = Node(str(module.attributes.get("model", f"@{module.main.name}")))
+    counted = parameters(module)
+    for name, tensor in weights(module).items():
+        leaf = root.at(name)
+        leaf.kind, leaf.bytes = str(tensor), tensor.bytes
+        if name in counted:
+            leaf.parameters, leaf.active = counted[name].total, counted[name].active
+    known: dict[str, list[tuple[str, int, int]]] = {}
+    functions = {_plain(func.name) for func in module.funcs}
+    for prefix, func in _runs(module):
+        if func.name not in known:
+            known[func.name] = list(_flops(func, functions))
+        for component, phase, flops in known[func.name]:
+            root.at(join(prefix, component)).own_flops[phase] += flops
+    root.sum()
+    return root
+
+
+def _runs(module: Module) -> Iterator[tuple[str, Func]]:
+    """Every execution of every function, with the prefix of its weights' names."""
+    yield "", module.main
+    for prefix, _, op in walk(module):
+        if isinstance(op, Call):
+            yield join(prefix, op.weights), module[op.callee]
+
+
+def _flops(func: Func, functions: set[str]) -> Iterator[tuple[str, int, int]]:
+    """Component, direction and operations of the ops of a function; an op of no module below it belongs to the function itself."""
+    found: dict[tuple[str, int], int] = {}
+    for op in func.ops:
+        if not isinstance(op, Call) and (flops := op.flops()):
+            component = op.id.rpartition("#")[0]
+            component = "" if component.split(".")[0] in functions else component
+            key = component, FORWARD if op.phase is Phase.F else BACKWARD
+            found[key] = found.get(key, 0) + flops
+    for (component, phase), flops in found.items():
+        yield component, phase, flops
+
+
+def _plain(name: str) -> str:
+    """`moe_layer` for `moe_layer_bwd`: ids keep the name of the function that was differentiated."""
+    return name.removesuffix("_fwd").removesuffix("_bwd")
+
+
+def render(root: Node) -> Html:
+    """The tree as elements that fold."""
+    backward = root.own_flops[BACKWARD] > 0
+    names = ["parameters", "", "active per token", "bytes", "FLOPs forward", *(["FLOPs backward"] if backward else [])]
+    head = el("div", el("span", "module"), [el("span", name, class_="n") for name in names], class_="row head")
+    return el("div", head, _item(root, root, 1, backward, 0), class_=f"tree{' backward' if backward else ''}")
+
+
+def _item(node: Node, root: Node, times: int, backward: bool, depth: int, label: str = "") -> Html:
+    name = el("span", label or node.name, el("small", f" {node.kind}") if node.kind else None, class_="name", style=f"--depth:{depth}")
+    flops = node.own_flops[: 2 if backward else 1]
+    numbers = [
+        _number(count(times * node.parameters), node.parameters, f"{times * node.parameters:,} parameters"),
+        el("span", share(times * node.parameters / root.parameters) if root.parameters else None),
+        _number(count(times * node.active), node.active, f"{times * node.active:,} active parameters"),
+        _number(size(times * node.bytes), node.bytes, f"{times * node.bytes:,} bytes"),
+        *(_number(count(times * each), each, f"{times * each:,} floating-point operations") for each in flops),
+    ]
+    if not node.children:
+        return el("div", name, numbers, class_="row leaf")
+    below = [_item(child, root, times * more, backward, depth + 1, title) for child, more, title in _groups(node)]
+    return el("details", el("summary", name, numbers, class_="row"), below, open=depth < 2)
+
+
+def _number(text: str, value: int, exact: str) -> Html:
+    return el("span", text, class_="n", title=exact) if value else el("span", "–", class_="n none")
+
+
+def _groups(node: Node) -> Iterator[tuple[Node, int, str]]:
+    """The children, equal numbered ones that follow each other together: the first of them, how many, and what they are called."""
+    waiting: list[Node] = []
+    for child in (*node.children.values(), None):
+        if waiting and (child is None or not child.name.isdigit() or child.signature != waiting[0].signature):
+            many = len(waiting) > 1
+            yield waiting[0], len(waiting), f"{waiting[0].name} – {waiting[-1].name}  ({len(waiting)} alike)" if many else waiting[0].name
+            waiting = []
+        if child is not None:
+            if child.name.isdigit():
+                waiting.append(child)
+            else:
+                yield child, 1, child.name
