@@ -54,11 +54,12 @@ def header(program: Artifact, module: Module, found: Numbers) -> Html:
         [(", " if i else "", code(f"{p.name}: {p.type}")) for i, p in enumerate(main.params[:3])],
         f" and {len(main.params) - 3:,} more." if len(main.params) > 3 else ".",
     ]
+    held = f"on each rank, of {count(found.parameters['held'])} parameters" if ranks > 1 else ", ".join(found.memory["weights"])
     peak = found.memory["training"]["total_bytes"] if "training" in found.memory else found.memory["total_bytes"]
     figures: list[tuple[str, str, Child]] = [
-        ("parameters", count(total), "that this rank holds" if ranks > 1 else f"{count(active)} active per token"),
+        ("parameters", count(total), f"{count(active)} active per token"),
         ("FLOPs of a run", count(flops(module)), "a multiply-add counts as two"),
-        ("weights", size(found.memory["weight_bytes"]), ", ".join(found.memory["weights"])),
+        ("weights", size(found.memory["weight_bytes"]), held),
         (
             "memory in all",
             size(peak),
@@ -169,25 +170,25 @@ SOURCES = {
 
 def model(module: Module, found: Numbers) -> Html:
     """The tree, and parameters by part."""
-    mesh = (
-        f" Numbers are those of one rank of the mesh {mesh_of(module)}: what is spread over ranks counts with its part."
-        if ATTRIBUTE in module.attributes
-        else ""
-    )
-    lead = (
-        "Every module with what is below it; open one to see its parts, down to the weights. Layers that are alike are one entry, "
-        f"with the numbers of all of them.{mesh}"
-    )
-    rows = [
-        (p["name"], f"{p['total']:,}", share(p["total"] / found.parameters["total"]), f"{p['active']:,}", size(p["bytes"]))
-        for p in found.parameters["parts"]
+    sharded, numbers = ATTRIBUTE in module.attributes, found.parameters
+    lead = [
+        "Every module with what is below it; open one to see its parts, down to the weights. ",
+        "Layers that are alike are one entry, with the numbers of all of them.",
+        f" Bytes and FLOPs are those of one rank of the mesh {mesh_of(module)}." if sharded else None,
     ]
-    last = ("in all", f"{found.parameters['total']:,}", None, f"{found.parameters['active']:,}", size(found.parameters["bytes"]))
-    parts = table(("part", "parameters", "", "active per token", "bytes"), rows, name="parameters by part", last=last)
+    head = ("part", "parameters", "", "active per token", *(("on each rank",) if sharded else ()), "bytes")
+
+    def row(part: Mapping[str, Any], name: str) -> tuple[Child, ...]:
+        held = (f"{part['held']:,}",) if sharded else ()
+        bar = share(part["total"] / numbers["total"]) if numbers["total"] else None
+        return (name, f"{part['total']:,}", bar, f"{part['active']:,}", *held, size(part["bytes"]))
+
+    rows = [row(part, part["name"]) for part in numbers["parts"]]
+    parts = table(head, rows, name="parameters by part", last=row(numbers, "in all"))
     buttons = el(
         "p", [el("button", w, type="button", data_fold=k) for k, w in (("open", "open all"), ("close", "close all"))], class_="views"
     )
-    body = el("div", tree.render(tree.tree(module)), class_="scroll", tabindex="0", role="region", aria_label="the model")
+    body = el("div", tree.render(module), class_="scroll", tabindex="0", role="region", aria_label="the model")
     by_part = fold("Parameters by part", parts) if rows else None
     calls = fold(f"Functions, and who calls whom: {plural(len(module.funcs), 'function')}", _functions(module))
     return section("model", "The model", lead, buttons, body, by_part, calls)

@@ -1,4 +1,4 @@
-"""The model as a tree: parameters, bytes and floating-point operations of every module, equal layers as one entry."""
+"""The model as a tree: parameters of every module, what a rank holds of it and computes, equal layers as one entry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ...ir.core import Func, Module, Phase
+from ...ir.mesh import ATTRIBUTE
 from ...ir.ops.control import Call
+from ...ir.sharding import whole_weights
 from ...ir.walk import join, parameters, walk, weights
 from ..ui import count, size
 from .html import Html, el, share
@@ -23,7 +25,9 @@ class Node:
     kind: str = ""
     """Of a weight its type."""
     parameters: int = 0
+    """Of the whole model, like `active`; `held` and `bytes` are a rank's."""
     active: int = 0
+    held: int = 0
     bytes: int = 0
     own_flops: list[int] = field(default_factory=lambda: [0, 0])
     children: dict[str, Node] = field(default_factory=dict)
@@ -41,6 +45,7 @@ class Node:
             child.sum()
             self.parameters += child.parameters
             self.active += child.active
+            self.held += child.held
             self.bytes += child.bytes
             self.own_flops = [a + b for a, b in zip(self.own_flops, child.own_flops, strict=True)]
 
@@ -48,18 +53,18 @@ class Node:
     def signature(self) -> tuple[object, ...]:
         """Equal for modules that have equal parts; their names do not count."""
         parts = tuple((name, child.signature) for name, child in self.children.items())
-        return self.kind, self.parameters, self.active, self.bytes, *self.own_flops, parts
+        return self.kind, self.parameters, self.active, self.held, self.bytes, *self.own_flops, parts
 
 
 def tree(module: Module) -> Node:
     """Weights at their names, and operations at the module that each op's id names."""
     root = Node(str(module.attributes.get("model", f"@{module.main.name}")))
-    counted = parameters(module)
+    whole, own = parameters(module, whole_weights(module)), parameters(module)
     for name, tensor in weights(module).items():
         leaf = root.at(name)
         leaf.kind, leaf.bytes = str(tensor), tensor.bytes
-        if name in counted:
-            leaf.parameters, leaf.active = counted[name].total, counted[name].active
+        if name in whole:
+            leaf.parameters, leaf.active, leaf.held = whole[name].total, whole[name].active, own[name].total
     known: dict[str, list[tuple[str, int, int]]] = {}
     functions = {_plain(func.name) for func in module.funcs}
     for prefix, func in _runs(module):
@@ -97,27 +102,38 @@ def _plain(name: str) -> str:
     return name.removesuffix("_fwd").removesuffix("_bwd")
 
 
-def render(root: Node) -> Html:
+@dataclass(frozen=True)
+class Columns:
+    """Which numbers are shown, and the tree that shares are of."""
+
+    root: Node
+    sharded: bool
+    backward: bool
+
+
+def render(module: Module) -> Html:
     """The tree as elements that fold."""
-    backward = root.own_flops[BACKWARD] > 0
-    names = ["parameters", "", "active per token", "bytes", "FLOPs forward", *(["FLOPs backward"] if backward else [])]
+    root = tree(module)
+    shown = Columns(root, ATTRIBUTE in module.attributes, root.own_flops[BACKWARD] > 0)
+    names = ["parameters", "", "active per token", *(["on each rank"] if shown.sharded else []), "bytes"]
+    names += ["FLOPs forward", *(["FLOPs backward"] if shown.backward else [])]
     head = el("div", el("span", "module"), [el("span", name, class_="n") for name in names], class_="row head")
-    return el("div", head, _item(root, root, 1, backward, 0), class_=f"tree{' backward' if backward else ''}")
+    return el("div", head, _item(root, shown), class_="tree", style=f"--columns:{len(names) - 2}")
 
 
-def _item(node: Node, root: Node, times: int, backward: bool, depth: int, label: str = "") -> Html:
+def _item(node: Node, shown: Columns, times: int = 1, depth: int = 0, label: str = "") -> Html:
     name = el("span", label or node.name, el("small", f" {node.kind}") if node.kind else None, class_="name", style=f"--depth:{depth}")
-    flops = node.own_flops[: 2 if backward else 1]
     numbers = [
         _number(count(times * node.parameters), node.parameters, f"{times * node.parameters:,} parameters"),
-        el("span", share(times * node.parameters / root.parameters) if root.parameters else None),
+        el("span", share(times * node.parameters / shown.root.parameters) if node.parameters else None),
         _number(count(times * node.active), node.active, f"{times * node.active:,} active parameters"),
+        _number(count(times * node.held), node.held, f"{times * node.held:,} parameters") if shown.sharded else None,
         _number(size(times * node.bytes), node.bytes, f"{times * node.bytes:,} bytes"),
-        *(_number(count(times * each), each, f"{times * each:,} floating-point operations") for each in flops),
+        *(_number(count(times * each), each, f"{times * each:,} operations") for each in node.own_flops[: 2 if shown.backward else 1]),
     ]
     if not node.children:
         return el("div", name, numbers, class_="row leaf")
-    below = [_item(child, root, times * more, backward, depth + 1, title) for child, more, title in _groups(node)]
+    below = [_item(child, shown, times * more, depth + 1, title) for child, more, title in _groups(node)]
     return el("details", el("summary", name, numbers, class_="row"), below, open=depth < 2)
 
 

@@ -94,7 +94,7 @@ def test_the_page_says_what_the_artifact_says(command: Any, fp8: Path) -> None:
         f"{inspected['quantization']['quantised']} of {len(inspected['quantization']['products'])} matrix products are quantised",
         *(row["reason"] for row in inspected["quantization"]["products"]),
         f"in {len(inspected['comm']['collectives'])} collectives",
-        "of one rank of the mesh pp=1,dp=2,ep=2,tp=1",
+        "Bytes and FLOPs are those of one rank of the mesh pp=1,dp=2,ep=2,tp=1.",
     ):
         assert words in found.text, words
 
@@ -164,14 +164,14 @@ def test_the_tree_adds_up(tiny: Path, fp8: Path, tiny_modes: dict[str, Path]) ->
     for path in (tiny, fp8, *tiny_modes.values()):
         module = dsc.load(path).module
         root = tree.tree(module)
-        assert root.parameters == sum(count.total for count in dsc.ir.walk.parameters(module).values())
+        assert root.held == sum(count.total for count in dsc.ir.walk.parameters(module).values())
         assert root.bytes == sum(tensor.bytes for tensor in dsc.ir.walk.weights(module).values())
         assert sum(root.own_flops) == flops(module)
 
 
 def test_layers_that_are_alike_are_one_entry(tiny: Path) -> None:
     root = tree.tree(dsc.load(tiny).module)
-    text = Page(tree.render(root)).text
+    text = Page(tree.render(dsc.load(tiny).module)).text
     assert "1 – 2 (2 alike)" in text  # layer 0 is dense
     experts = root.at("model.layers.1.mlp.experts.gate_proj")
     assert f"gate_proj {experts.kind}" in text
