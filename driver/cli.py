@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands,
             diff_command,
             export_command,
+            golden_command,
             list_commands,
             place_command,
             report_command,

@@ -32,13 +32,13 @@ from ..backends import Runner, Site, Weights
 from ..backends.arrays import Array, Data, describe, fits
 from ..ir.core import OPS, Builder, Module, Op
 from ..ir.errors import DscError
-from ..ir.ops.control import Call, Constant, Param
-from ..ir.ops.fused import Fused
+from ..ir.ops.control import Constant, Param
 from ..ir.ops.linalg import Matmul
 from ..ir.printer import print_op
 from ..ir.types import DType, Tensor
 from ..ir.types import bound as bound_of
 from .agree import share_of_bound
+from .answers import answer, leaves
 from .bounds import bound
 from .samples import SAMPLES
 from .sampling import Sample, draw, integers, normal, seeded
@@ -96,27 +96,16 @@ def check_sample(runner: Runner, sample: Sample, seed: int = 0) -> float:
     The op runs in a module of its own and, where it needs no module, by `evaluate`. Raises `Declined`, or `Disagreement` where a result
     is of another type, an operand was written to, or the difference exceeds the bound.
     """
-    module, arrays = sample.module(), sample.arrays(seed)
-    op = module.main.ops[-1]  # before it may stand what starts what it waits for
-    if reason := backends.declines(runner, op):
+    if reason := backends.declines(runner, sample.op()):
         raise Declined(reason)
-    expected = backends.get("numpy").run(module, seeded, arrays)
-    needs_module = isinstance(op, Param | Constant | Call)
-    if needs_module and not isinstance(op, Fused):
-        limits: tuple[Any, ...] = (0.0,) * len(_leaves(expected))  # moved, or one addition, which every float32 rounds alike
-    else:
-        limits = bound(op, arrays, expected, module=module)
-    before = [x.tobytes() for x in _leaves(arrays)]
-    found = [runner.run(module, seeded, arrays)]
-    if not needs_module:
-        found.append(runner.evaluate(op, arrays))
-    if before != [x.tobytes() for x in _leaves(arrays)]:
-        raise Disagreement(f"an operand was written to\n  {print_op(op)}")
-    return max(_compare(op, each, expected, limits) for each in found)
-
-
-def _leaves(values: Any) -> list[Array]:
-    return [x for v in values for x in (_leaves(v) if isinstance(v, tuple) else [v])]
+    asked = answer(sample, seed)
+    before = [x.tobytes() for x in leaves(asked.operands)]
+    found = [runner.run(asked.module, seeded, asked.operands)]
+    if not asked.needs_module:
+        found.append(runner.evaluate(asked.op, asked.operands))
+    if before != [x.tobytes() for x in leaves(asked.operands)]:
+        raise Disagreement(f"an operand was written to\n  {print_op(asked.op)}")
+    return max(_compare(asked.op, each, asked.results, asked.bounds) for each in found)
 
 
 def _compare(op: Op, found: Sequence[Data], expected: Sequence[Data], limits: Sequence[Any]) -> float:
@@ -125,7 +114,7 @@ def _compare(op: Op, found: Sequence[Data], expected: Sequence[Data], limits: Se
         if not fits(result, value.type):
             raise Disagreement(f"gives {describe(result)}, expected {value.type}\n  {print_op(op)}")
     worst = 0.0
-    for index, (limit, a, b) in enumerate(zip(limits, _leaves(expected), _leaves(found), strict=True)):
+    for index, (limit, a, b) in enumerate(zip(limits, leaves(expected), leaves(found), strict=True)):
         if a.shape != b.shape:
             raise Disagreement(f"result {index} has shape {list(b.shape)}, expected {list(a.shape)}\n  {print_op(op)}")
         share = share_of_bound(a, b, limit)
@@ -173,7 +162,7 @@ def check_model(runner: Runner, module: Module, weights: Weights, inputs: Sequen
 
 def _same(module: Module, found: Sequence[Data], expected: Sequence[Data], when: str) -> None:
     for value, a, b in zip(module.main.results, found, expected, strict=True):
-        if [x.tobytes() for x in _leaves((a,))] != [x.tobytes() for x in _leaves((b,))]:
+        if [x.tobytes() for x in leaves((a,))] != [x.tobytes() for x in leaves((b,))]:
             raise Disagreement(f"result %{value.name} has other bits {when}")
 
 
