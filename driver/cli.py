@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import click
@@ -41,6 +41,23 @@ def cli(debug: bool) -> None:
     """
 
 
+COMPLETE = "_DSC_COMPLETE"
+"""The environment variable by which a shell asks what completes a command line (complete.py)."""
+
+RESUMED: dict[str, str] = {}
+"""What to do after an interrupt, by the name of a command that keeps what is done; others leave nothing behind."""
+
+
+def resumed(text: str) -> Callable[[click.Command], click.Command]:
+    """Say of the command below what goes on with it once it was interrupted."""
+
+    def attach(command: click.Command) -> click.Command:
+        RESUMED[str(command.name)] = text
+        return command
+
+    return attach
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 weights_option = click.option("--weights", metavar="DIR|random:SEED", help="Checkpoint folder, or random weights keyed by name.")
 inputs_option = click.option("--inputs", metavar="FILE.npz", help="An array for each input, by name. Default: seeded ones.")
@@ -55,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from . import (  # noqa: F401 - attach the commands to the group
             commands,
             diff_command,
+            doctor_command,
             export_command,
             golden_command,
             list_commands,
@@ -65,7 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tune_command,
         )
 
-        code = cli.main(given or ["--help"], prog_name="dsc", standalone_mode=False, obj=("dsc", *given))
+        if COMPLETE in os.environ:
+            from .complete import answer
+
+            code = answer(cli, os.environ[COMPLETE])
+        else:
+            code = cli.main(given or ["--help"], prog_name="dsc", standalone_mode=False, obj=("dsc", *given))
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # the reader has gone, which click meets by exiting: say nothing more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -73,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), debug, hint=error.ctx if isinstance(error, click.UsageError) else None)
     except (KeyboardInterrupt, click.Abort) as error:  # click makes the one the other, and ends the line that was begun
-        print("dsc: interrupted; nothing half-written was left behind", file=sys.stderr)
+        name = next((a for a in given if a in cli.commands), "")
+        print(f"dsc: interrupted; {RESUMED.get(name, 'nothing half-written was left behind')}", file=sys.stderr)
         sys.exit(143 if isinstance(error.__cause__ or error, Terminated) else 130)
     except DscError as error:
         _fail(str(error), debug)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import require
-from .cli import cli, inputs_option, json_option, weights_option
+from .cli import cli, inputs_option, json_option, resumed, weights_option
 from .ui import count, emit_json, note, plural, progress, size, table
 
 if TYPE_CHECKING:
@@ -342,6 +342,7 @@ def opt(file: Path, passes: str, until: str | None, print_after: str | None, tim
     return 0
 
 
+@resumed("the same command goes on where it was")
 @cli.command()
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("target", metavar="DST", type=click.Path(path_type=Path))

@@ -53,7 +53,12 @@ def passes(name: str | None, as_json: bool) -> int:
 @cli.command()
 @json_option
 def models(as_json: bool) -> int:
-    """List the models that dsc ships configurations of."""
+    """List the models that dsc ships configurations of.
+
+    \b
+    dsc models
+    dsc models --json
+    """
     from .catalog import describe_models
 
     value, text = describe_models()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..schedule.simulate import Durations, Timeline, lower, parse_durations, sim
 from ..schedule.timeline import svg, text_grid, trace
 from ..schedule.validate import check, in_flight
 from .cli import cli, json_option
-from .ui import emit_json, plural, table
+from .ui import coloured, emit_json, plural, table
 
 
 @cli.command()
@@ -113,8 +112,7 @@ def schedule(
             print(f"{_candidates(candidates, memory)}\n")
         ranks = plural(made.ranks, "rank")
         print(f"{made.name}: {plural(made.stages, 'stage')} on {ranks}, {plural(made.microbatches, 'micro-batch')[:-1]}es; checked\n")
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(text_grid(timeline, _width(), colour))
+        print(text_grid(timeline, _width(), coloured()))
         peaks = [max(row) for row in in_flight(made)]
         print(f"\nstep      {timeline.time:g}")
         print(f"bubble    {_range(timeline.bubbles)}, {100 * max(timeline.bubbles) / timeline.time:.1f}% of the step", end="")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .cli import cli, json_option
+from .cli import cli, json_option, resumed
 from .curve import Row
 from .ui import emit_json, note, plural
 
@@ -19,6 +19,7 @@ EVERY = 10.0
 """Seconds between lines where standard error is no terminal."""
 
 
+@resumed("the same command with --resume goes on from the last checkpoint")
 @cli.command()
 @click.argument("source", metavar="SRC")
 @click.option("--data", required=True, multiple=True, type=click.Path(path_type=Path), metavar="FILE...", help="Text files to train on.")

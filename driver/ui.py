@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from .interrupt import check
 
@@ -46,6 +47,18 @@ def size(number: float) -> str:
 def plural(number: int, noun: str) -> str:
     """`1 op`, `2 ops`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def coloured(stream: TextIO | None = None) -> bool:
+    """Whether colours may be used: only on a terminal, and not where NO_COLOR is set (no-color.org)."""
+    return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def styled(text: str, colour: str) -> str:
+    """`text` in a colour, where standard output takes colours."""
+    import click
+
+    return click.style(text, fg=colour) if coloured() else text
 
 
 def note(message: str) -> None:
