@@ -66,6 +66,7 @@ EXACT: set[type[Op]] = {
     *(shape.Reshape, shape.Transpose, shape.Broadcast, shape.Slice, shape.Concat, shape.Pad, shape.Take, shape.Gather, shape.Scatter),
     *(shape.CacheAppend, reduce.Max, reduce.Min, reduce.Any, reduce.All, reduce.ArgMax, reduce.TopK, reduce.Sort, reduce.Histogram),
     *(quant.Quantize, quant.Dequantize, fused.QuantizeTwice, moe.Dispatch, moe.Redispatch, moe.Regroup),
+    moe.DispatchGroups,
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
     *(collective.AllGather, collective.ReduceScatter, collective.AllReduce, collective.AllToAll, collective.AllToAllRows),
     *(collective.OwnPart, collective.Done),
@@ -237,6 +238,15 @@ def combine(op: moe.Combine, p: Precision, y: Floats, rows: Floats, handle: tupl
     """k products and k - 1 sums."""
     (magnitude,) = unrounded(op, (np.abs(rows), handle, np.abs(weights)))
     return p.gamma(weights.shape[1]) * magnitude
+
+
+@error_of(moe.CombineGroups)
+def combine_groups(
+    op: moe.CombineGroups, p: Precision, y: Floats, rows: Floats, tokens: Array, ids: Array, weights: Floats | None = None
+) -> Any:
+    """A product for each row of a token where there are weights, and one sum fewer than rows."""
+    (magnitude,) = unrounded(op, (np.abs(rows), tokens, ids, *(np.abs(w) for w in (weights,) if w is not None)))
+    return p.gamma(int(np.bincount(tokens, minlength=1).max())) * magnitude
 
 
 @error_of(norm.RmsNorm)

@@ -44,7 +44,17 @@ from ..ir.ops.elementwise import (
 from ..ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
-from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
+from ..ir.ops.moe import (
+    Combine,
+    CombineBackward,
+    CombineGroups,
+    Dispatch,
+    DispatchGroups,
+    Redispatch,
+    Regroup,
+    Route,
+    RouteBackward,
+)
 from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.reduce import All, Any, ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
@@ -269,6 +279,15 @@ EXPERTS = [
       for dtype in ("f32", "bf16")),
     sample(CombineBackward, "bf16[8, 1]", "bf16[8, 1]", ("bundle{i32[8]}", permutation), "bf16[1, 8]", tag="from one token"),
     sample(Combine, "bf16[8, 1]", ("bundle{i32[8]}", permutation), "bf16[1, 8]", tag="into one token"),
+    *(sample(DispatchGroups, f"{dtype}[11, 19]", ("i32[11, 3]", choices(8)), groups=4, size=2) for dtype in ("f32", "bf16")),
+    sample(DispatchGroups, "f8e4m3[11, 19]", "f32[11, 1]", ("i32[11, 4]", integers(-1, 6)), groups=3, size=2, rows="sent",
+           tag="with scales"),
+    sample(DispatchGroups, "f32[in<=9, 3]", ("i32[in<=9, 2]", integers(-2, 5)), groups=5, size=1, tag="of a ragged number of tokens"),
+    sample(DispatchGroups, "f32[0, 3]", "i32[0, 2]", groups=3, size=2, tag="of no tokens"),
+    *(sample(CombineGroups, f"{dtype}[33, 19]", ("i32[33]", integers(0, 11)), "i32[13, 3]") for dtype in ("f32", "bf16")),
+    *(sample(CombineGroups, f"{dtype}[r<=9, 5]", ("i32[r<=9]", integers(0, 4)), "i32[t<=6, 2]", "f32[r<=9, 1]")
+      for dtype in ("f32", "bf16")),
+    sample(CombineGroups, "f32[0, 3]", "i32[0]", "i32[2, 2]", tag="of no rows"),
 ]  # fmt: skip
 
 LOSSES = [

@@ -10,7 +10,17 @@ from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not,
 from ..ir.ops.fused import QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
-from ..ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
+from ..ir.ops.moe import (
+    Combine,
+    CombineBackward,
+    CombineGroups,
+    Dispatch,
+    DispatchGroups,
+    Redispatch,
+    Regroup,
+    Route,
+    RouteBackward,
+)
 from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.reduce import All, Any, ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
@@ -143,6 +153,16 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
     ),
     wrong(Redispatch, "f32[4, 3]", "bundle{f32[8]}", message="the handle is bundle{f32[8]}, expected bundle{i32[rows]}"),
     wrong(Regroup, "f32[4, 3]", "i32[4]", message="expected counts [I, J], found i32[4]"),
+    wrong(DispatchGroups, "f32[4, 3]", "i32[4, 2]", groups=0, size=2, message="0 groups of 2 experts, expected 1 or more of each"),
+    wrong(
+        DispatchGroups,
+        *("f32[4, 3]", "i32[5, 2]"),
+        groups=2,
+        size=2,
+        message="expected x [T, H] and ids [T, k], found f32[4, 3] and i32[5, 2]",
+    ),
+    wrong(CombineGroups, "f32[4, 3]", "i32[5]", "i32[2, 2]", message="tokens are i32[5], expected one for each row of f32[4, 3]"),
+    wrong(CombineGroups, "f32[4, 3]", "i32[4]", "i32[2, 2]", "f32[4]", message="weights are f32[4], expected f32[4, 1]"),
     wrong(
         CombineBackward,
         *("f32[6, 3]", "f32[3, 3]", "bundle{i32[6]}", "f32[3, 2]"),

@@ -115,3 +115,35 @@ def regroup(op: ops.Regroup, *operands: Array) -> tuple[Array, ...] | Array:
     for out, x in zip(found, xs, strict=True):
         out[:total] = x.take(order, axis=0)
     return found if len(found) > 1 else found[0]
+
+
+@reference(ops.DispatchGroups, operands="stored")
+def dispatch_groups(op: ops.DispatchGroups, *operands: Array) -> tuple[Array, ...]:
+    *xs, ids = operands
+    require_inside(np.maximum(ids, 0), op.groups * op.size, "expert")
+    group = np.where(ids < 0, op.groups, ids // op.size)
+    chosen = np.zeros((op.groups + 1, len(ids)), np.bool)
+    chosen[group, np.arange(len(ids))[:, None]] = True
+    groups, tokens = np.nonzero(chosen[:-1])
+    inside = np.where(group[tokens] == groups[:, None], ids[tokens] - groups[:, None] * op.size, -1)
+    counts = np.bincount(groups, minlength=op.groups).astype(np.int32)
+    return *(x.take(tokens, axis=0) for x in xs), inside.astype(np.int32), counts, tokens.astype(np.int32)
+
+
+@reference(ops.CombineGroups, operands="blocks")
+def combine_groups(
+    op: ops.CombineGroups, wide: np.dtype[np.floating], rows: Array, tokens: Array, ids: Array, weights: Array | None = None
+) -> Array:
+    require_inside(tokens, len(ids), "token")
+    result = np.zeros((len(ids), rows.shape[1]), wide)
+    order = np.argsort(tokens, kind="stable")
+    owners = tokens[order]
+    starts = np.searchsorted(owners, owners)  # of each row, where those of its token begin
+    turns = np.arange(len(order)) - starts
+    for turn in range(int(turns.max(initial=-1)) + 1):  # the first row of every token, then the second, ...
+        some = order[turns == turn]
+        term = widen(rows.take(some, axis=0), wide)
+        if weights is not None:
+            term *= widen(weights.take(some, axis=0), wide)
+        result[tokens[some]] += term
+    return result

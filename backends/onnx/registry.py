@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from ...ir.core import OPS, Op
 from ...ir.errors import DscError
 from ...ir.ops import collective
+from ...ir.ops.moe import CombineGroups, DispatchGroups
 
 Operands = Literal["wide", "stored", "moved", "carried"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -52,6 +53,9 @@ GAPS: dict[type[Op], Missing] = {
     cls: Missing("ONNX has no op in which ranks communicate")
     for cls in OPS.values()
     if issubclass(cls, collective.Collective | collective.Done)
+} | {
+    cls: Missing("it makes or takes rows on their way between ranks, as many as are known at run time only")
+    for cls in (DispatchGroups, CombineGroups)
 }
 """Ops that are left out, each with its reason."""
 

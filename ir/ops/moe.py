@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..core import Op, Trait, Value, op
 from ..errors import require
-from ..types import Bundle, Dim, DType, Tensor, Type
+from ..types import Bundle, Dim, DType, Ragged, Tensor, Type, bound
 from .rules import require_float, require_int
 
 
@@ -206,3 +206,61 @@ class Regroup(Op):
             same = x.shape[0] == self.xs[0].shape[0]
             require(same, f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
         return tuple(x.tensor for x in self.xs)
+
+
+@op("dispatch_groups", Trait.ROUTING)
+class DispatchGroups(Op):
+    """Tokens to groups of experts: each token's vector once for each group that holds an expert of its choice, sorted by group.
+
+    Every x [T, H] (codes and their scales travel together) gives rows [R, H] by ids i32[T, k]; group g of `groups` holds the experts
+    g * size to (g + 1) * size - 1, and a negative id is a slot without expert. Then come the choice of each row within its group,
+    i32[R, k]: id - g * size, or -1 where the slot's expert is elsewhere; counts i32[groups], how many rows each group has; and tokens
+    i32[R], the token of each row. Rows of one group keep the tokens' order. R is ragged, of the name `rows`, at most T * min(k, groups).
+    Its backward is `combine_groups` with the same tokens.
+    """
+
+    xs: tuple[Value, ...]
+    ids: Value
+    groups: int
+    size: int
+    rows: str = "rows"
+
+    def infer(self) -> tuple[Type, ...]:
+        ids = self.ids.tensor
+        require(ids.dtype is DType.i32 and ids.rank == 2 and len(self.xs) > 0, f"expected at least one x, and ids i32[T, k], found {ids}")
+        require(self.groups > 0 and self.size > 0, f"{self.groups} groups of {self.size} experts, expected 1 or more of each")
+        tokens, k = ids.shape
+        for x in self.xs:
+            require(x.tensor.rank == 2 and x.shape[0] == tokens, f"expected x [T, H] and ids [T, k], found {x.type} and {ids}")
+        require(isinstance(k, int), f"the number of slots is static, found {ids}")
+        rows = Ragged(self.rows, bound(tokens) * min(bound(k), self.groups))
+        sent = tuple(Tensor(x.dtype, (rows, x.shape[1])) for x in self.xs)
+        return *sent, Tensor(DType.i32, (rows, k)), Tensor(DType.i32, (self.groups,)), Tensor(DType.i32, (rows,))
+
+
+@op("combine_groups")
+class CombineGroups(Op):
+    """Rows of groups back to tokens: out[t] = sum over the rows r of token t of weights[r] * rows[r]; without weights of rows[r].
+
+    rows [R, H], the tokens i32[R] of a `dispatch_groups`, the ids i32[T, k] that it was given (they say how many tokens there are) and
+    weights f32[R, 1] give [T, H]; summed in float32 in the order of rows, rounded once. A token without rows gets 0.
+    """
+
+    rows: Value
+    tokens: Value
+    ids: Value
+    weights: Value | None = None
+
+    def infer(self) -> tuple[Type, ...]:
+        rows, tokens, ids = self.rows.tensor, self.tokens.tensor, self.ids.tensor
+        require_float(self.rows)
+        require_int(self.tokens, self.ids)
+        require(rows.rank == ids.rank == 2, f"expected rows [R, H] and ids [T, k], found {rows} and {ids}")
+        require(tokens.shape == rows.shape[:1], f"tokens are {tokens}, expected one for each row of {rows}")
+        if self.weights is not None:
+            expected = Tensor(DType.f32, (rows.shape[0], 1))
+            require(self.weights.type == expected, f"weights are {self.weights.type}, expected {expected}")
+        return (Tensor(rows.dtype, (ids.shape[0], rows.shape[1])),)
+
+    def flops(self) -> int:
+        return (1 if self.weights is None else 2) * self.rows.tensor.size

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from ...ir.core import Value
 from ...ir.ops.control import Literal
-from ...ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
+from ...ir.ops.moe import (
+    Combine,
+    CombineBackward,
+    CombineGroups,
+    Dispatch,
+    DispatchGroups,
+    Redispatch,
+    Regroup,
+    Route,
+    RouteBackward,
+)
 from ...ir.types import DType
 from .rules import Backward, Gradients, extents, missing, vjp
 
 missing("second derivatives are not taken", RouteBackward, Redispatch, CombineBackward)
-missing("shard-experts makes it, and works on what is differentiated already", Regroup)
+missing("shard-experts makes it, and works on what is differentiated already", Regroup, DispatchGroups, CombineGroups)
 
 
 @vjp(Route)

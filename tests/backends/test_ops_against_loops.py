@@ -13,7 +13,7 @@ from dsc.backends.arrays import Array, widen
 from dsc.ir.ops.attention import Attention, AttentionDecode
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad
 from dsc.ir.ops.loss import BalanceLoss
-from dsc.ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route
+from dsc.ir.ops.moe import Combine, CombineBackward, CombineGroups, Dispatch, DispatchGroups, Redispatch, Route
 from dsc.ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
 from dsc.ir.ops.shape import CacheAppend, Scatter
 from dsc.testing.bounds import bound
@@ -207,6 +207,22 @@ def combine_backward(op: CombineBackward, rows: Array, sent: Array, handle: tupl
     return drows, dweights
 
 
+def dispatch_groups(op: DispatchGroups, *operands: Array) -> tuple[list, ...]:
+    *xs, ids = map(numbers, operands)
+    members = [range(g * op.size, (g + 1) * op.size) for g in range(op.groups)]
+    rows = [(g, t) for g in range(op.groups) for t, row in enumerate(ids) if any(e in members[g] for e in row)]
+    inside = [[members[g].index(e) if e in members[g] else -1 for e in ids[t]] for g, t in rows]
+    counts = [sum(g == one for one, _ in rows) for g in range(op.groups)]
+    return *([x[t] for _, t in rows] for x in xs), inside, counts, [t for _, t in rows]
+
+
+def combine_groups(op: CombineGroups, rows: Array, tokens: Array, ids: Array, weights: Array | None = None) -> list:
+    values, owner = numbers(rows), numbers(tokens)
+    factor = [w for (w,) in numbers(weights)] if weights is not None else [1.0] * len(values)
+    mine = [[r for r, o in enumerate(owner) if o == t] for t in range(len(ids))]
+    return [[math.fsum(factor[r] * values[r][h] for r in some) for h in range(rows.shape[1])] for some in mine]
+
+
 def scatter(op: Scatter, x: Array, indices: Array, updates: Array) -> list:
     result = np.array(numbers(x))
     axis = op.axis % x.ndim
@@ -230,6 +246,8 @@ LOOPS = {
     GroupedMatmulWgrad: grouped_matmul_wgrad,
     Redispatch: redispatch,
     CombineBackward: combine_backward,
+    DispatchGroups: dispatch_groups,
+    CombineGroups: combine_groups,
     Scatter: scatter,
 }
 

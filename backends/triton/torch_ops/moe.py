@@ -1,4 +1,4 @@
-"""The gate, and the way to the experts and back. Nothing waits for the GPU."""
+"""The gate, and the way to the experts and back. Nothing waits for the GPU but where the number of rows is known at run time only."""
 
 from __future__ import annotations
 
@@ -98,3 +98,28 @@ def regroup(op: ops.Regroup, *operands: Tensor) -> tuple[Tensor, ...] | Tensor:
         for x in xs
     )
     return found if len(found) > 1 else found[0]
+
+
+@torch_op(ops.DispatchGroups)
+def dispatch_groups(op: ops.DispatchGroups, *operands: Tensor) -> tuple[Tensor, ...]:
+    *xs, ids = operands
+    group = torch.where(ids < 0, op.groups, ids // op.size).to(torch.int64)
+    chosen = torch.zeros((len(ids), op.groups + 1), dtype=torch.bool, device=ids.device).scatter(1, group, True)[:, :-1].T
+    groups, tokens = chosen.nonzero(as_tuple=True)  # its extent is the number of rows: here the host waits
+    inside = torch.where(group[tokens] == groups[:, None], ids[tokens] - groups[:, None] * op.size, -1)
+    rows = (plain(x).index_select(0, tokens).view(x.dtype) for x in xs)
+    return *rows, inside.to(torch.int32), chosen.sum(1, dtype=torch.int32), tokens.to(torch.int32)
+
+
+@torch_op(ops.CombineGroups)
+def combine_groups(op: ops.CombineGroups, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+    wide = torch.float64 if op.rows.dtype is DType.f64 else torch.float32
+    terms = widen(rows, wide) if weights is None else widen(rows, wide) * widen(weights, wide)
+    result = torch.zeros((len(ids), rows.shape[1]), dtype=wide, device=rows.device)
+    order = torch.sort(tokens.to(torch.int64), stable=True)
+    starts = torch.searchsorted(order.values, order.values)
+    turns = torch.arange(len(order.values), device=rows.device) - starts
+    for turn in range(int(turns.max()) + 1 if len(turns) else 0):  # in the order of rows, which is part of the op's meaning
+        some = order.indices[turns == turn]
+        result = result.index_add(0, tokens[some], terms[some])
+    return rounded(result, op.result.dtype)
