@@ -37,6 +37,13 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--passes", metavar="TEXT", help=f"{PASSES_HELP} Default: simplify; in train mode autodiff, with --target fuse.")
 @click.option("--recipe", metavar="NAME|FILE.toml", help="Quantise by this recipe (deepseek-v3, ...), within the default pipeline.")
 @click.option("--mesh", metavar="dp=4,ep=4,tp=1", help="What one rank of this mesh runs; --batch then counts all ranks' sequences.")
+@click.option(
+    "--dispatch",
+    type=click.Choice(["auto", "direct", "two-hop"]),
+    default="auto",
+    help="How tokens reach experts on other nodes: once for each expert, or once for each node and on from there. "
+    "Default: two-hop where ep spans nodes, direct in decode mode.",
+)
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")

@@ -110,6 +110,7 @@ def compile(
     passes: str | None = None,
     recipe: str | None = None,
     mesh: str | None = None,
+    dispatch: str = "auto",
     until: str | None = None,
     weights: str = "none",
     overrides: Sequence[str] = (),
@@ -122,7 +123,8 @@ def compile(
 
     `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
     text; without it the default one runs, with quantisation by `recipe` if one is named, and sharded over `mesh` ("dp=4,ep=4",
-    see `ir/mesh.py`) if one is given: then `batch` counts the sequences of all ranks, by default one for each along dp. `until` is a
+    see `ir/mesh.py`) if one is given: then `batch` counts the sequences of all ranks, by default one for each along dp, and `dispatch` says
+    how tokens go to experts of other nodes: `direct`, `two-hop`, or `auto`, which is direct in decoding alone. `until` is a
     stage to stop at, `weights` one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. With
     `fuse` the default pipeline ends with that pass, as it does where kernels are compiled. `on_step` is called with the name of each step
     that is done; `add` is given the program and the folder before it takes its place, and may write more there.
@@ -139,7 +141,8 @@ def compile(
     check_until(until)
     require(passes is None or recipe is None, "--recipe belongs to the default pipeline; in --passes write quantize-fp8{recipe=...}")
     require(passes is None or mesh is None, '--mesh belongs to the default pipeline; in --passes write shard-experts{mesh="..."}')
-    chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh) if passes is None else passes
+    require(dispatch == "auto" or bool(mesh), "--dispatch says how tokens go to other ranks: it needs --mesh")
+    chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch) if passes is None else passes
     pipeline = parse_pipeline(chosen)  # what is wrong is said before any work
     if mesh and batch is None and resolve(source).kind in ("config", "checkpoint"):
         batch = parse_mesh(mesh).dp
@@ -148,7 +151,7 @@ def compile(
     seconds = time.perf_counter() - start
     on_step("traced")
     if passes is None:
-        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh))
+        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh, dispatch))
     with artifact.beside(target) as folder:
         (folder / "ir").mkdir()
         writer = _Snapshots(folder)
@@ -192,7 +195,12 @@ def compile(
 
 
 def default_pipeline(
-    recipe: str | None, config: dict[str, Any] | None, mode: str = "forward", fuse: bool = False, mesh: str | None = None
+    recipe: str | None,
+    config: dict[str, Any] | None,
+    mode: str = "forward",
+    fuse: bool = False,
+    mesh: str | None = None,
+    dispatch: str = "auto",
 ) -> str:
     """The passes that run where none are given: in training differentiation, quantisation by `recipe`, sharding over `mesh`, then `fuse`.
 
@@ -200,7 +208,8 @@ def default_pipeline(
     weights change.
     """
     first = f"{DEFAULT_PASSES},autodiff,{DEFAULT_PASSES}" if mode == "train" else DEFAULT_PASSES
-    last = (f',shard-experts{{mesh="{mesh}"}}' if mesh else "") + (",fuse" if fuse else "")
+    hops = f",dispatch={dispatch}" if dispatch != "auto" else ""
+    last = (f',shard-experts{{mesh="{mesh}"{hops}}}' if mesh else "") + (",fuse" if fuse else "")
     if recipe is None:
         return first + last
     from ..passes.recipe import recipe as by_name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..ir.core import Func, Module, Value
-from ..ir.errors import require
+from ..ir.errors import DscError, require
 from ..ir.mesh import ATTRIBUTE, Mesh, parse_mesh
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.control import Param
@@ -33,9 +33,11 @@ class ShardExperts(Pass):
     """Turn a program of all ranks into the one that each rank of a mesh runs.
 
     Experts are split over ep, sequences over dp, heads of attention and, elsewhere, the positions of a sequence over tp. Collectives stand
-    where a value is wanted elsewhere than it is (passes/sharding/); dispatch and combine become exchanges of rows along ep. Sums over what
-    is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main. The module
-    carries its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
+    where a value is wanted elsewhere than it is (passes/sharding/); dispatch and combine become exchanges of rows along ep. With
+    `dispatch=two-hop`, which is the default where ep spans nodes, except in decoding, a token crosses the network once for each node that
+    holds one of its experts, and goes on to them inside the node; sums of its experts' results are formed, and rounded, on the way back.
+    Sums over what is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main.
+    The module carries its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
 
     With `zero=1` the sums of gradients end scattered: each of the ranks that hold a weight together gets an equal part of its gradient,
     and keeps the optimiser's state for that part alone (ZeRO-1, arXiv 1910.02054, section 5.1). Those are the ranks of dp, for experts
@@ -82,7 +84,7 @@ class ShardExperts(Pass):
     ensures: ClassVar[str | None] = "sharded"
 
     mesh: str
-    dispatch: Literal["direct"] = "direct"
+    dispatch: Literal["auto", "direct", "two-hop"] = "auto"
     zero: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
@@ -93,9 +95,19 @@ class ShardExperts(Pass):
         require(mesh.pp == 1, f"mesh {mesh}: stages of a pipeline are not split here; pp=1 would fit")
         _check(module, mesh)
         handout = Handout(module, mesh, bool(self.zero))
-        made = _Sharding(module, mesh).module([_input(module, p, mesh) for p in module.main.params], handout)
+        made = _Sharding(module, mesh, self._two_hops(module, mesh)).module([_input(module, p, mesh) for p in module.main.params], handout)
         self.declined.extend(handout.declined)
         return made
+
+    def _two_hops(self, module: Module, mesh: Mesh) -> bool:
+        """Whether tokens cross the network once for each node; refused where that is no other way."""
+        nodes = mesh.size("ep.node")
+        if self.dispatch == "two-hop" and nodes == 1:
+            least = f"ep={2 * mesh.node} or {'node=1' if mesh.ep <= 2 else f'node={mesh.ep // 2}'}"
+            raise DscError(
+                f"mesh {mesh}: ep={mesh.ep} lies within a node of {mesh.node} ranks, where dispatch has no two hops; {least} would fit"
+            )
+        return nodes > 1 and (self.dispatch == "two-hop" or (self.dispatch == "auto" and module.attributes.get("mode") != "decode"))
 
 
 def spread_program(module: Module, mesh: Mesh, inputs: Sequence[Split], results: Mapping[int, Split]) -> Module:
@@ -111,9 +123,10 @@ def spread_program(module: Module, mesh: Mesh, inputs: Sequence[Split], results:
 class _Sharding:
     """One sharding of a module. A function is made once for each way in which its arguments are placed."""
 
-    def __init__(self, module: Module, mesh: Mesh) -> None:
+    def __init__(self, module: Module, mesh: Mesh, two_hops: bool = False) -> None:
         self.before = module
         self.mesh = mesh
+        self.two_hops = two_hops
         self.made: dict[tuple[str, tuple[Placement, ...]], tuple[str, tuple[Placement, ...]]] = {}
         self.funcs: dict[str, list[Func]] = {func.name: [] for func in module.funcs}
         self.names = set(self.funcs)
@@ -148,7 +161,7 @@ class _Sharding:
         return sharded.map(lambda func: drop_unused(func, pinned))
 
     def body(self, func: Func, given: Sequence[Placement]) -> Body:
-        body = Body(func, self.mesh, self.lower, _experts(func))
+        body = Body(func, self.mesh, self.lower, _experts(func), self.two_hops)
         body.run(given, RULES, rules.default)
         return body
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ...ir.core import Func, Op, OpT, Value
 from ...ir.errors import DscError
@@ -18,6 +18,9 @@ from ...ir.ops.shape import Broadcast, Reshape, Transpose
 from ...ir.types import DType
 from ..rewrite import inherit
 from .layout import Dim, Factor, Layout, Placement, coarse, factors, local_type, reshaped, spread, whole
+
+if TYPE_CHECKING:
+    from .hops import Way
 
 Lower = Callable[[str, tuple[Placement, ...]], tuple[str, tuple[Placement, ...]]]
 """(function, where its arguments are) -> the name of the function that a rank runs, and where its results are."""
@@ -32,11 +35,15 @@ class Body:
     lower: Lower
     experts: frozenset[str]
     """The weights of this function that grouped products read, by relative name."""
+    two_hops: bool = False
+    """Whether tokens go to their experts over nodes first."""
     ops: list[Op] = field(default_factory=list)
     forms: dict[Value, dict[Placement, Value]] = field(default_factory=dict)
     layouts: dict[Value, Placement] = field(default_factory=dict)
     pairs: dict[tuple[Value, Layout], tuple[Value, Value]] = field(default_factory=dict)
     handles: dict[Value, tuple[Value, ...]] = field(default_factory=dict)
+    ways: dict[Value, Way] = field(default_factory=dict)
+    """Of a handle of two hops what it carries, once it was unpacked (hops.py)."""
 
     def run(self, given: Sequence[Placement], rules: Mapping[type[Op], Rule], default: Callable[[Op], Rule]) -> None:
         """Make every op, the parameters being where `given` says."""

@@ -7,8 +7,8 @@ Experts e * E / ep to (e + 1) * E / ep - 1 are those of rank e along ep. Rows so
     rows = all_to_all_rows(rows, send, recv)              by rank, then by expert
     rows = regroup(rows, received)                        by expert, then by rank
 
-and the handle is the order with `send`, `recv` and `received`. `combine` goes the same way back, `redispatch` the same way again. The
-counts of local experts are the global ones, spread over ep and partial over edp.
+and the handle is the order with `send`, `recv` and `received`. `combine` goes the same way back, `redispatch` the same way again. In two
+hops (hops.py) rows go to nodes first. The counts of local experts are the global ones, spread over ep and partial over edp.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ...ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regrou
 from ...ir.ops.reduce import Sum
 from ...ir.ops.shape import Reshape, Scatter, Take, Transpose
 from ...ir.types import DType, Ragged, bound
+from . import hops
 from .body import Body, sharding
 from .layout import Carried, Dim, Layout, Rows, axes, factors, local, spread, whole
 from .products import partial_of_experts, spread_experts
@@ -67,6 +68,9 @@ def dispatch(body: Body, op: Dispatch) -> None:
     ids = body.get(op.ids, Layout((tokens, *whole(op.ids.shape[1:]).dims)))
     xs = tuple(body.get(x, Layout((tokens, *whole(x.shape[1:]).dims))) for x in op.xs)
     ep = body.size("ep")
+    if body.two_hops:
+        _dispatched(body, op, *hops.send(body, xs, ids, op.experts, op.handle.name), tokens)
+        return
     made = body.emit(op.copy(xs=xs, ids=ids))
     rows: Sequence[Value] = made.results[:-2]
     counts, handle = made.counts, made.handle
@@ -79,6 +83,10 @@ def dispatch(body: Body, op: Dispatch) -> None:
         rows = _there(body, rows, received, send, recv, Ragged("rows", most))
         counts = body.emit(Sum(received, (0,), names=(op.counts.name,))).result
         handle = body.emit(Pack((handle, send, recv, received), names=(op.handle.name,))).result
+    _dispatched(body, op, rows, counts, handle, tokens)
+
+
+def _dispatched(body: Body, op: Dispatch, rows: Sequence[Value], counts: Value, handle: Value, tokens: Dim) -> None:
     for old, new in zip(op.results[:-2], rows, strict=True):
         body.set(old, _rows(new), new)
     body.set(op.counts, Layout((spread_experts(body, op.experts),), partial_of_experts(body)), counts)
@@ -116,6 +124,13 @@ def _fields(body: Body, handle: Value) -> tuple[Value, ...]:
     return body.handles[handle]
 
 
+def _way(body: Body, handle: Value) -> hops.Way:
+    """What the handle of a dispatch in two hops carries."""
+    if handle not in body.ways:
+        body.ways[handle] = hops.unpacked(body, body.form(handle))
+    return body.ways[handle]
+
+
 def _sender(body: Body, handle: Value) -> Dim:
     placement = body.layouts[handle]
     assert isinstance(placement, Carried)
@@ -126,21 +141,36 @@ def _sender(body: Body, handle: Value) -> Dim:
 def combine(body: Body, op: Combine) -> None:
     tokens = _sender(body, op.handle)
     rows = body.form(op.rows)
+    result = Layout((tokens, *whole(op.result.shape[1:]).dims))
+    if body.two_hops:
+        way = _way(body, op.handle)
+        even = isinstance(op.weights.owner, Literal) and op.weights.owner.values == (1.0,)
+        body.set(op.result, result, hops.bring_back(body, rows, way, None if even else _row_weights(body, op, tokens)))
+        return
     order, *ways = _fields(body, op.handle)
     if ways:
         rows = _back(body, rows, op)
     weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
-    made = body.emit(op.copy(rows=rows, handle=order, weights=weights))
-    keep(body, op, made, Layout((tokens, *whole(op.result.shape[1:]).dims)))
+    keep(body, op, body.emit(op.copy(rows=rows, handle=order, weights=weights)), result)
+
+
+def _row_weights(body: Body, op: Combine | CombineBackward, tokens: Dim) -> Value:
+    """The weights, gone to the experts."""
+    weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
+    return hops.row_weights(body, weights, _way(body, op.handle))
 
 
 @sharding(Redispatch)
 def redispatch(body: Body, op: Redispatch) -> None:
     tokens = _sender(body, op.handle)
-    order, *ways = _fields(body, op.handle)
     xs = tuple(body.get(x, Layout((tokens, *whole(x.shape[1:]).dims))) for x in op.xs)
-    rows: Sequence[Value] = body.emit(op.copy(xs=xs, handle=order)).results
-    if ways:
+    rows: Sequence[Value]
+    if body.two_hops:
+        rows = hops.send_again(body, xs, _way(body, op.handle))
+    else:
+        order, *ways = _fields(body, op.handle)
+        rows = body.emit(op.copy(xs=xs, handle=order)).results
+    if not body.two_hops and ways:
         send, recv, received = ways
         (slots,) = order.bundle.tensors()
         held = bound(received.shape[1])
@@ -154,10 +184,15 @@ def redispatch(body: Body, op: Redispatch) -> None:
 def combine_backward(body: Body, op: CombineBackward) -> None:
     """The weights go to the experts, a number for each row, and their gradients come back."""
     tokens = _sender(body, op.handle)
-    order, *ways = _fields(body, op.handle)
-    weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
     rows, sent = body.form(op.rows), body.form(op.sent)
     like_weights = Layout((tokens, *whole(op.weights.shape[1:]).dims))
+    if body.two_hops:
+        drows, dots = _of_rows(body, rows, sent, _row_weights(body, op, tokens))
+        body.set(op.results[0], _rows(drows), drows)
+        body.set(op.results[1], like_weights, hops.slot_values(body, dots, _way(body, op.handle)))
+        return
+    order, *ways = _fields(body, op.handle)
+    weights = body.get(op.weights, like_weights)
     if not ways:
         made = body.emit(op.copy(rows=rows, sent=sent, handle=order, weights=weights))
         keep(body, op, made, _rows(made.results[0]), like_weights)
@@ -170,15 +205,21 @@ def combine_backward(body: Body, op: CombineBackward) -> None:
     extent = rows.shape[0]
     assert isinstance(extent, Ragged)
     (of_rows,) = _there(body, [by_expert], received, send, recv, extent)
-    wide, wide_sent = (_wide(body, x) for x in (rows, sent))
-    product = body.emit(Mul(wide_sent, of_rows)).result
-    drows = product if product.dtype is rows.dtype else body.emit(Cast(product, rows.dtype)).result
-    dots = body.emit(Sum(body.emit(Mul(wide, wide_sent)).result, (1,), keepdims=True, names=("d_row_weights",))).result
+    drows, dots = _of_rows(body, rows, sent, of_rows)
     back = body.emit(Reshape(_back(body, dots, op), (slots,))).result
     zeros = body.emit(Literal((0.0,), (slots,), DType.f32)).result
     dweights = body.emit(Reshape(body.emit(Scatter(zeros, index, back, 0)).result, tuple(map(bound, weights.shape)))).result
     body.set(op.results[0], _rows(drows), drows)
     body.set(op.results[1], like_weights, dweights)
+
+
+def _of_rows(body: Body, rows: Value, sent: Value, weights: Value) -> tuple[Value, Value]:
+    """At the experts: the gradients of their rows, and of the weight of each row."""
+    wide, wide_sent = (_wide(body, x) for x in (rows, sent))
+    product = body.emit(Mul(wide_sent, weights)).result
+    drows = product if product.dtype is rows.dtype else body.emit(Cast(product, rows.dtype)).result
+    dots = body.emit(Sum(body.emit(Mul(wide, wide_sent)).result, (1,), keepdims=True, names=("d_row_weights",))).result
+    return drows, dots
 
 
 def _wide(body: Body, x: Value) -> Value:

@@ -29,8 +29,8 @@ ULP = 2.0**-24
 
 
 def shard(module: Module, mesh: str) -> Module:
-    """The program of a rank, as its text says it."""
-    return dsc.parse(str(dsc.apply(module, f'shard-experts{{mesh="{mesh}"}}')))
+    """The program of a rank, as its text says it; tokens go to their experts directly."""
+    return dsc.parse(str(dsc.apply(module, f'shard-experts{{mesh="{mesh}",dispatch=direct}}')))
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

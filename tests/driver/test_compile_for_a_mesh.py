@@ -43,9 +43,9 @@ def test_a_program_of_one_rank_sends_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DeepSeek-V3 in FP8 as one of 64 ranks on 8 nodes runs it."""
+    """DeepSeek-V3 in FP8 as one of 64 ranks on 8 nodes runs it, tokens going to their experts directly."""
     out = tmp_path_factory.mktemp("v3") / "out"
-    dsc.compile("deepseek-v3", out=out, recipe="deepseek-v3", mesh="ep=64")
+    dsc.compile("deepseek-v3", out=out, recipe="deepseek-v3", mesh="ep=64", dispatch="direct")
     return out
 
 
@@ -60,6 +60,29 @@ def test_dispatch_and_combine_bytes_of_deepseek_v3(v3: Path, command: Any) -> No
     assert [one["bytes"] for one in counts] == [63 * 4 * 4] * 58  # 4 counts for each of 63 other ranks
     assert len(found) == 3 * 58
     assert "leave the node" in command("inspect", v3, "--comm").out
+
+
+def test_bytes_of_two_hops_of_deepseek_v3(v3: Path, command: Any, tmp_path: Path) -> None:
+    """A token reaches 3.954 of 8 nodes and 7.49 of 64 ranks by DeepSeek's rule: so many rows of 7392 bytes go there, of 14336 back.
+
+    With a row go its 8 ids there, and before it comes back its 8 weights: 32 bytes each.
+    """
+    before = v3 / "ir" / "03-simplify.dsc"
+    text = (before if before.is_file() else v3 / "ir" / "02-quantize-fp8.dsc").read_text()
+    (tmp_path / "v3.dsc").write_text(text)
+    dsc.compile(tmp_path / "v3.dsc", out=tmp_path / "out", passes='shard-experts{mesh="ep=64"}')
+    found = command("inspect", tmp_path / "out", "--comm", "--json").json["comm"]["collectives"]
+    each = [7392 + 8 * 4, 8 * 4, 14336]
+    for axis, copies, leaving in (("ep.node", 3.954, 7 / 8), ("ep.local", 7.49, 0)):
+        rows = [one for one in found if one["kind"] == "all_to_all_rows" and one["axis"] == axis]
+        assert len(rows) == 3 * 58
+        by_size = sorted({one["bytes"] for one in rows})
+        for number, width in zip(by_size, sorted(each), strict=True):
+            assert abs(number / 4096 / width - copies) < 0.01
+        assert all(abs(one["crossing"] - one["bytes"] * leaving) <= 1 for one in rows)
+    shown = command("inspect", tmp_path / "out", "--comm").out
+    assert "ep.node=8" in shown
+    assert "ep.local=8" in shown
 
 
 def test_parameters_of_a_rank_of_deepseek_v3(v3: Path) -> None:
