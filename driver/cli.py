@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from . import (  # noqa: F401 - attach the commands to the group
             commands,
+            devices_command,
             diff_command,
             doctor_command,
             export_command,

@@ -92,9 +92,13 @@ class Cluster:
 
     def with_figures(self, values: Mapping[str, float]) -> Cluster:
         """The cluster with other figures, by key, as if they were known exactly: what would be if."""
+        return self.replaced({key: replace(self.figure(key), mid=value, low=value, high=value) for key, value in values.items()})
+
+    def replaced(self, figures: Mapping[str, Figure]) -> Cluster:
+        """The cluster with these figures, by key."""
         made = self
-        for key, value in values.items():
-            changed = replace(self.figure(key), mid=value, low=value, high=value)
+        for key, changed in figures.items():
+            self.figure(key)
             part, name = key.rsplit(".", 1)
             if key == PRICE:
                 made = replace(made, price=changed)

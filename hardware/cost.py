@@ -143,10 +143,11 @@ class Costs:
         return gathered(ranks, whole)
 
     def _rows(self, op: AllToAllRows, ranks: Group) -> Legs:
-        """Rows to experts and back: by the side whose number of rows is known."""
-        sides = [op.xs[0].shape[0], op.rows]
-        known = [d for d in sides if isinstance(d, int) or d in self.rows]
-        number = self._compute.extent((known or sides)[0]) * self.imbalance
+        """Rows to experts and back: by the side whose number of rows is static, else by what is expected, which bears its imbalance."""
+        sides = (op.xs[0].shape[0], op.rows)
+        static = [d for d in sides if isinstance(d, int)]
+        known = [d for d in sides if d in self.rows]
+        number = static[0] * self.imbalance if static else self._compute.extent((known or sides)[0])
         row = sum(self._compute.bytes(x.type) / max(1.0, self._compute.extent(x.shape[0])) for x in op.xs)
         if self.routing is None or self.dispatch == "direct" or op.axis != "ep" or ranks.nodes == 1:
             return exchanged(ranks, number * row)

@@ -48,8 +48,8 @@ class Figure:
         return self.mid
 
     def __str__(self) -> str:
-        known = _spoken(self.mid, self.unit)
-        return known if self.low == self.high else f"{known} ({_spoken(self.low, self.unit)} to {_spoken(self.high, self.unit)})"
+        known = spoken(self.mid, self.unit)
+        return known if self.low == self.high else f"{known} ({spoken(self.low, self.unit)} to {spoken(self.high, self.unit)})"
 
     def at(self, which: Literal["low", "mid", "high"]) -> float:
         """One end of the range, or its middle."""
@@ -66,11 +66,12 @@ def assumed(value: float, unit: str, source: str = "definition") -> Figure:
     return Figure(value, value, value, unit, "assumed", source)
 
 
-def _spoken(value: float, unit: str) -> str:
+def spoken(value: float, unit: str) -> str:
+    """A number of units as people say it: 160 GB/s."""
     if unit in ("1", "USD/h", "GPUs", "SMs"):
         return f"{value:g} {unit}" if unit != "1" else f"{value:g}"
     fits = [(p, s) for p, s in PREFIXES.items() if value and s <= abs(value) < 1000 * s]
-    prefix, scale = fits[0] if fits else ("", 1.0)
+    prefix, scale = fits[-1] if fits else ("", 1.0)
     return f"{value / scale:.4g} {prefix}{unit}"
 
 

@@ -110,6 +110,8 @@ def test_an_exchange_of_rows_costs_what_is_expected_not_the_bound() -> None:
     assert costs.cost(back).sent == pytest.approx(tokens * (routing.distinct(8) + routing.distinct(64)) * away * 14336)
     assert Costs(H800, mesh, routing=routing, dispatch="direct").cost(there).sent == pytest.approx(32768 * 7392 * 63 / 64)
     assert Costs(H800, mesh, routing=routing, imbalance=1.5).cost(there).sent == pytest.approx(1.5 * costs.cost(there).sent)
+    expected = Costs(H800, mesh, routing=routing, imbalance=1.5, rows={rows: 1.5 * 32768})
+    assert expected.cost(back).sent == pytest.approx(1.5 * costs.cost(back).sent)
     assert costs.cost(there).bound == "network"
     assert costs.stream(there) == "comm"
 
