@@ -116,7 +116,7 @@ def _fail(message: str, debug: bool, hint: click.Context | None = None) -> NoRet
     if debug:
         traceback.print_exc()
     if hint:
-        message = f"{message.rstrip('.')} (see {hint.command_path} --help)"
+        message = f"{' '.join(message.split()).rstrip('.')} (see {hint.command_path} --help)"
     for line in message.splitlines():  # one for each thing that is wrong; what is indented belongs to the line before
         print(line if line.startswith(" ") else f"dsc: error: {line}", file=sys.stderr)
     sys.exit(2)

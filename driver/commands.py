@@ -121,7 +121,7 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
 @weights_option
 @inputs_option
 @click.option(
-    "--out", "file", type=click.Path(path_type=Path), metavar="FILE.npz", help="Write the results, BF16 and FP8 widened to float32."
+    "-o", "--out", "file", type=click.Path(path_type=Path), metavar="FILE.npz", help="Write the results, BF16 and FP8 widened to float32."
 )
 @click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
 @click.option(

@@ -15,7 +15,12 @@ from .ui import emit_json, progress, size
 @cli.command()
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", "file", type=click.Path(path_type=Path), metavar="FILE.html", help="Where to write it. Default: report.html in OUT."
+    "-o",
+    "--out",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="Where to write it. Default: report.html in OUT.",
 )
 @click.option(
     "--diff", "other", type=click.Path(path_type=Path), metavar="OTHER", help="Compare OUT with this artifact, and show it op by op."
