@@ -45,7 +45,7 @@ def doctor(compile_targets: bool, as_json: bool) -> int:
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> int:
-    """Print what completes dsc's commands, options and names in a shell.
+    """Print a script that completes commands and names.
 
     \b
     dsc completion bash >> ~/.bashrc
