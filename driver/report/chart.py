@@ -34,7 +34,7 @@ def y_axis(most: float, marks: Sequence[tuple[float, str]], height: int = HEIGHT
     for value, words in marks:
         y = f"{place(value, most, height):.1f}"
         found.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        found.append(el("text", words, x=LEFT - 8, y=y, class_="tick end"))
+        found.append(el("text", words, x=LEFT - 8, y=y, class_="tick end beside"))
     return found
 
 

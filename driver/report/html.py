@@ -59,13 +59,16 @@ def section(name: str, title: str, lead: Child, *body: Child) -> Html:
     return el("section", heading, el("p", lead, class_="lead"), body, id=name, aria_labelledby=f"{name}-title")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Child]], *, name: str, left: int = 1, last: Sequence[Child] = ()) -> Html:
-    """A table that scrolls inside itself. The first `left` columns are words, the others numbers; `last` is a row of sums."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[Child]], *, name: str, left: int = 1, right: int = 0, last: Sequence[Child] = ()
+) -> Html:
+    """A table that scrolls inside itself. Its first `left` and last `right` columns are words, others numbers; `last` is a row of sums."""
+    kinds = ["n" if left <= i < len(head) - right else None for i in range(len(head))]
 
-    def line(row: Sequence[Child], tag: str = "td") -> Html:
-        return el("tr", [el(tag, cell, class_="n" if i >= left else None) for i, cell in enumerate(row)])
+    def line(row: Sequence[Child]) -> Html:
+        return el("tr", [el("td", cell, class_=kind) for cell, kind in zip(row, kinds, strict=True)])
 
-    titles = el("thead", el("tr", [el("th", title, scope="col", class_="n" if i >= left else None) for i, title in enumerate(head)]))
+    titles = el("thead", el("tr", [el("th", title, scope="col", class_=kind) for title, kind in zip(head, kinds, strict=True)]))
     foot = el("tfoot", line(last)) if last else None
     return scroll(el("table", titles, el("tbody", map(line, rows)), foot), name)
 

@@ -10,7 +10,7 @@ from ...ir.timeline import ACTIVATIONS, KINDS, Timeline
 from ..artifact import Artifact
 from ..comm import describe_comm
 from ..kernels import FOLDER
-from ..memory import place
+from ..memory import BUCKETS, place
 from ..quantization import describe_quantization
 from ..ui import plural, size
 from .chart import stacked
@@ -32,7 +32,8 @@ def memory(found: Mapping[str, Any], line: Timeline) -> Html:
         "What one run holds, before anything runs: weights, and every value from the op that makes it to the last that reads it. "
         "Residuals are kept from forward for backward; workspace is everything else that is computed."
     )
-    return section("memory", "Memory", lead, cards([*figures, *more]), _over_time(line), by_function)
+    shared = _buckets(found["buckets"], "training" in found) if "buckets" in found else None
+    return section("memory", "Memory", lead, cards([*figures, *more]), _over_time(line), by_function, shared)
 
 
 def _training(found: Mapping[str, Any]) -> tuple[list[tuple[str, str, Child]], Html]:
@@ -60,6 +61,18 @@ def _inference(found: Mapping[str, Any], line: Timeline) -> tuple[list[tuple[str
     ]
     rows = [(code(f"@{name}"), code(f["at"]), f"{f['ops']:,}", size(f["peak_bytes"])) for name, f in found["functions"].items()]
     return figures, table(("function", "where most lives at once", "ops", "bytes"), rows, name="memory by function", left=2)
+
+
+def _buckets(found: Mapping[str, Mapping[str, int]], training: bool) -> list[Child]:
+    """What a rank holds of the weights, and in training beside them, by how ranks share them."""
+    keys = ("weight_bytes", *(("gradient_bytes", "state_bytes") if training else ()))
+    rows = [
+        (BUCKETS[name], f"{bucket['parameters']:,}", *(size(bucket[key]) for key in keys))
+        for name, bucket in found.items()
+        if bucket["weight_bytes"]
+    ]
+    head = ("weights that are", "parameters", "weights", *(("gradients", "optimiser") if training else ()))
+    return [el("h3", "What a rank holds all the time"), table(head, rows, name="weights by how ranks share them")] if rows else []
 
 
 def _over_time(line: Timeline) -> list[Html]:
@@ -162,21 +175,21 @@ def kernel_facts(program: Artifact) -> dict[str, list[dict[str, Any]]]:
 def kernels(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
     """A table for each target."""
     parts: list[Child] = []
-    head = ("kernel", "runs", "matrix instructions", "warps", "registers", "shared memory", "spilled")
+    head = ("kernel", "runs", "warps", "registers", "shared memory", "spilled", "matrix instructions")
     for target, entries in found.items():
         rows = [
             (
                 code(k["name"]),
                 ", ".join(k["ops"]),
-                ", ".join(f"{number} {name}" for name, number in sorted(k["matrix"].items())) or "–",
                 k["num_warps"],
                 k["registers"],
                 size(k["shared"]),
                 el("span", size(k["spill_bytes"]), class_="bad") if k["spill_bytes"] else "0 B",
+                ", ".join(f"{number} {name}" for name, number in sorted(k["matrix"].items())) or "–",
             )
             for k in entries
         ]
-        parts += [el("h3", target), table(head, rows, name=f"kernels for {target}", left=3)]
+        parts += [el("h3", target), table(head, rows, name=f"kernels for {target}", left=2, right=1)]
     lead = [
         "Machine code compiled ahead of time, with its assembly beside it in ",
         code("kernels/"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...hardware.device import device, devices
 from ...ir.core import Module, called
 from ...ir.mesh import ATTRIBUTE, mesh_of
 from ...ir.walk import flops
@@ -55,10 +56,10 @@ def header(program: Artifact, module: Module, found: Numbers) -> Html:
         f" and {len(main.params) - 3:,} more." if len(main.params) > 3 else ".",
     ]
     held = f"on each rank, of {count(found.parameters['held'])} parameters" if ranks > 1 else ", ".join(found.memory["weights"])
-    peak = found.memory["training"]["total_bytes"] if "training" in found.memory else found.memory["total_bytes"]
+    peak = at_once(found.memory)
     figures: list[tuple[str, str, Child]] = [
         ("parameters", count(total), f"{count(active)} active per token"),
-        ("FLOPs of a run", count(flops(module)), "a multiply-add counts as two"),
+        ("FLOPs of a run", count(flops(module)), f"{'on each rank; ' if ranks > 1 else ''}a multiply-add counts as two"),
         ("weights", size(found.memory["weight_bytes"]), held),
         (
             "memory in all",
@@ -102,6 +103,7 @@ def _warnings(program: Artifact, found: Numbers) -> Iterator[tuple[str, Child]]:
             bytes = size(worst["spill_bytes"])
             words = f"{plural(len(spilling), 'kernel')} for {target} {'spills' if len(spilling) == 1 else 'spill'} registers, most of all "
             yield "warning", [words, code(worst["name"]), f" with {bytes}: ", _to("kernels")]
+    yield from _room("a rank" if found.sent else "it", at_once(found.memory))
     left = [row for row in found.products["products"] if not row["quantised"]]
     if found.products["quantised"] and left:
         words = f"{len(left)} of {plural(len(found.products['products']), 'matrix product')} are not quantised; the reasons are with the "
@@ -115,6 +117,25 @@ def _warnings(program: Artifact, found: Numbers) -> Iterator[tuple[str, Child]]:
                 _to("made", "the steps"),
             ],
         )
+
+
+def at_once(memory: Mapping[str, Any]) -> int:
+    """The most bytes that a rank holds at once, weights and what training keeps included."""
+    return int(memory["training"]["total_bytes"] if "training" in memory else memory["total_bytes"])
+
+
+def _room(who: str, needed: int) -> Iterator[tuple[str, Child]]:
+    """Which of the GPUs that dsc knows have not the memory that is needed, if any."""
+    known = [found for found in map(device, devices()) if found.architecture.startswith(("sm_", "gfx"))]
+    memory = {found.name: float(found.memory) for found in sorted(known, key=lambda found: float(found.memory))}
+    fits = [name for name, bytes in memory.items() if bytes >= needed]
+    words = f"{who} needs {size(needed)} at once, by the sum of what is under "
+    if not fits:
+        most = list(memory)[-1]
+        yield "warning", [words, _to("memory"), f"; no GPU that dsc knows has as much (most: {most}, {size(memory[most])})"]
+    elif len(fits) < len(memory):
+        lacking = [name for name in memory if name not in fits]
+        yield "note", [words, _to("memory"), f": {', '.join(fits)} {'has' if len(fits) == 1 else 'have'} as much, {', '.join(lacking)} not"]
 
 
 def _differences(diff: Mapping[str, Any]) -> Iterator[tuple[str, Child]]:
@@ -173,7 +194,7 @@ def model(module: Module, found: Numbers) -> Html:
     sharded, numbers = ATTRIBUTE in module.attributes, found.parameters
     lead = [
         "Every module with what is below it; open one to see its parts, down to the weights. ",
-        "Layers that are alike are one entry, with the numbers of all of them.",
+        "Layers that are alike are one entry, with the numbers of all of them. Active are the parameters that work on one token.",
         f" Bytes and FLOPs are those of one rank of the mesh {mesh_of(module)}." if sharded else None,
     ]
     head = ("part", "parameters", "", "active per token", *(("on each rank",) if sharded else ()), "bytes")
@@ -218,7 +239,7 @@ def index(program: Artifact) -> Html:
             rows.append((code(name), f"{file.stat().st_size:,}", el("span", digest, class_="mono")))
     lead = ["What lies in the folder beside this page, by ", code("sha256sum"), ". It may be moved and renamed as a whole. ", MORE]
     head = ("file", "bytes", "sha256")
-    return section("files", "Files", lead, fold(plural(len(rows), "file"), table(head, rows, name="files"), open=len(rows) <= 40))
+    return section("files", "Files", lead, fold(plural(len(rows), "file"), table(head, rows, name="files", right=1), open=len(rows) <= 40))
 
 
 MORE = el(

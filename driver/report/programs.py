@@ -16,16 +16,15 @@ BUDGET = 3_500_000
 OP = re.compile(r" = (\w+)\(")
 
 
-def pack(texts: Sequence[str], budget: int = BUDGET) -> dict[str, Any]:
+def pack(texts: Sequence[str], budget: int = BUDGET, before_all: int = 0) -> dict[str, Any]:
     """`lines`, each line that occurs, and `texts`, of each text the runs of lines that it is made of: first line, number of lines, ...
 
-    None stands for a text that has no room; the last and the first come first.
+    None stands for a text that has no room; the text number `before_all` is asked first, the others in order.
     """
     known: dict[str, int] = {}
     packed: list[list[int] | None] = [None] * len(texts)
-    order = sorted(range(len(texts)), key=lambda i: (i != len(texts) - 1, i))
     used = 0
-    for i in order:
+    for i in sorted(range(len(texts)), key=lambda i: (i != before_all, i)):
         lines = texts[i].splitlines()
         new = {line for line in lines if line not in known}
         cost = sum(len(line.encode()) + 3 for line in new)
@@ -64,7 +63,7 @@ def programs(program: Artifact, budget: int = BUDGET) -> Html:
     if update.is_file():
         texts.append(update.read_text(encoding="utf-8"))
         names.append({"name": "optimiser", "file": UPDATE, "before": None})
-    value = pack(texts, budget)
+    value = pack(texts, budget, len(steps) - 1)
     value |= {"steps": names, "ops": meanings(texts)}
     missing = [name["file"] for name, text in zip(names, value["texts"], strict=True) if text is None]
     chips = [

@@ -35,15 +35,13 @@
     const parts = [];
     let group = null;
     for (const row of data.rows) {
-      if (row.group !== group) {
-        if (group !== null) y += GAP;
-        group = row.group;
-      }
+      const first = row.group !== group;
+      if (first && group !== null) y += GAP;
+      group = row.group;
       parts.push(svg("rect", { x: left, y, width: width - left - 8, height: ROW - 2, class: "band" }));
-      const alone = data.rows.every((other) => other === row || other.group !== row.group);
-      const label = alone ? row.group : `${row.group} ${row.name}`;
+      const label = first ? row.group : row.name;
       const room = Math.floor(left / 6.2);
-      const name = svg("text", { x: 6, y: y + 13 }, label.length > room ? `${label.slice(0, room - 1)}…` : label);
+      const name = svg("text", { x: first ? 6 : 14, y: y + 13 }, label.length > room ? `${label.slice(0, room - 1)}…` : label);
       name.append(svg("title", {}, `${row.group}, ${row.name}`));
       parts.push(name, ...spans(row, left, y, scale, width));
       y += ROW;

@@ -133,7 +133,7 @@ def test_programs_are_packed_without_loss(fp8: Path) -> None:
 @given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=12), min_size=1, max_size=5), st.integers(0, 80))
 def test_packing(texts: list[list[str]], budget: int) -> None:
     whole = ["".join(f"{line}\n" for line in lines) for lines in texts]
-    packed = programs.pack(whole, budget)
+    packed = programs.pack(whole, budget, len(whole) - 1)
     assert sum(len(line) + 3 for line in packed["lines"]) <= budget
     for i, text in enumerate(whole):
         if packed["texts"][i] is not None:
@@ -320,5 +320,24 @@ def test_kernels(command: Any, tiny: Path, tmp_path: Path) -> None:
     assert command("report", out).code == 0
     text = Page((out / "report.html").read_text()).text
     assert "1 kernel for sm_90 spills registers, most of all bad with 512 B" in text
-    assert "goodmatmul4 HGMMA825549.15 kB0 B" in text
-    assert "badmatmul4 HGMMA825549.15 kB512 B" in text
+    assert "goodmatmul825549.15 kB0 B4 HGMMA" in text
+    assert "badmatmul825549.15 kB512 B4 HGMMA" in text
+
+
+@pytest.mark.parametrize(
+    ("needed", "kind", "words"),
+    [
+        (1_000_000, None, ""),
+        (100 * 10**9, "note", r"it needs 100.00 GB at once, .* H200.* have as much, .*H100.* not"),
+        (10**12, "warning", "no GPU that dsc knows has as much"),
+    ],
+)
+def test_memory_beyond_that_of_gpus_is_a_warning(tiny: Path, tmp_path: Path, needed: int, kind: str | None, words: str) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(tiny, out)
+    memory = json.loads((out / "plan" / "memory.json").read_text())
+    (out / "plan" / "memory.json").write_text(json.dumps(memory | {"total_bytes": needed}))
+    found = Page(page(dsc.load(out)))
+    flags = [a["class"] for tag, a in found.elements if tag == "b" and "flag" in (a.get("class") or "")]
+    assert flags == ([f"flag {kind}"] if kind else [])
+    assert re.search(words, found.text)
