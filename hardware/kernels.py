@@ -20,6 +20,7 @@ from typing import Literal
 from ..ir.core import Op, Phase, Trait, Value
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.control import Call
+from ..ir.ops.fused import Fused
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from ..ir.ops.shape import Transpose
@@ -94,7 +95,8 @@ class Compute:
         """Whether nothing runs for it."""
         if isinstance(op, Transpose):
             return not self._turned(op)
-        return Trait.VIEW in op.traits or Trait.SOURCE in op.traits or isinstance(op, Call)
+        called = isinstance(op, Call) and not isinstance(op, Fused)  # what a call runs is the caller's to add up; a fused op is one kernel
+        return Trait.VIEW in op.traits or Trait.SOURCE in op.traits or called
 
     def _turned(self, op: Transpose) -> bool:
         codes = op.x.dtype in FP8 and op.x.tensor.rank >= 2 and op.perm[-1] != op.x.tensor.rank - 1
