@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ from ..ir.ops.norm import RmsNorm
 from ..ir.ops.quant import ScaledMatmul
 from ..ir.timeline import timeline
 from .manager import Declined, Pass, register
-from .pairs import Pair, carried_out, listed, pairs, rerun, runs
+from .pairs import Pair, Plan, carried_out, listed, pairs, rerun, runs
 from .residual_solver import cheapest
 
 UP_PROJECTIONS = ("q_b_proj", "kv_b_proj")
@@ -118,16 +119,18 @@ class Recompute(Pass):
     def __call__(self, module: Module) -> Module:
         found = pairs(module)
         count = runs(module)
+        chip = device(self.device)
+        known: dict[Op, float] = {}
+
+        def once(op: Op) -> float:
+            if op not in known:
+                known[op] = seconds(op, chip)
+            return known[op]
 
         def cost(pair: Pair, op: Op) -> float:
-            return seconds(op, device(self.device)) * count.get(pair.backward.name, 0)
+            return once(op) * count.get(pair.backward.name, 0)
 
-        if self.budget_gb is not None:
-            plan = cheapest(module, found, self.budget_gb * 1e9, cost)
-        elif self.policy == "deepseek":
-            plan = {pair.forward.name: listed(pair, [op for op in pair.forward.ops if in_deepseeks_list(op)]) for pair in found}
-        else:
-            plan = {}
+        plan = self._plan(module, found, cost)
         after = carried_out(module, found, plan)
         total = 0.0
         for pair in found:
@@ -138,12 +141,26 @@ class Recompute(Pass):
             if shown:
                 dropped = sum(v.type.bytes for v in pair.kept) - sum(v.type.bytes for v in saved)
                 self._note(pair.backward, pair.unpack, f"keeps {dropped / 1e9:.3g} GB less, runs again {', '.join(shown)}")
-        before, most = (timeline(m).peak("residuals", "workspace")[0] for m in (module, after))
-        step = sum(seconds(point.op, device(self.device)) for point in timeline(module).points)
+        line = timeline(module)
+        before, most = (run.peak("residuals", "workspace")[0] for run in (line, timeline(after)))
+        step = sum(once(point.op) for point in line.points)
         share = f" ({total / step:.1%} of {step * 1e3:.3g} ms)" if step else ""
         summary = f"residuals and workspace {before / 1e9:.4g} GB -> {most / 1e9:.4g} GB, for {total * 1e3:.3g} ms more{share}"
-        self._note(module.main, None, f"{summary} on {device(self.device).name}")
+        self._note(module.main, None, f"{summary} on {chip.name}")
         return after.replace(stage="rematerialized")
+
+    def unreported(self, module: Module) -> Module:
+        """As a call, without the notes on what was chosen, which cost most of the time of a policy."""
+        require(self.budget_gb is None, "recompute{budget-gb} is made by a call")
+        found = pairs(module)
+        return carried_out(module, found, self._plan(module, found, lambda pair, op: 0.0)).replace(stage="rematerialized")
+
+    def _plan(self, module: Module, found: Sequence[Pair], cost: Callable[[Pair, Op], float]) -> Plan:
+        if self.budget_gb is not None:
+            return cheapest(module, found, self.budget_gb * 1e9, cost)
+        if self.policy == "deepseek":
+            return {pair.forward.name: listed(pair, [op for op in pair.forward.ops if in_deepseeks_list(op)]) for pair in found}
+        return {}
 
     def _note(self, func: Func, op: Op | None, text: str) -> None:
         self.declined.append(Declined(func.name, op.id if op else "memory", text))
