@@ -1,0 +1,67 @@
+"""Placing layers on the stages of a pipeline: consecutive ones together, so that the stage that takes longest takes as little as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from ..ir.errors import require
+
+
+def balanced(costs: Sequence[float], ranks: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """How many of the layers each stage takes, `ranks` saying which stages a rank has: the busiest rank has as little as can be found.
+
+    Begins with `partition`, and moves boundaries by a layer while that makes the largest sum of a rank less, or the sum of squares.
+    """
+    before = [0.0, *accumulate(costs)]
+
+    def score(cuts: Sequence[int]) -> tuple[float, float]:
+        own = [before[b] - before[a] for a, b in pairwise(cuts)]
+        sums = [sum(own[stage] for stage in stages) for stages in ranks]
+        return max(sums), sum(x * x for x in (*sums, *own))
+
+    cuts = [0, *accumulate(partition(costs, 1 + max(stage for stages in ranks for stage in stages)))]
+    best = score(cuts)
+    improved = True
+    while improved:
+        improved = False
+        for first in range(1, len(cuts) - 1):  # a run of boundaries moves together: a layer wanders over several stages
+            for last in range(first, len(cuts) - 1):
+                for by in (1, -1):
+                    moved = [c + by if first <= i <= last else c for i, c in enumerate(cuts)]
+                    if all(a < b for a, b in pairwise(moved)) and (found := score(moved)) < best:
+                        cuts, best, improved = moved, found, True
+    return tuple(b - a for a, b in pairwise(cuts))
+
+
+def partition(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """How many of the layers each stage takes, in order: the largest sum is the least possible.
+
+    A stage has one layer at least. Exact, by dynamic programming in O(stages x layers^2); of equal splits one with a small sum of squares.
+    `DscError` where there are fewer layers than stages.
+    """
+    count = len(costs)
+    require(0 < stages <= count, f"{count} layers do not make {stages} stages; 1 to {count} would fit")
+    before = [0.0, *accumulate(costs)]
+    best = [(total, total * total) for total in before]
+    cuts: list[list[int]] = []
+    for stage in range(1, stages):
+        row: list[tuple[float, float]] = [(float("inf"), float("inf"))] * (count + 1)
+        cut = [0] * (count + 1)
+        for end in range(stage + 1, count + 1):
+            for start in range(end - 1, stage - 1, -1):
+                own = before[end] - before[start]
+                if own > row[end][0]:
+                    break  # costs are not negative: a stage that begins earlier costs more
+                most, squares = best[start]
+                found = max(most, own), squares + own * own
+                if found < row[end]:
+                    row[end], cut[end] = found, start
+        best = row
+        cuts.append(cut)
+    sizes = []
+    end = count
+    for cut in reversed(cuts):
+        sizes.append(end - cut[end])
+        end = cut[end]
+    return (end, *reversed(sizes))

@@ -1,0 +1,56 @@
+"""Layers on stages, against every way of cutting."""
+
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsc.ir.errors import DscError
+from dsc.schedule.partition import balanced, partition
+
+COSTS = st.lists(st.integers(0, 9), min_size=1, max_size=9)
+
+
+def largest(costs: list[int], sizes: tuple[int, ...], ranks: list[list[int]]) -> int:
+    """What the busiest rank has."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    own = [sum(costs[a:b]) for a, b in pairwise(starts)]
+    return max(sum(own[stage] for stage in stages) for stages in ranks)
+
+
+def every(count: int, stages: int) -> list[tuple[int, ...]]:
+    """All ways to cut."""
+    cuts = (((0, *inner, count)) for inner in combinations(range(1, count), stages - 1))
+    return [tuple(b - a for a, b in pairwise(c)) for c in cuts]
+
+
+@given(COSTS, st.integers(1, 9))
+def test_the_largest_stage_is_the_least_possible(costs: list[int], stages: int) -> None:
+    if stages > len(costs):
+        with pytest.raises(DscError, match=f"{len(costs)} layers do not make {stages} stages"):
+            partition(costs, stages)
+        return
+    ranks = [[s] for s in range(stages)]
+    found = partition(costs, stages)
+    assert len(found) == stages
+    assert sum(found) == len(costs)
+    assert min(found) >= 1
+    assert largest(costs, found, ranks) == min(largest(costs, sizes, ranks) for sizes in every(len(costs), stages))
+
+
+@given(st.lists(st.integers(1, 9), min_size=4, max_size=9))
+def test_folded_stages_are_balanced_by_rank(costs: list[int]) -> None:
+    """Ranks of opposite stages, as DualPipe has them: no worse than stages balanced for themselves, nor better than the best."""
+    ranks = [[0, 3], [1, 2]]
+    found = balanced(costs, ranks)
+    assert sum(found) == len(costs)
+    best = min(largest(costs, sizes, ranks) for sizes in every(len(costs), 4))
+    assert best <= largest(costs, found, ranks) <= largest(costs, partition(costs, 4), ranks)
+
+
+def test_a_heavy_last_layer_is_made_up_for_by_a_light_first_stage() -> None:
+    """12 layers of 1 and a head of 5: alone the head's stage is the largest; its rank takes less of the other end."""
+    costs = [1] * 12 + [5]
+    ranks = [[0, 3], [1, 2]]
+    assert largest(costs, balanced(costs, ranks), ranks) == 9  # half of 17, rounded up
