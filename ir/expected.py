@@ -18,14 +18,20 @@ IMBALANCE = Fraction(6, 5)
 """Rows that the busiest rank gets, by those of the mean: what PithTrain reserves (arXiv 2605.31463)."""
 
 
-def expected_bytes(module: Module) -> Callable[[Type], int]:
-    """Bytes of a value. Of rows that ranks exchange as many count as a rank sends, times `IMBALANCE`; of other ragged ones the bound."""
-    rows: dict[Ragged, Fraction] = {}
+def mean_rows(module: Module) -> dict[Ragged, int]:
+    """How many rows a ragged dimension has on average: as many come as a rank sends of its own tokens; of a second hop as many as before."""
+    rows: dict[Ragged, int] = {}
     for func in module.funcs:
         for op in func.ops:
             if isinstance(op, AllToAllRows) and isinstance(op.rows, Ragged):
                 sent = op.xs[0].shape[0]
-                rows[op.rows] = rows.get(sent, Fraction(bound(sent))) if isinstance(sent, Ragged) else sent * IMBALANCE
+                rows[op.rows] = rows.get(sent, sent.bound) if isinstance(sent, Ragged) else sent
+    return rows
+
+
+def expected_bytes(module: Module) -> Callable[[Type], int]:
+    """Bytes of a value. Of rows that ranks exchange as many count as come on average, times `IMBALANCE`; of other ragged ones the bound."""
+    rows = {dim: mean * IMBALANCE for dim, mean in mean_rows(module).items()}
 
     def extent(dim: Dim) -> int:
         return min(dim.bound, ceil(rows[dim])) if isinstance(dim, Ragged) and dim in rows else bound(dim)
