@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             golden_command,
             list_commands,
             place_command,
+            plan_command,
             report_command,
             schedule_command,
             train_command,

@@ -19,7 +19,7 @@ IMBALANCE = Fraction(6, 5)
 
 
 def mean_rows(module: Module) -> dict[Ragged, int]:
-    """How many rows a ragged dimension has on average: as many come as a rank sends of its own tokens; of a second hop as many as before."""
+    """How many rows a ragged dimension has on average: as many come as a rank sends; in a second hop as many as in the first."""
     rows: dict[Ragged, int] = {}
     for func in module.funcs:
         for op in func.ops:

@@ -1,0 +1,166 @@
+"""`dsc plan`: how long a step takes on a cluster that nobody has rented yet, what it costs, and what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..ir.errors import require
+from .cli import cli, json_option
+from .ui import emit_json, progress
+
+if TYPE_CHECKING:
+    from .plan_search import Planner
+    from .plan_train import Training
+
+BATCH = {"deepseek-v3": 15360}
+"""Sequences of a step that are published: DeepSeek-V3 report, section 4.2. Others: 8 micro-batches on every stage."""
+SHOWN = 4
+"""Alternatives in the report."""
+
+
+@cli.command()
+@click.argument("source", metavar="SRC")
+@click.option("--cluster", "cluster_name", default="h800", metavar="FILE|NAME", help="A cluster by name or as a .toml file. Default: h800.")
+@click.option("--gpus", type=int, required=True, help="How many GPUs there are.")
+@click.option("--mesh", default="auto", metavar="pp=16,ep=64|auto", help="How ranks are laid out. Default: auto, the best that is found.")
+@click.option(
+    "--schedule", default="auto", metavar="NAME|auto", help="1f1b, interleaved, zb1p, dualpipe, dualpipev. Default: auto, the best of them."
+)
+@click.option("--batch", type=int, help="Sequences of an optimiser's step. Default: 15360 for deepseek-v3, else 8 for each stage and lane.")
+@click.option("--micro", type=int, default=1, show_default=True, help="Sequences of a micro-batch.")
+@click.option("--seq", type=int, help="Tokens of a sequence. Default: 4096, or what the model takes if that is less.")
+@click.option("--recipe", metavar="NAME|none", default="deepseek-v3", show_default=True, help="How products are quantised.")
+@click.option("--recompute", metavar="PASS", default="recompute", show_default=True, help="The pass that says what runs again, or none.")
+@click.option("--assume", multiple=True, metavar="KEY=NUMBER", help="Another value for an assumption, in its unit without prefix.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the model's configuration.")
+@click.option("--tornado/--no-tornado", default=True, help="What each assumption does to the total. Default: yes.")
+@click.option(
+    "--recommendations", is_flag=True, help="What each change of hardware would buy: the clusters whose names begin with this one's."
+)
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg|png", help="Draw the schedule and the memory of each rank.")
+@click.option(
+    "-o", "out", type=click.Path(path_type=Path), metavar="DIR", help="Write plan.json, schedule.csv and timeline.json, for Perfetto."
+)
+@json_option
+def plan(
+    source: str,
+    cluster_name: str,
+    gpus: int,
+    mesh: str,
+    schedule: str,
+    batch: int | None,
+    micro: int,
+    seq: int | None,
+    recipe: str,
+    recompute: str,
+    assume: Sequence[str],
+    overrides: Sequence[str],
+    tornado: bool,
+    recommendations: bool,
+    plot: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> int:
+    """Predict a step of training on a cluster: time, cost, memory, and what they rest on.
+
+    The program is compiled for the ranks of each mesh that is tried; its ops are costed on the cluster, placed on the stages of a pipeline,
+    and simulated.
+
+    \b
+    dsc plan deepseek-v3 --gpus 2048 --mesh pp=16,ep=64 --schedule dualpipe
+    dsc plan deepseek-v2-lite --cluster my.toml --gpus 64 --plot plan.svg -o plan
+    """
+    from ..hardware.cluster import cluster, clusters
+    from ..schedule.generate import NAMES
+    from .artifact import check_target
+    from .plan_flops import model_flops
+    from .plan_inputs import Inputs, own_figures
+    from .plan_program import Compiler, config_of
+    from .plan_report import describe, document
+    from .plan_search import Planner
+    from .plan_trace import draw
+    from .run import check_writable
+
+    require(gpus > 0 and micro > 0, f"--gpus is {gpus} and --micro {micro}, expected 1 or more")
+    require(schedule in ("auto", *NAMES), f"unknown schedule {schedule}, expected auto or one of {', '.join(NAMES)}")
+    if plot:
+        require(plot.suffix in (".svg", ".png"), f"{plot}: expected a name that ends in .svg or .png")
+        check_writable(plot)
+    if out and not (out / "plan.json").is_file():  # an earlier plan is replaced
+        check_target(out)
+    inputs = Inputs(cluster(cluster_name), own_figures(gpus)).assume(assume)
+    config = config_of(source, overrides)
+    seq = seq or min(4096, config["max_position_embeddings"])
+    batch = batch or BATCH.get(source) or 8 * gpus * micro
+    compiler = Compiler(source, None if recipe == "none" else recipe, seq, "" if recompute == "none" else recompute, overrides)
+    planner = Planner(compiler, inputs)
+    names = NAMES if schedule == "auto" else (schedule,)
+    best, *rest = _found(planner, config, gpus, mesh, names, batch, seq, micro)
+    effects = []
+    if tornado:
+        with progress("assumptions") as advance:
+            effects = planner.effects(best, advance)
+    others = [(f"{p.setup.mesh}, {p.setup.schedule}", p) for p in rest]
+    if recommendations:
+        others += [
+            (v.name, planner.on(best, replace(inputs, cluster=v)))
+            for v in map(cluster, clusters())
+            if v.name.startswith(f"{inputs.cluster.name} +")
+        ]
+    program = compiler.program(best.setup.mesh, micro, inputs["run.imbalance"])
+    flops = model_flops(program, micro * seq, best.setup.mesh.tp)
+    if out:
+        _write(out, best, document(source, best, flops, inputs, effects, others))
+    if plot:
+        draw(best, plot)
+    if as_json:
+        emit_json(document(source, best, flops, inputs, effects, others))
+    else:
+        print(describe(source, best, flops, inputs, effects, others))
+    for file in filter(None, (out, plot)):
+        click.echo(f"dsc: wrote {file}", err=True)
+    return 0
+
+
+def _write(out: Path, plan: Training, document: Mapping[str, Any]) -> None:
+    """The folder of a plan, complete or not at all."""
+    import json
+
+    from ..schedule.simulate import lower
+    from .artifact import beside
+    from .plan_trace import write_trace
+
+    with beside(out) as folder:
+        (folder / "plan.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "schedule.csv").write_text(str(lower(plan.timeline)), encoding="utf-8")
+        write_trace(plan, folder / "timeline.json")
+
+
+def _found(
+    planner: Planner, config: Mapping[str, Any], gpus: int, mesh: str, names: Sequence[str], batch: int, seq: int, micro: int
+) -> list[Training]:
+    """The best steps: on the mesh that is given, else on all, with tp above 1 only where nothing fits without it."""
+    from ..ir.mesh import parse_mesh
+    from .plan_program import lanes, meshes
+    from .plan_search import best_of
+
+    node = planner.inputs.cluster.node
+    for tp in ((1,), (2, 4, 8)) if mesh == "auto" else ((),):
+        tried = meshes(gpus, node, config, batch, tp) if tp else [parse_mesh(mesh if "node" in mesh else f"{mesh},node={node}", gpus)]
+        planner.compiler.lanes = lanes(tried)
+        with progress("meshes", len(tried)) as advance:
+            every: list[Training] = []
+            for one in tried:
+                every += planner.candidates([one], names, batch, seq, micro)
+                advance(str(one))
+        with progress("schedules") as advance:
+            found = best_of(every, 1 + SHOWN, advance)
+        if found and found[0].fits:
+            break
+    require(bool(found), f"no schedule of {', '.join(names)} exists for {gpus} GPUs on mesh {mesh} with a batch of {batch}")
+    return found

@@ -1,0 +1,102 @@
+"""The program that a plan is made of: a source, traced once, and compiled for the ranks of one pipeline stage of each mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import gcd, lcm
+from pathlib import Path
+from typing import Any
+
+from ..ir.core import Module
+from ..ir.errors import DscError, require
+from ..ir.mesh import Mesh
+from .plan_layers import Program
+
+
+@dataclass
+class Compiler:
+    """Traces `source` when it is first needed, once for each number of sequences, and compiles it for meshes.
+
+    What a rank runs does not depend on dp, but for the size of groups that add gradients up, which a step's end is charged with. So every
+    mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all.
+    """
+
+    source: str | Path
+    recipe: str | None
+    seq: int | None
+    recompute: str = "recompute"
+    overrides: Sequence[str] = ()
+    mode: str = "train"
+    context: int | None = None
+    lanes: int = 1
+    on_step: Callable[[str], None] = lambda step: None
+    traced: dict[int, Module] = field(default_factory=dict)
+    sharded: dict[tuple[Mesh, int], Module] = field(default_factory=dict)
+    programs: dict[tuple[Mesh, int, float], Program] = field(default_factory=dict)
+
+    def program(self, mesh: Mesh, sequences: int, imbalance: float = 1.0) -> Program:
+        """What a rank runs for `sequences` of each rank along dp, the fullest rank's experts having `imbalance` times the mean of rows."""
+        stage = Mesh(1, self.lanes, mesh.ep, mesh.tp, mesh.node)
+        key = stage, sequences, imbalance
+        if key not in self.programs:
+            self.programs[key] = Program(self._sharded(stage, sequences), imbalance)
+        return self.programs[key]
+
+    def _sharded(self, mesh: Mesh, sequences: int) -> Module:
+        from ..passes.manager import apply, parse_pipeline
+        from ..passes.recompute import Recompute
+
+        if (mesh, sequences) not in self.sharded:
+            module = apply(self.trace(mesh.dp * sequences), f'shard-experts{{mesh="{mesh}"}}')
+            for each in parse_pipeline(self.recompute) if self.mode == "train" else ():
+                quick = isinstance(each, Recompute) and each.budget_gb is None
+                module = each.unreported(module) if quick else apply(module, [each])  # type: ignore[attr-defined]
+            self.sharded[mesh, sequences] = apply(module, "fuse")
+            self.on_step(f"sharded for {mesh}")
+        return self.sharded[mesh, sequences]
+
+    def trace(self, batch: int) -> Module:
+        """The program of `batch` sequences on one rank, differentiated in training and quantised."""
+        from ..passes.manager import apply
+        from .compile import default_pipeline, read
+
+        if batch not in self.traced:
+            _, module, config = read(self.source, mode=self.mode, batch=batch, seq=self.seq, context=self.context, overrides=self.overrides)
+            passes = default_pipeline(self.recipe, config, self.mode).replace("autodiff,", "autodiff{split=true},")
+            self.traced[batch] = apply(module, passes)
+            self.on_step("traced")
+        return self.traced[batch]
+
+
+def lanes(tried: Sequence[Mesh]) -> int:
+    """The least number of ranks along dp that every mesh could have."""
+    return lcm(*(mesh.ep // gcd(mesh.ep, mesh.tp) for mesh in tried))
+
+
+def meshes(gpus: int, node: int, config: Mapping[str, Any], batch: int, tp: Sequence[int]) -> list[Mesh]:
+    """Every mesh of `gpus` ranks with these tp in which ep is a power of two, and experts, heads, layers and batch divide as they must."""
+    experts, heads, layers = config.get("n_routed_experts") or 1, config["num_attention_heads"], config["num_hidden_layers"]
+    found = []
+    for pp, width in product((n for n in range(1, min(gpus, layers) + 1) if gpus % n == 0), tp):
+        stage = gpus // pp
+        if stage % width or heads % width or batch % (stage // width):
+            continue
+        for ep in (1 << i for i in range(experts.bit_length()) if experts % (1 << i) == 0 and stage % (1 << i) == 0):
+            try:
+                found.append(Mesh(pp, stage // width, ep, width, node))
+            except DscError:  # groups that do not fit nodes
+                continue
+    return found
+
+
+def config_of(source: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a model. `DscError` for a source without one."""
+    from ..models.config import load_config
+    from .compile import resolve
+
+    found = resolve(source)
+    known = found.kind in ("config", "checkpoint")
+    require(known, f"{source} is no model configuration; expected a shipped name (dsc models), a config.json or a checkpoint folder")
+    return load_config(source, overrides).to_dict()

@@ -1,0 +1,77 @@
+"""Plans side by side: other schedules for a mesh, all meshes of a number of GPUs, and what each assumption does to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..ir.errors import DscError
+from ..ir.mesh import Mesh
+from .plan_inputs import Inputs
+from .plan_machine import Machine
+from .plan_program import Compiler
+from .plan_report import Effect
+from .plan_train import Setup, Training, plan_training
+
+CHUNKS = {"1f1b": (1,), "interleaved": (2, 4), "zb1p": (1, 2), "dualpipe": (1,), "dualpipev": (2,)}
+"""Stages on a rank that are tried; dualpipe's second stage is that of the other direction."""
+
+
+@dataclass
+class Planner:
+    """Plans steps of one program under the same inputs."""
+
+    compiler: Compiler
+    inputs: Inputs
+
+    def plan(self, setup: Setup, inputs: Inputs | None = None, sizes: Sequence[int] = ()) -> Training:
+        """One step."""
+        given = inputs or self.inputs
+        program = self.compiler.program(setup.mesh, setup.micro, given["run.imbalance"])
+        return plan_training(program, Machine(given, setup.mesh, program), setup, sizes)
+
+    def candidates(self, meshes: Sequence[Mesh], names: Sequence[str], batch: int, seq: int, micro: int) -> Iterator[Training]:
+        """A step by each schedule that exists for each mesh, none simulated yet. One stage needs no schedule, and runs as 1f1b."""
+        for mesh in meshes:
+            for name, chunks in ((n, c) for n in (names if mesh.pp > 1 else ("1f1b",)) for c in CHUNKS[n]):
+                try:
+                    yield self.plan(Setup(mesh, name, chunks, batch, seq, micro))
+                except DscError:  # no such form for these numbers
+                    continue
+
+    def effects(self, plan: Training, on_step: Callable[[str], None] = lambda step: None) -> list[Effect]:
+        """What each assumption that has a range does to GPU-hours, the layers staying where they are."""
+        found = []
+        ranged = {key: figure for key, figure in self.inputs.figures.items() if figure.low != figure.high and not key.startswith("price")}
+        for key, figure in ranged.items():
+            low, high = (self._hours(plan, key, which) for which in ("low", "high"))
+            on_step(key)
+            found.append(Effect(key, figure, low, high))
+        return found
+
+    def _hours(self, plan: Training, key: str, which: Literal["low", "high"]) -> float:
+        return self.plan(plan.setup, self.inputs.fixed(key, which), plan.stages.sizes).gpu_hours
+
+    def on(self, plan: Training, inputs: Inputs) -> Training:
+        """The same step on another cluster, its stages balanced anew."""
+        setup = replace(plan.setup, mesh=replace(plan.setup.mesh, node=inputs.cluster.node))
+        return self.plan(setup, inputs)
+
+
+def best_of(candidates: Iterable[Training], wanted: int, on_step: Callable[[str], None] = lambda step: None) -> list[Training]:
+    """The `wanted` quickest that fit, or where none does those that need least memory.
+
+    A candidate is simulated only while its least time could still place it among them.
+    """
+    every = list(candidates)
+    fitting = sorted((c for c in every if c.fits), key=lambda c: c.least)
+    if not fitting:
+        return sorted(every, key=lambda c: (c.peak.total, c.least))[:wanted]
+    found: list[Training] = []
+    for candidate in fitting:
+        if len(found) == wanted and candidate.least >= found[-1].step:
+            break
+        found = sorted([*found, candidate], key=lambda c: c.step)[:wanted]
+        on_step(f"{candidate.setup.mesh} {candidate.setup.schedule}")
+    return found

@@ -1,0 +1,300 @@
+"""What a step of training takes on a cluster: a program's layers on the stages of a pipeline, simulated, and all else that a step does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..ir.core import Phase
+from ..ir.errors import require
+from ..ir.mesh import Mesh
+from ..schedule.actions import Action, Kind, Overlap, Schedule, Step
+from ..schedule.generate import generate
+from ..schedule.partition import balanced
+from ..schedule.simulate import Timeline, simulate
+from ..schedule.streams import COMM, COMPUTE, Run, Task, joined, listed
+from ..schedule.validate import in_flight
+from .memory import GRADIENT, MASTER, MOMENTS
+from .plan_layers import BUCKETS, Layer, Program
+from .plan_machine import Machine
+
+PHASES = {Kind.F: (Phase.F,), Kind.I: (Phase.I, Phase.R), Kind.W: (Phase.W,), Kind.B: (Phase.I, Phase.R, Phase.W)}
+"""What actions of a schedule run."""
+ADAMW = GRADIENT + 2 * (MASTER + MOMENTS) + 2
+"""Bytes that an update reads and writes for each parameter: gradient, master weight and moments there and back, the BF16 weight."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a program is trained: `batch` sequences of `seq` tokens a step, `micro` of them at once on each rank along dp."""
+
+    mesh: Mesh
+    schedule: str
+    chunks: int
+    batch: int
+    seq: int
+    micro: int = 1
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline."""
+        return self.mesh.pp if self.schedule == "dualpipe" else self.mesh.pp * self.chunks
+
+    @property
+    def microbatches(self) -> int:
+        """Of a step, on each rank along dp."""
+        return self.batch // (self.mesh.dp * self.micro)
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.seq
+
+    @property
+    def copies(self) -> int:
+        """How often the pipeline holds each parameter: DualPipe has one for each direction."""
+        return 2 if self.schedule == "dualpipe" else 1
+
+    def check(self) -> None:
+        """`DscError` where the numbers do not go together."""
+        lanes = self.mesh.dp * self.micro
+        fits = f"{max(1, self.batch // lanes) * lanes} would fit"
+        require(self.batch % lanes == 0 and self.batch >= lanes, f"a batch of {self.batch} does not divide over dp={self.mesh.dp}; {fits}")
+
+
+@dataclass
+class Stages:
+    """Layers on stages, with what a micro-batch takes of each. Stages of the same kinds of layers are timed once."""
+
+    program: Program
+    machine: Machine
+    sizes: Sequence[int]
+    hop: float = 0.0
+    """Seconds of a transfer to the next stage, which overlapped pairs send beside their other communication."""
+    runs: dict[tuple[object, ...], Run] = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> tuple[tuple[Layer, ...], ...]:
+        """Of each stage."""
+        found, start = [], 0
+        for size in self.sizes:
+            found.append(self.program.layers[start : start + size])
+            start += size
+        return tuple(found)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[str, ...], ...]:
+        """Of each stage, the kinds of its layers."""
+        return tuple(tuple(layer.kind for layer in layers) for layers in self.layers)
+
+    def tasks(self, stage: int, kind: Kind, overlapped: bool = False) -> tuple[Task, ...]:
+        """Of one micro-batch."""
+        return self.program.tasks(self.layers[stage], PHASES[kind], self.machine, overlapped)
+
+    def run(self, step: Step) -> Run:
+        """A step of the schedule on the streams of its rank.
+
+        Alone a chunk hides communication under what of its own does not wait for it; a pair under each other's computation.
+        """
+        key = tuple((action.kind, self.kinds[action.stage]) for action in step.parts)
+        if key not in self.runs:
+            tasks = self.tasks(step.stage, step.kind) if isinstance(step, Action) else self._both(step)
+            self.runs[key] = listed(tasks)
+        return self.runs[key]
+
+    def _both(self, step: Overlap) -> tuple[Task, ...]:
+        both = [self.tasks(action.stage, action.kind, overlapped=True) for action in step.parts]
+        sends = [Task(f"send {action}", COMM, self.hop) for action in step.parts if self.hop]
+        return joined(*both, sends)
+
+    def seconds(self, step: Step) -> float:
+        """What a step of the schedule takes."""
+        return self.run(step).time
+
+    def busiest(self, stage: int) -> float:
+        """What a micro-batch takes of the busier stream, forward and backward, where nothing slows it down."""
+        key = "busiest", self.kinds[stage]
+        if key not in self.runs:
+            self.runs[key] = Run((*self.tasks(stage, Kind.F), *self.tasks(stage, Kind.B)), ())
+        return max(self.runs[key].busy(COMPUTE), self.runs[key].busy(COMM))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank. Buckets are those of `BUCKETS`, each with weights, gradients and the optimiser's share."""
+
+    buckets: Mapping[str, Mapping[str, int]]
+    activations: int
+    workspace: int
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients and the optimiser's share of all buckets."""
+        return sum(sum(bucket.values()) for bucket in self.buckets.values())
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.activations + self.workspace
+
+
+@dataclass(frozen=True)
+class Training:
+    """A step that is planned; what costs time to find out is found out when it is asked for. Times are in seconds."""
+
+    setup: Setup
+    stages: Stages
+    schedule: Schedule
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The pipeline, simulated."""
+        return simulate(self.schedule, self.stages.seconds, lambda step: self.stages.hop if isinstance(step, Action) else 0.0)
+
+    @cached_property
+    def memory(self) -> tuple[Memory, ...]:
+        """Of each rank."""
+        return memories(self.stages, self.schedule, self.setup)
+
+    @cached_property
+    def ends(self) -> Mapping[str, float]:
+        """What follows the pipeline: gradients, optimiser, weights, casts."""
+        return ends(self.stages, self.schedule, self.setup)
+
+    @cached_property
+    def least(self) -> float:
+        """A step takes this long at least: the busier stream of the busiest rank never pauses, nor slows the other down."""
+        share = self.setup.microbatches / self.setup.copies
+        return share * max(sum(map(self.stages.busiest, held)) for held in held_by(self.schedule)) + sum(self.ends.values())
+
+    @cached_property
+    def step(self) -> float:
+        """From one update to the next, interruptions aside."""
+        return float(self.timeline.time) + sum(self.ends.values())
+
+    @property
+    def available(self) -> float:
+        """The share of time in which the cluster trains."""
+        return self.stages.machine.inputs["run.available"]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Per trillion tokens, interruptions included."""
+        return self.step / self.setup.tokens * 1e12 * self.setup.mesh.world / 3600 / self.available
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole cluster, interruptions aside."""
+        return self.setup.tokens / self.step
+
+    @property
+    def bubble(self) -> float:
+        """The share of the pipeline's time in which the rank that idles most does."""
+        return float(max(self.timeline.bubbles)) / float(self.timeline.time)
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of a step in which a rank of the middle communicates and does not compute."""
+        return sum(self.stages.run(step).exposed for step in self.schedule.rows[self.schedule.ranks // 2])
+
+    @property
+    def hidden(self) -> float:
+        """The share of that rank's communication which computation covers, in overlapped pairs where there are any, else in all steps."""
+        row = self.schedule.rows[self.schedule.ranks // 2]
+        runs = [self.stages.run(step) for step in row if isinstance(step, Overlap)] or [self.stages.run(step) for step in row]
+        sent = sum(run.busy(COMM) for run in runs)
+        return 1 - sum(run.exposed for run in runs) / sent if sent else 1.0
+
+    @property
+    def peak(self) -> Memory:
+        """The fullest rank's."""
+        return max(self.memory, key=lambda m: m.total)
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of a GPU for tensors."""
+        return self.stages.machine.capacity
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has room."""
+        return self.peak.total <= self.capacity
+
+
+def plan_training(program: Program, machine: Machine, setup: Setup, sizes: Sequence[int] = ()) -> Training:
+    """A step. `sizes` places layers on stages; without it the stages are balanced. `DscError` where the numbers do not go together."""
+    setup.check()
+    schedule = generate(setup.schedule, setup.stages, setup.microbatches, None if setup.schedule == "dualpipe" else setup.chunks)
+    stages = Stages(program, machine, sizes or placed(program, machine, schedule), machine.hop(program.boundary))
+    return Training(setup, stages, schedule)
+
+
+def placed(program: Program, machine: Machine, schedule: Schedule) -> tuple[int, ...]:
+    """Layers on stages, ranks balanced by what a micro-batch takes of the busier stream, forward and backward."""
+    known: dict[str, float] = {}
+    for layer in program.layers:
+        if layer.kind not in known:
+            tasks = (*program.tasks([layer], (Phase.F,), machine, True), *program.tasks([layer], PHASES[Kind.B], machine, True))
+            known[layer.kind] = max(sum(t.seconds for t in tasks if t.stream == stream) for stream in (COMPUTE, COMM))
+    return balanced([known[layer.kind] for layer in program.layers], held_by(schedule))
+
+
+def held_by(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
+    """The stages of each rank."""
+    found: list[list[int]] = [[] for _ in schedule.rows]
+    for (stage, _), rank in schedule.home.items():
+        found[rank].append(stage)
+    return tuple(tuple(sorted(stages)) for stages in found)
+
+
+def parameters(stages: Stages, held: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes of the weights of some stages, by bucket. A weight that several layers read counts once."""
+    every: dict[str, tuple[str, int, int]] = {}
+    for stage in held:
+        for layer in stages.layers[stage]:
+            every |= stages.program.weights(layer)
+    return {b: (sum(n for k, n, _ in every.values() if k == b), sum(size for k, _, size in every.values() if k == b)) for b in BUCKETS}
+
+
+def chunk_bytes(stages: Stages) -> tuple[list[int], float]:
+    """What each stage keeps of a micro-batch until its backward pass, and how many times that it stashes for the weights' part at most."""
+    kept = [sum(map(stages.program.kept, layers)) for layers in stages.layers]
+    waiting = [sum(map(stages.program.stashed, layers)) for layers in stages.layers]
+    return kept, max((s / k for s, k in zip(waiting, kept, strict=True) if k), default=1.0)
+
+
+def memories(stages: Stages, schedule: Schedule, setup: Setup) -> tuple[Memory, ...]:
+    """Of each rank. The optimiser's state of a weight is spread over all ranks that hold it (ZeRO-1)."""
+    mesh = setup.mesh
+    spread = {"tp": mesh.dp, "replicated": mesh.dp, "experts": mesh.edp}
+    kept, share = chunk_bytes(stages)
+    found = []
+    for held, row in zip(held_by(schedule), in_flight(schedule, share, kept), strict=True):
+        buckets = {}
+        for bucket, (count, size) in parameters(stages, held).items():
+            state = (MASTER + MOMENTS) * count // (spread[bucket] * setup.copies)
+            buckets[bucket] = {"weights": size, "gradients": GRADIENT * count, "optimiser": state}
+        found.append(Memory(buckets, int(max(row)), stages.program.workspace))
+    return tuple(found)
+
+
+def ends(stages: Stages, schedule: Schedule, setup: Setup) -> dict[str, float]:
+    """What the slowest rank does after its last micro-batch, part by part."""
+    machine, mesh = stages.machine, setup.mesh
+    most: dict[str, float] = {}
+    for held in held_by(schedule):
+        count = {bucket: n for bucket, (n, _) in parameters(stages, held).items()}
+        parts = {
+            "gradients": machine.reduce(GRADIENT * (count["tp"] + count["replicated"]), "dp", setup.copies)
+            + machine.reduce(GRADIENT * count["experts"], "edp", setup.copies),
+            "optimiser": ADAMW
+            * ((count["tp"] + count["replicated"]) / (mesh.dp * setup.copies) + count["experts"] / (mesh.edp * setup.copies))
+            / machine.memory_bandwidth,
+            "weights": machine.gather(2 * (count["tp"] + count["replicated"]), "dp", setup.copies)
+            + machine.gather(2 * count["experts"], "edp", setup.copies),
+            "casts": sum(stages.program.once(stages.layers[stage], machine) for stage in held),
+        }
+        if sum(parts.values()) > sum(most.values()):
+            most = parts
+    return most
