@@ -31,7 +31,7 @@ SHOWN = 4
 @click.option(
     "--schedule", default="auto", metavar="NAME|auto", help="1f1b, interleaved, zb1p, dualpipe, dualpipev. Default: auto, the best of them."
 )
-@click.option("--batch", type=int, help="Sequences of an optimiser's step. Default: 15360 for deepseek-v3, else 8 for each stage and lane.")
+@click.option("--batch", type=int, help="Sequences of an optimiser's step. Default: 15360 for deepseek-v3, else 8 for each GPU.")
 @click.option("--micro", type=int, default=1, show_default=True, help="Sequences of a micro-batch.")
 @click.option("--seq", type=int, help="Tokens of a sequence. Default: 4096, or what the model takes if that is less.")
 @click.option("--recipe", metavar="NAME|none", default="deepseek-v3", show_default=True, help="How products are quantised.")
@@ -66,10 +66,10 @@ def plan(
     out: Path | None,
     as_json: bool,
 ) -> int:
-    """Predict a step of training on a cluster: time, cost, memory, and what they rest on.
+    """Predict a training step on a cluster.
 
-    The program is compiled for the ranks of each mesh that is tried; its ops are costed on the cluster, placed on the stages of a pipeline,
-    and simulated.
+    Says time, cost and memory, and what they rest on. The program is compiled for the ranks of each mesh that is tried; its ops are
+    costed on the cluster, placed on the stages of a pipeline, and simulated.
 
     \b
     dsc plan deepseek-v3 --gpus 2048 --mesh pp=16,ep=64 --schedule dualpipe
