@@ -19,7 +19,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 @click.option("--tables", is_flag=True, help="Published tables of kernels and exchanges, and what the cost model says of each row.")
 @json_option
 def devices(name: str | None, tables: bool, as_json: bool) -> int:
-    """List the clusters and devices that dsc knows, or show one with the source of every figure.
+    """List known clusters and devices, or show the figures of one.
 
     A file that says what it changes of a cluster (base = "h800") is a cluster too.
 
@@ -45,7 +45,7 @@ def devices(name: str | None, tables: bool, as_json: bool) -> int:
 @click.option("--threads", type=click.IntRange(min=1), default=1, metavar="N", help="Threads of a rank on a CPU. Default: 1.")
 @json_option
 def calibrate(out: Path | None, name: str | None, quick: bool, threads: int, as_json: bool) -> int:
-    """Measure this machine, and write a cluster file that other commands take.
+    """Measure this machine, and write it as a cluster file.
 
     Matrix products by dtype and shape, memory, attention, kernels along rows and the time of a launch, on the GPU through torch
     if there is one, else on the CPU through dsc's reference backend; with one thread by its CPU time, which other work on the
