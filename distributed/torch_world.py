@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -83,6 +84,9 @@ class TorchWorld:
         signal.signal(signal.SIGTERM, self._before)
         if kind is None:
             dist.destroy_process_group()  # after a failure it would wait for those that are gone
+        elif isinstance(error, DscError) and str(error):
+            with suppress(RuntimeError):  # the store may be gone as well
+                self._say("failed")  # the others need not say what they waited for
 
     def run(self, program: Program[T]) -> T:
         """The result of this rank's program. `DscError` where another rank fails, dies or does not answer in time.

@@ -22,8 +22,7 @@ from ..ir.mesh import Mesh, mesh_of
 from ..ir.sharding import Split, input_splits, part, result_splits, weight_splits, whole
 from ..ir.types import Bundle, Tensor, Type
 from ..ir.walk import weights as weights_of
-from ..models.expert_names import parts
-from ..models.weights import Wanted, Weights
+from ..models.weights import Wanted, Weights, part_of
 from .measure import same_bits
 
 Ranks = Literal["local", "torchrun"]
@@ -110,18 +109,14 @@ class RankWeights:
         source.check(list(self.wanted.values()))
 
     def get(self, rank: int, name: str) -> np.ndarray:
-        """The part of `rank`. Of a stack of experts only its own are read; of anything else the file's pages that it lies in."""
+        """The part of `rank`; of a checkpoint no more is read."""
         wanted = self.wanted[name]
         index = part(self.splits[name], wanted.shape, self.mesh, rank)
         if self.kept is not None:
             if name not in self.kept:
                 self.kept[name] = self.source.get(wanted)
             return self.kept[name][index]
-        if index and parts(name, wanted.shape)[0].name != name:
-            experts, *rest = index
-            some = Wanted(name, wanted.dtype, (experts.stop - experts.start, *wanted.shape[1:]), tuple(range(experts.start, experts.stop)))
-            return self.source.get(some)[(slice(None), *rest)]
-        return self.source.get(wanted)[index]
+        return part_of(self.source, wanted, index)
 
 
 def _wanted(name: str, tensor: Type) -> Wanted:

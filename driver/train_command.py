@@ -38,22 +38,32 @@ EVERY = 10.0
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json. Default: bytes.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
 @click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
+@click.option("--mesh", metavar="dp=N,ep=N,...", help="Train on the ranks of this mesh. Default under torchrun: dp is their number.")
+@click.option("--ranks", type=click.Choice(["local", "torchrun"]), help="Where they run. Default: torchrun where it started us.")
+@click.option("--timeout", type=float, default=600.0, metavar="SECONDS", help="How long a rank waits for others. Default: 600.")
 @json_option
 def train(source: str, data: tuple[Path, ...], more: tuple[Path, ...], out: Path, steps: int, as_json: bool, **options: Any) -> int:
     """Train SRC on text files.
 
     SRC is a shipped model (dsc models), a config.json or a checkpoint folder, whose weights training goes on from. RUN gets
     loss.csv, loss.png and the last two checkpoints in Hugging Face layout. The same command with --resume goes on with a run
-    that was stopped, and gives the curve it would have given, to the bit.
+    that was stopped, and gives the curve it would have given, to the bit. With --mesh, sequences, experts and the optimiser's
+    state are spread over ranks; a run may go on with another mesh.
 
     \b
     dsc train deepseek-v3-tiny --data notes.txt more.txt -o run --steps 200 --lr 2e-3
     dsc train deepseek-v3-tiny --data notes.txt -o run8 --steps 200 --lr 2e-3 --recipe deepseek-v3
+    dsc train deepseek-v3-tiny --data notes.txt -o run4 --steps 200 --mesh dp=4,ep=2 --ranks local
+    torchrun --nproc-per-node 4 -m dsc train deepseek-v3-tiny --data notes.txt -o run4 --steps 200 --mesh ep=2
     """
+    from .ranks import is_first, started_by_torchrun
     from .train import train as run
 
+    options["ranks"] = options["ranks"] or ("torchrun" if started_by_torchrun() else None)
     with meter(steps) as step:
-        done = run(source, (*data, *more), out, steps=steps, on_step=step, **options)
+        done = run(source, (*data, *more), out, steps=steps, on_step=step, on_note=note, **options)
+    if options["ranks"] == "torchrun" and not is_first():
+        return 0
     last = done.rows[-1]
     found = {
         "run": str(out),

@@ -11,7 +11,7 @@ from typing import Any
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles, by_name
-from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
+from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of, parse_mesh
 from ..ir.sharding import Split, axes, result_splits, weight_splits, whole_weights
 from ..ir.types import DType, Tensor
 from ..ir.verify import verify
@@ -49,9 +49,14 @@ class Programs:
         return int(self.step.attributes["seq"])
 
     @property
-    def mesh(self) -> Mesh | None:
-        """The mesh of whose ranks these are the programs; None of one that has all."""
-        return mesh_of(self.step) if ATTRIBUTE in self.step.attributes else None
+    def mesh(self) -> Mesh:
+        """The mesh of whose ranks these are the programs."""
+        return mesh_of(self.step) if ATTRIBUTE in self.step.attributes else Mesh()
+
+    @cached_property
+    def weight_splits(self) -> Mapping[str, Split]:
+        """How each weight is split."""
+        return weight_splits(self.step)
 
     @cached_property
     def state_splits(self) -> Mapping[str, Split]:
@@ -73,16 +78,22 @@ def programs(
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     adamw: AdamW | None = None,
+    mesh: str | None = None,
 ) -> Programs:
-    """Compile `source`, a model's configuration, for training. Raises `DscError` as `compile` does, and for a source without one."""
+    """Compile `source`, a model's configuration, for training, on a `mesh` if one is given: then `batch` is that of all its ranks.
+
+    Raises `DscError` as `compile` does, and for a source without a configuration.
+    """
     from ..passes.manager import apply
     from .compile import default_pipeline, read
 
-    default_pipeline(recipe, None, "train")  # an unknown recipe is said before any work
+    default_pipeline(recipe, None, "train", mesh=mesh)  # an unknown recipe is said before any work
+    if mesh and batch is None:
+        batch = parse_mesh(mesh).dp
     _, module, config = read(source, mode="train", batch=batch, seq=seq, overrides=overrides)
     if config is None:
         raise DscError(f"{source} is no model configuration; expected a shipped name (dsc models), a config.json or a checkpoint folder")
-    return assemble(apply(module, default_pipeline(recipe, config, "train")), config, adamw)
+    return assemble(apply(module, default_pipeline(recipe, config, "train", mesh=mesh)), config, adamw)
 
 
 def assemble(step: Module, config: Mapping[str, Any], adamw: AdamW | None = None) -> Programs:
@@ -101,9 +112,9 @@ def assemble(step: Module, config: Mapping[str, Any], adamw: AdamW | None = None
     for name in trained:
         alike.setdefault(frozenset(axes(splits[name])), []).append(name)
     update = update_module(moved, gradients, gates, counts if gates else None, adamw, tuple(alike.values()))
-    if made.mesh is None:
+    if ATTRIBUTE not in step.attributes:
         return replace(made, update=update)
-    held = weight_splits(step)
+    held = made.weight_splits
     state = [split for name in trained for split in (splits[name],) * (1 + len(STATE))]
     inputs = [()] * (len(update.main.params) - len(state) - len(gates)) + state + [()] * len(gates)
     results = {1 + i * (1 + len(STATE)): held[name] for i, name in enumerate(trained)}

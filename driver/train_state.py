@@ -7,7 +7,8 @@
       ema/                               the average of the weights, as a model of its own, if one is kept
       state.json                         the step, the position in the data, and what determines the curve
 
-A checkpoint is complete or absent: it is written beside its place and renamed.
+A checkpoint is complete or absent: it is written beside its place and renamed. It is whole whatever the mesh of the run, and a run on any
+other goes on from it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import numpy as np
 
 from ..backends.arrays import Array, rounded
 from ..ir.errors import DscError, require
+from ..ir.sharding import Split, part
 from ..ir.types import DType, Tensor
 from ..passes.optimizer import STATE
 from .data import Position
 from .train_program import Programs
+from .train_ranks import Part, Team, Whole, leads
 
 SCHEMA = 1
 KEPT = 2
@@ -34,37 +37,61 @@ KEPT = 2
 
 
 @dataclass(frozen=True)
-class State:
-    """A run after `step` steps. Arrays are never written to: a step makes new ones, so any state may be kept or saved at leisure."""
+class Held:
+    """What one rank has of a run. Arrays are never written to: a step makes new ones, so any state may be kept or saved at leisure."""
 
-    step: int
-    position: Position
     weights: Mapping[str, Array]
     """Every weight as the model reads it, the gates' biases among them."""
     kept: Mapping[str, tuple[Array, ...]]
     """Master weight and moments of each trained weight, in the order of `passes.optimizer.STATE`."""
 
 
-def first_state(programs: Programs, seed: int, folder: Path | None = None) -> State:
-    """Before the first step: random weights, or those of the checkpoint in `folder`.
+@dataclass(frozen=True)
+class State:
+    """A run after `step` steps: what each rank of this process has. On one rank `weights` and `kept` are the whole state."""
+
+    step: int
+    position: Position
+    held: tuple[Held, ...]
+
+    @property
+    def weights(self) -> Mapping[str, Array]:
+        return self.held[0].weights
+
+    @property
+    def kept(self) -> Mapping[str, tuple[Array, ...]]:
+        return self.held[0].kept
+
+
+def first_state(programs: Programs, seed: int, folder: Path | None = None, ranks: Sequence[int] = (0,)) -> State:
+    """Before the first step, of these `ranks`: random weights, or those of the checkpoint in `folder`, of which a rank reads its parts.
 
     Matrices are normal with the config's `initializer_range` (DeepSeek-V3 itself: 0.006), norms 1 and biases 0. Moments are 0.
     """
     from ..models.checkpoint import CheckpointFolder, RandomWeights
-    from ..models.weights import NUMPY_DTYPES, Wanted
+    from ..models.weights import NUMPY_DTYPES, Wanted, part_of
 
     source: Any = RandomWeights(seed, programs.config["initializer_range"])
     if folder is not None:
         source = CheckpointFolder(folder, programs.config)
         source.check([Wanted(name, t.dtype.name, _shape(t)) for name, t in programs.weights.items()])
     moment = NUMPY_DTYPES[programs.adamw.moments.name]
-    weights, kept = {}, {}
-    for name, tensor in programs.weights.items():
-        wide = source.get(Wanted(name, "f32", _shape(tensor)))
-        weights[name] = rounded(wide, tensor.dtype)
-        if name in programs.trained:
-            kept[name] = (wide, np.zeros(wide.shape, moment), np.zeros(wide.shape, moment))
-    return State(0, Position(), weights, kept)
+    held = []
+    for rank in ranks:
+        weights, kept = {}, {}
+        for name, tensor in programs.weights.items():
+            wanted = Wanted(name, "f32", _shape(tensor))
+            own = _part(programs, programs.weight_splits[name], tensor, rank)
+            weights[name] = rounded(part_of(source, wanted, own), tensor.dtype)
+            if name in programs.trained:
+                master = np.array(part_of(source, wanted, _part(programs, programs.state_splits[name], tensor, rank)))
+                kept[name] = (master, np.zeros(master.shape, moment), np.zeros(master.shape, moment))
+        held.append(Held(weights, kept))
+    return State(0, Position(), tuple(held))
+
+
+def _part(programs: Programs, split: Split, tensor: Tensor, rank: int) -> tuple[slice, ...]:
+    return part(split, _shape(tensor), programs.mesh, rank)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -82,26 +109,38 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save(
-    run: Path, state: State, average: Mapping[str, Array] | None, programs: Programs, settings: Mapping[str, Any], files: Mapping[str, str]
+    run: Path,
+    state: State,
+    averages: Sequence[Mapping[str, Array]] | None,
+    programs: Programs,
+    settings: Mapping[str, Any],
+    files: Mapping[str, str],
+    team: Team,
 ) -> Path:
-    """Write the checkpoint of `state` with the `average` of the weights and further text `files`; older ones but `KEPT` go.
+    """Write the checkpoint of `state` with the `averages` of the weights and further text `files`; older ones but `KEPT` go.
 
-    Raises `DscError` where it cannot be written; then nothing is left of it.
+    Every process of the team calls it; the one that leads writes, a tensor at a time. Raises `DscError` where it cannot be written; then
+    nothing is left of it.
     """
     from ..models.checkpoint import save_checkpoint
-    from ..models.safetensors_file import write_safetensors
+    from ..models.safetensors_file import stream_safetensors
 
+    weights = Whole(team, {name: _weight(programs, state, name) for name in programs.weights})
+    ema = Whole(team, {name: _averaged(programs, state, averages, name) for name in programs.weights} if averages else {})
+    optimizer = Whole(team, _state(programs, state))
     target = folder_of(run, state.step)
+    if not leads(team):
+        for arrays in (weights, ema, optimizer):
+            arrays.give()
+        return target
     draft = _hidden(target)
     for left in (run / "checkpoints").glob(".*.partial"):  # of a run that was killed
         shutil.rmtree(left)
     try:
-        save_checkpoint(draft, state.weights, programs.config)
-        if average is not None:
-            whole = {name: average.get(name, array) for name, array in state.weights.items()}
-            save_checkpoint(draft / "ema", whole, programs.config)
-        named = {f"{name}.{what}": a for name, arrays in state.kept.items() for what, a in zip(STATE, arrays, strict=True)}
-        write_safetensors(draft / "optimizer.safetensors", named)
+        save_checkpoint(draft, weights, programs.config)
+        if averages is not None:
+            save_checkpoint(draft / "ema", ema, programs.config)
+        stream_safetensors(draft / "optimizer.safetensors", {name: part.type for name, part in optimizer.parts.items()}, optimizer)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
         record = {"schema": SCHEMA, "step": state.step, "position": asdict(state.position), "settings": settings}
@@ -118,19 +157,44 @@ def save(
     return target
 
 
+def _weight(programs: Programs, state: State, name: str) -> Part:
+    return Part(programs.weights[name], programs.weight_splits[name], [held.weights[name] for held in state.held])
+
+
+def _averaged(programs: Programs, state: State, averages: Sequence[Mapping[str, Array]], name: str) -> Part:
+    """The average of a trained weight in float32; what is not trained as it is."""
+    if name not in programs.trained:
+        return _weight(programs, state, name)
+    wide = Tensor(DType.f32, programs.weights[name].shape)
+    return Part(wide, programs.state_splits[name], [values[name] for values in averages])
+
+
+def _state(programs: Programs, state: State) -> dict[str, Part]:
+    """The optimiser's state by the names that it has in a checkpoint, those of wide elements first, as they lie in the file."""
+    dtypes = (DType.f32, programs.adamw.moments, programs.adamw.moments)
+    found = {}
+    for name in programs.trained:
+        for i, (what, dtype) in enumerate(zip(STATE, dtypes, strict=True)):
+            type = Tensor(dtype, programs.weights[name].shape)
+            found[f"{name}.{what}"] = Part(type, programs.state_splits[name], [held.kept[name][i] for held in state.held])
+    return dict(sorted(found.items(), key=lambda item: -item[1].type.dtype.bits))
+
+
 def _hidden(folder: Path) -> Path:
     """What a checkpoint is called while it is incomplete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
-def load(folder: Path, programs: Programs, settings: Mapping[str, Any]) -> tuple[State, dict[str, Array] | None]:
-    """The state in a checkpoint and the average of the weights, if it has one.
+def load(
+    folder: Path, programs: Programs, settings: Mapping[str, Any], ranks: Sequence[int] = (0,)
+) -> tuple[State, list[dict[str, Array]] | None]:
+    """The state of `ranks` in a checkpoint, of which a rank reads its parts, and the averages of the weights, if it has one.
 
     Raises `DscError` where the checkpoint is of another model or of a run with other settings, naming each difference.
     """
     from ..models.checkpoint import CheckpointFolder, read_json
     from ..models.safetensors_file import SafetensorsFile
-    from ..models.weights import Wanted
+    from ..models.weights import Wanted, part_of
 
     record = read_json(folder / "state.json")
     require(record.get("schema") == SCHEMA, f"{folder / 'state.json'}: schema {record.get('schema')}, but this dsc reads {SCHEMA}")
@@ -140,13 +204,20 @@ def load(folder: Path, programs: Programs, settings: Mapping[str, Any]) -> tuple
     wanted = {name: Wanted(name, t.dtype.name, _shape(t)) for name, t in programs.weights.items()}
     stored.check(list(wanted.values()))
     file = SafetensorsFile(folder / "optimizer.safetensors").tensors
-    kept = {name: tuple(np.array(file[f"{name}.{what}"].array()) for what in STATE) for name in programs.trained}
-    weights = {name: np.array(stored.get(item)) for name, item in wanted.items()}
-    average = None
-    if (folder / "ema").exists():
-        ema = CheckpointFolder(folder / "ema")
-        average = {name: np.array(ema.get(Wanted(name, DType.f32.name, wanted[name].shape))) for name in programs.trained}
-    return State(int(record["step"]), Position(**record["position"]), weights, kept), average
+    ema = CheckpointFolder(folder / "ema") if (folder / "ema").exists() else None
+    held, averages = [], []
+    for rank in ranks:
+        own, state = (
+            {name: _part(programs, splits[name], programs.weights[name], rank) for name in splits}
+            for splits in (programs.weight_splits, programs.state_splits)
+        )
+        weights = {name: np.array(part_of(stored, item, own[name])) for name, item in wanted.items()}
+        kept = {name: tuple(np.array(file[f"{name}.{what}"].array()[state[name]]) for what in STATE) for name in programs.trained}
+        held.append(Held(weights, kept))
+        if ema:
+            wide = {name: Wanted(name, DType.f32.name, wanted[name].shape) for name in programs.trained}
+            averages.append({name: np.array(part_of(ema, item, state[name])) for name, item in wide.items()})
+    return State(int(record["step"]), Position(**record["position"]), tuple(held)), averages if ema else None
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

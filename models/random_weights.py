@@ -46,6 +46,14 @@ class RandomWeights:
             self._draw(part.name, wanted.dtype, out[(*part.index, ...)])
         return out
 
+    def part(self, wanted: Wanted, index: tuple[slice, ...]) -> np.ndarray:
+        """`get(wanted)[index]`. Of a stack of experts no other matrices are drawn."""
+        if not index or parts(wanted.name, wanted.shape)[0].name == wanted.name or wanted.experts is not None:
+            return self.get(wanted)[index]
+        rows = range(wanted.shape[0])[index[0]]
+        some = Wanted(wanted.name, wanted.dtype, (len(rows), *wanted.shape[1:]), tuple(rows))
+        return self.get(some)[(slice(None), *index[1:])]
+
     def check(self, wanted: Sequence[Wanted], *, strict: bool = True) -> None:
         """Raise `DscError` for every wanted tensor that is not of a float type; nothing is ever missing or left over."""
         faults = [

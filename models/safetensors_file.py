@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..ir.errors import DscError, require
+from ..ir.types import Tensor, bound
 from .weights import DTYPE_NAMES, NUMPY_DTYPES
 
 _FILE_CODES = {
@@ -187,7 +188,17 @@ def _width(entry: Entry) -> int:
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write `tensors` as one .safetensors file, without copying contiguous ones."""
-    head, starts = lay_out(Entry(name, DTYPE_NAMES[array.dtype], array.shape, array.nbytes) for name, array in tensors.items())
+    _write(path, [Entry(name, DTYPE_NAMES[array.dtype], array.shape, array.nbytes) for name, array in tensors.items()], tensors)
+
+
+def stream_safetensors(path: Path, types: Mapping[str, Tensor], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors of known `types` as one .safetensors file. Each is looked up once, in order, those of wider elements first."""
+    shapes = {name: tuple(map(bound, type.shape)) for name, type in types.items()}
+    _write(path, [Entry(name, type.dtype.name, shapes[name], type.bytes) for name, type in types.items()], tensors)
+
+
+def _write(path: Path, entries: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> None:
+    head, starts = lay_out(entries)
     with open(path, "wb") as file:
         file.write(head)
         for name in starts:

@@ -99,14 +99,44 @@ class StoredWeights:
             return np.asarray(copies[0].source.array(), order="C")
         out = np.empty(wanted.shape, NUMPY_DTYPES[wanted.dtype])
         for copy in copies:
-            target, source = np.atleast_1d(out[(*copy.index, ...)], copy.source.array())
-            scale = None if copy.scale is None else widen(copy.scale.array())
-            for rows in row_chunks(target.shape, self._block[0]):
-                chunk = source[rows]
-                values = chunk if scale is None else self._dequantise(chunk, scale[rows.start // self._block[0] :])
-                target[rows] = _convert(values, wanted.dtype)
-                copy.source.tensor.release(chunk)
+            self._fill(out[(*copy.index, ...)], copy, wanted.dtype)
         return out
+
+    def part(self, wanted: Wanted, index: tuple[slice, ...]) -> np.ndarray:
+        """`get(wanted)[index]`, and no more is read: of what has block scales the blocks that it touches."""
+        copies, problems = self._plan(wanted)
+        self._report(problems)
+        if [(copy.source.tensor.dtype, copy.source.part.shape) for copy in copies] == [(wanted.dtype, wanted.shape)]:
+            return copies[0].source.array()[index]
+        ranges = [slice(*s.indices(extent)) for s, extent in zip((*index, *[slice(None)] * len(wanted.shape)), wanted.shape, strict=False)]
+        out = np.empty([s.stop - s.start for s in ranges], NUMPY_DTYPES[wanted.dtype])
+        for copy in copies:
+            if overlap := _overlap(copy, wanted.shape, ranges):
+                target, source = overlap
+                self._fill(out[(*target, ...)], copy, wanted.dtype, source)
+        return out
+
+    def _fill(self, target: np.ndarray, copy: _Copy, dtype: str, part: tuple[slice, ...] = ()) -> None:
+        """Write the `part` of a copy's source, all of it unless told, to `target`."""
+        target, source = np.atleast_1d(target, copy.source.array()[part])
+        if copy.scale is not None and part:
+            target[...] = _convert(self._blocks(copy, part), dtype)
+            return
+        scale = None if copy.scale is None else widen(copy.scale.array())
+        for rows in row_chunks(target.shape, self._block[0]):
+            chunk = source[rows]
+            values = chunk if scale is None else self._dequantise(chunk, scale[rows.start // self._block[0] :])
+            target[rows] = _convert(values, dtype)
+            if not part:
+                copy.source.tensor.release(chunk)
+
+    def _blocks(self, copy: _Copy, part: tuple[slice, ...]) -> np.ndarray:
+        """float32: a part of an FP8 matrix, from the blocks that it touches."""
+        assert copy.scale is not None
+        rows, columns = (slice(s.start // b, -(-s.stop // b)) for s, b in zip(part, self._block, strict=True))
+        touched = tuple(slice(s.start * b, s.stop * b) for s, b in zip((rows, columns), self._block, strict=True))
+        values = self._dequantise(copy.source.array()[touched], widen(copy.scale.array()[rows, columns]))
+        return values[tuple(slice(s.start - t.start, s.stop - t.start) for s, t in zip(part, touched, strict=True))]
 
     def check(self, wanted: Sequence[Wanted], *, strict: bool = True) -> None:
         """See `Weights.check`."""
@@ -234,6 +264,22 @@ class StoredWeights:
             counts = Counter(problem.kind for problem in dict.fromkeys(problems))
             totals = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
             raise DscError("\n".join([f"{self.source}: these weights do not fit the program: {totals}", *(f"  {line}" for line in lines)]))
+
+
+def _overlap(copy: _Copy, shape: tuple[int, ...], ranges: Sequence[slice]) -> tuple[tuple[int | slice, ...], tuple[slice, ...]] | None:
+    """Where what `copy` has of the `ranges` of a tensor of `shape` goes there, and where it lies in its source; None if there is none."""
+    target: list[int | slice] = []
+    source: list[slice] = []
+    for dim, wanted in enumerate(ranges):
+        at = copy.index[dim] if dim < len(copy.index) else slice(0, shape[dim])
+        first, last = (at, at + 1) if isinstance(at, int) else (at.start, at.stop)
+        begin, end = max(first, wanted.start), min(last, wanted.stop)
+        if begin >= end:
+            return None
+        target.append(begin - wanted.start if isinstance(at, int) else slice(begin - wanted.start, end - wanted.start))
+        if not isinstance(at, int):
+            source.append(slice(begin - first, end - first))
+    return tuple(target), tuple(source)
 
 
 def _convert(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -5,7 +5,7 @@ Sources: `checkpoint.CheckpointFolder`, `state_dict.StateDict`, `random_weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -69,6 +69,12 @@ class Weights(Protocol):
 
     def describe(self) -> str:
         """One line for people: what this is and how large."""
+
+
+def part_of(source: Weights, wanted: Wanted, index: tuple[slice, ...]) -> np.ndarray:
+    """`source.get(wanted)[index]`. A source that has `part(wanted, index)` reads no more than that takes."""
+    part: Callable[[Wanted, tuple[slice, ...]], np.ndarray] | None = getattr(source, "part", None)
+    return source.get(wanted)[index] if part is None else part(wanted, index)
 
 
 def type_text(dtype: str, shape: Sequence[int]) -> str:
