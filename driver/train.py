@@ -33,7 +33,7 @@ from .learning_rate import PEAK, Schedule
 from .ranks import TIMEOUT, Ranks, is_first
 from .tokens import open_tokenizer
 from .train_program import Programs, programs
-from .train_ranks import Apart, agreed, leads, open_team, said_once
+from .train_ranks import Apart, agreed, check_team, leads, open_team, said_once
 from .train_state import State, checkpoints, differences, first_state, folder_of, load, save
 from .train_step import Average, NotFinite, Stepper, Values
 
@@ -110,7 +110,7 @@ def train(
         require(ema is None or 0 < ema < 1, f"--ema is {ema}, expected a decay between 0 and 1")
         require(len(data) > 0, "there is no data to train on")
         over = parse_mesh(mesh or "", int(os.environ.get("WORLD_SIZE", "0")) if ranks == "torchrun" else None)
-        require(over.world == 1 or hasattr(runner, "program"), f"backend {backend} does not run on many ranks; numpy and numpy-f64 do")
+        check_team(over, ranks, runner, backend)
         if ranks != "torchrun" or is_first():
             check_target(run, resume)
         if resume and batch is None:

@@ -88,8 +88,9 @@ def programs(
     from .compile import default_pipeline, read
 
     default_pipeline(recipe, None, "train", mesh=mesh)  # an unknown recipe is said before any work
-    if mesh and batch is None:
-        batch = parse_mesh(mesh).dp
+    if mesh:
+        batch, dp = batch or parse_mesh(mesh).dp, parse_mesh(mesh).dp
+        require(batch % dp == 0, f"a batch of {batch} does not divide over dp={dp}; a batch of {-(-batch // dp) * dp} would fit")
     _, module, config = read(source, mode="train", batch=batch, seq=seq, overrides=overrides)
     if config is None:
         raise DscError(f"{source} is no model configuration; expected a shipped name (dsc models), a config.json or a checkpoint folder")

@@ -88,19 +88,24 @@ class Apart:
         return [self.world.run(program(self.world.rank))]
 
 
+def check_team(mesh: Mesh, ranks: Ranks | None, runner: Runner, backend: str) -> None:
+    """Refuse a mesh that nobody would run, before any work."""
+    if mesh.world > 1:
+        hint = f'give --ranks local (ranks="local"), or start them with torchrun --nproc-per-node {mesh.world}'
+        require(ranks is not None, f"mesh {mesh} is {mesh.world} ranks: {hint}")
+        require(hasattr(runner, "program"), f"backend {backend} does not run on many ranks; numpy and numpy-f64 do")
+
+
 @contextmanager
 def open_team(mesh: Mesh, ranks: Ranks | None, timeout: float) -> Iterator[Team]:
-    """Whoever runs the ranks of `mesh`. `DscError` where there is nobody."""
+    """Whoever runs the ranks of `mesh`."""
     if ranks == "torchrun":
         from ..distributed.torch_world import TorchWorld
 
         with TorchWorld(mesh, timeout) as world:
             yield Apart(world)
         return
-    count = mesh.world
-    hint = f'give --ranks local (ranks="local"), or start them with torchrun --nproc-per-node {count}'
-    require(count == 1 or ranks == "local", f"mesh {mesh} is {count} ranks: {hint}")
-    yield Alone() if count == 1 else Lockstep(mesh)
+    yield Alone() if mesh.world == 1 else Lockstep(mesh)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import dsc
 from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.mesh import Mesh, parse_mesh
-from dsc.ir.ops.collective import AllReduce, AllToAll, ReduceScatter
+from dsc.ir.ops.collective import AllReduce, AllToAll, OwnPart, ReduceScatter
 from dsc.ir.ops.control import Pack
 from dsc.ir.ops.elementwise import Add
 from dsc.ir.ops.linalg import Matmul
@@ -167,7 +167,7 @@ def _without_order(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def _without_sums(op: Op, b: Builder) -> Sequence[Value] | None:
-    return (op.x,) if isinstance(op, AllReduce) and op.x.tensor.rank > 0 and op.x.dtype.is_float else None
+    return b.emit(OwnPart(op.x, op.axis, op.size, op.dim)).results if isinstance(op, ReduceScatter) else None
 
 
 def _without_losses(op: Op, b: Builder) -> Sequence[Value] | None:

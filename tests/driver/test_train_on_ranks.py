@@ -1,0 +1,204 @@
+"""Training on meshes: the curve of one rank, checkpoints that fit any mesh, and what a rank reads of them.
+
+Sums run in float64 here. Then ranks and one rank differ by the rounding of the parts that ranks add up, in losses and in gradients. How far
+that carries is measured, not guessed: runs of one rank whose gradients are off by as much, in seeded directions, go apart from the exact
+one, and ranks may be twice as far away as they have been.
+"""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dsc
+from dsc import DscError
+from dsc.backends.numpy_ref.run import FLOAT64
+from dsc.driver import train_program
+from dsc.driver.curve import read
+from dsc.driver.train import Outcome, train
+from dsc.driver.train_program import Programs
+from dsc.driver.train_ranks import Lockstep
+from dsc.driver.train_state import checkpoints, folder_of, load, save
+from dsc.ir.gradients import bundles
+from dsc.models.checkpoint import save_checkpoint
+from dsc.models.safetensors_file import SafetensorsFile
+
+TEXT = pydoc_data.topics.__file__
+SMALL = ("num_hidden_layers=2", "hidden_size=48", "n_routed_experts=8", "moe_intermediate_size=24", "intermediate_size=64")
+ULP = 2.0**-24
+COLUMNS = ("loss", "gradient_norm")
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Callable[..., Programs]:
+    """`train_program.programs`, each program made once."""
+    return cache(lambda source, **options: train_program.programs(source, **options))
+
+
+@pytest.fixture
+def short(compiled: Callable[..., Programs], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Train:
+    """`short("run", mesh="dp=4")`: train a small model into tmp_path / "run", on all ranks in this process."""
+    monkeypatch.setattr("dsc.driver.train.programs", compiled)
+
+    def run(out: str = "run", mesh: str | None = None, **options: Any) -> Outcome:
+        given: dict[str, Any] = {"steps": 4, "batch": 4, "seq": 8, "learning_rate": 2e-3, "overrides": SMALL, "backend": "numpy-f64"}
+        given |= options
+        ranks = "local" if mesh else None
+        source, data = given.pop("source", "deepseek-v3-tiny"), given.pop("data", (TEXT,))
+        return train(source, data, tmp_path / out, mesh=mesh, ranks=ranks, **given)
+
+    return run
+
+
+def curve(run: Outcome) -> np.ndarray:
+    """float64 [steps, columns]."""
+    return np.array([[float(row[name]) for name in COLUMNS] for row in read(run.run / "loss.csv")])
+
+
+def shaken(monkeypatch: pytest.MonkeyPatch, seed: int, parts: int) -> None:
+    """Make every gradient of the runs that follow off by a rounding for each part and one for their sum."""
+    rng, exact = np.random.default_rng(seed), FLOAT64.program
+
+    def shake(gradient: np.ndarray) -> np.ndarray:
+        return (gradient * (1 + rng.choice([-1, 1], gradient.shape) * (parts + 1) * ULP)).astype(gradient.dtype)
+
+    def program(self: Any, module: Any, *rest: Any) -> Any:
+        results = yield from exact(module, *rest)
+        count = len(bundles(module))
+        if not count:
+            return results
+        off = [tuple(map(shake, bundle)) for bundle in results[-count:]]
+        return (*results[:-count], *off)
+
+    monkeypatch.setattr(type(FLOAT64), "program", program)
+
+
+def assert_as_near_as_shaken_runs(found: Outcome, whole: Outcome, short: Train, monkeypatch: Any, **options: Any) -> None:
+    """At each step at most twice as far from `whole` as the worst of three shaken runs has been by then, but for a rounding of losses."""
+    expected, farthest = curve(whole), np.zeros_like(curve(whole))
+    for seed in range(3):
+        with monkeypatch.context() as patch:
+            shaken(patch, seed, 4)
+            farthest = np.maximum(farthest, np.abs(curve(short(f"shaken {seed}", **options)) - expected))
+    bound = 16 * ULP * expected + 2 * np.maximum.accumulate(farthest)
+    assert (bound[:, 0] < 1e-2 * expected[:, 0]).all(), "a bound as large as the loss says nothing"
+    assert (np.abs(curve(found) - expected) <= bound).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("dp=4", {"overrides": (*SMALL, "dtype=float32")}),
+        ("dp=4,ep=2", {"ema": 0.75}),
+        ("dp=2,ep=2", {"recipe": "deepseek-v3", "seq": 128, "batch": 2, "steps": 3}),
+    ],
+)
+def test_the_curve_is_that_of_one_rank(short: Train, monkeypatch: pytest.MonkeyPatch, mesh: str, options: dict[str, Any]) -> None:
+    """In FP8 too, where each expert is on one rank: tiles along the rows of an expert begin anew on each that holds it."""
+    whole, found = short("one", **options), short("many", mesh, **options)
+    assert_as_near_as_shaken_runs(found, whole, short, monkeypatch, **options)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_the_same_from_any_mesh(short: Train, compiled: Callable[..., Programs], tmp_path: Path) -> None:
+    """What one rank wrote, read on all ranks of a mesh and written again, has the bytes that it had: no part is lost or moved."""
+    first = short("one", steps=1, ema=0.5)
+    settings = json.loads((first.checkpoint / "state.json").read_text())["settings"]
+    for mesh in ("dp=4,ep=2", "dp=2,tp=2,ep=4"):
+        made = compiled("deepseek-v3-tiny", batch=4, seq=8, recipe=None, overrides=SMALL, mesh=str(dsc.ir.mesh.parse_mesh(mesh)))
+        team = Lockstep(made.mesh)
+        state, averages = load(first.checkpoint, made, settings, team.mine)
+        assert len(state.held) == made.mesh.world
+        run = tmp_path / mesh
+        (run / "checkpoints").mkdir(parents=True)
+        saved = save(run, state, averages, made, settings, {}, team)
+        for file in saved.rglob("*.safetensors"):
+            same = file.read_bytes() == (first.checkpoint / file.relative_to(saved)).read_bytes()
+            assert same, f"{mesh}: {file.name}"
+        elements = sum(x.size for kept in state.held[0].kept.values() for x in kept[:1])
+        whole = sum(t.size for name, t in made.weights.items() if name in made.trained)
+        assert elements <= whole / 2 * 1.01, "a rank keeps the state of its parts alone"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh(short: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """dp=4, then dp=2 with ep=2, then one rank, stopped in between: the curve of the run that was never cut."""
+    whole, run, said = short("whole", steps=6), tmp_path / "run", list[str]()
+
+    class Stop(Exception):
+        pass
+
+    def stop(at: int) -> Callable[..., None]:
+        def on_step(step: int, row: Any) -> None:
+            if step == at:
+                raise Stop
+
+        return on_step
+
+    for mesh, until in (("dp=4", 2), ("dp=2,ep=2", 4)):
+        with pytest.raises(Stop):
+            short("run", mesh, steps=6, resume=True, batch=None if until == 4 else 4, on_step=stop(until), on_note=said.append)
+        assert checkpoints(run)[-1] == folder_of(run, until)
+    found = short("run", steps=6, resume=True, batch=None, on_note=said.append)
+    assert said == [
+        f"{run}: goes on with mesh pp=1,dp=2,ep=2,tp=1, was pp=1,dp=4,ep=1,tp=1: sums are added up in another order",
+        f"{run}: goes on with mesh pp=1,dp=1,ep=1,tp=1, was pp=1,dp=2,ep=2,tp=1: sums are added up in another order",
+    ]
+    assert_as_near_as_shaken_runs(found, whole, short, monkeypatch, steps=6)
+    assert json.loads((run / "settings.json").read_text())["mesh"] == "pp=1,dp=1,ep=1,tp=1"
+
+
+@pytest.mark.slow
+def test_a_number_that_is_not_finite_is_traced_to_its_rank(short: Train, tmp_path: Path) -> None:
+    """The experts that rank 1 alone holds have a NaN each."""
+    first = short("first", steps=1)
+    weights = {name: np.array(tensor.array()) for name, tensor in SafetensorsFile(first.checkpoint / "model.safetensors").tensors.items()}
+    for expert in range(4, 8):
+        weights[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"][3, 5] = np.nan
+    save_checkpoint(tmp_path / "damaged", weights, json.loads((first.checkpoint / "config.json").read_text()))
+    with pytest.raises(DscError) as error:
+        short("run", "dp=2,ep=2", source=tmp_path / "damaged", overrides=())
+    kept = tmp_path / "run" / "checkpoints" / "step-00000000"
+    first_op = "param at @training_moe_layer_fwd (model.layers.1) mlp.experts#4 on rank 1"
+    said = (
+        f"step 1: the loss is nan; the first op to make a number that is not finite is {first_op}; the state after step 0 is kept in {kept}"
+    )
+    assert str(error.value) == said
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": "dp=4"}, "mesh pp=1,dp=4,ep=1,tp=1 is 4 ranks: give --ranks local"),
+        ({"mesh": "dp=3", "ranks": "local"}, "a batch of 4 does not divide over dp=3; a batch of 6 would fit"),
+        ({"mesh": "dp=4,ep=3", "ranks": "local"}, "mesh pp=1,dp=4,ep=3,tp=1: ep=3 does not divide dp x tp"),
+        ({"mesh": "dp=2", "ranks": "local", "backend": "triton"}, "backend triton does not run on many ranks"),
+        ({"mesh": "dp=2", "ranks": "local", "timeout": 0.0}, "--timeout is 0.0, expected more than 0"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DscError) as error:
+        train("deepseek-v3-tiny", [TEXT], tmp_path / "run", steps=2, batch=4, seq=8, overrides=SMALL, **options)
+    assert str(error.value).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command(short: Train, command: Any, tmp_path: Path) -> None:
+    """`short` is here for the programs that it has compiled already."""
+    sets = [part for override in SMALL for part in ("--set", override)]
+    asked = ["train", "deepseek-v3-tiny", "--data", TEXT, "-o", tmp_path / "run", "--steps", 2, "--batch", 4, "--seq", 8, *sets]
+    done = command(*asked, "--mesh", "dp=2,ep=2", "--ranks", "local", "--backend", "numpy-f64")
+    assert done.code == 0, done.err
+    assert done.out.startswith("step 2: loss ")
+    again = command(*asked, "--resume", "--backend", "numpy-f64")
+    assert "goes on with mesh pp=1,dp=1,ep=1,tp=1, was pp=1,dp=2,ep=2,tp=1" in again.err
