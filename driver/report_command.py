@@ -28,16 +28,18 @@ from .ui import emit_json, progress, size
 @click.option(
     "--numerics", type=click.Path(path_type=Path), metavar="FILE.json", help="Show a comparison that dsc diff --json has printed."
 )
+@click.option("--timeline", type=click.Path(path_type=Path), metavar="FILE.json", help="A trace to show, as of dsc schedule or dsc plan.")
 @json_option
-def report(out: Path, file: Path | None, other: Path | None, numerics: Path | None, as_json: bool) -> int:
+def report(out: Path, file: Path | None, other: Path | None, numerics: Path | None, timeline: Path | None, as_json: bool) -> int:
     """Show an artifact as one page for a browser.
 
     The page is one file, which opens without a network. dsc compile has written it already, as report.html in OUT; here it is
-    made again, with the numerics of a comparison.
+    made again, with the numerics of a comparison, or with the schedule of a pipeline.
 
     \b
     dsc report out --diff bf16
     dsc report out --numerics diff.json -o page.html
+    dsc report out --timeline plan/timeline.json
     """
     from .artifact import REPORT, load
     from .report import write
@@ -48,12 +50,13 @@ def report(out: Path, file: Path | None, other: Path | None, numerics: Path | No
     target = file or program.path / REPORT
     require(target.suffix in (".html", ".htm"), f"{target}: expected a name that ends in .html")
     check_writable(target)
+    require(timeline is None or timeline.is_file(), f"{timeline}: no such file")
     found = _compared(program, other) if other else None
     if numerics:
         from .report.numerics import read
 
         found = read(numerics, program.module)
-    written = write(program, target, found)
+    written = write(program, target, found, timeline)
     if as_json:
         emit_json({"report": str(target), "bytes": written, "numerics": found is not None})
     else:

@@ -14,16 +14,20 @@ from ...ir.mesh import ATTRIBUTE
 from ...ir.timeline import Timeline, timeline
 from ..artifact import MEMORY, Artifact
 from ..inspect import describe_parameters
-from . import numbers, numerics, overview, trace
+from . import numbers, numerics, overview
 from .html import Html, el
 from .programs import programs
+from .trace import timeline as schedule
 
 SCRIPTS = ("page.js", "programs.js", "timeline.js")
 
 
-def write(program: Artifact, out: Path, diff: Mapping[str, Any] | None = None) -> int:
-    """Write the page of `program` to `out`, and say how many bytes it has. `diff` is what `dsc diff --json` prints about the program."""
-    text = page(program, diff).encode("utf-8", "replace")
+def write(program: Artifact, out: Path, diff: Mapping[str, Any] | None = None, trace: Path | None = None) -> int:
+    """Write the page of `program` to `out`, and say how many bytes it has.
+
+    `diff` is what `dsc diff --json` prints about the program, `trace` a timeline in place of the artifact's own.
+    """
+    text = page(program, diff, trace).encode("utf-8", "replace")
     draft = out.with_name(f".{out.name}.partial")
     try:
         draft.write_bytes(text)
@@ -34,8 +38,8 @@ def write(program: Artifact, out: Path, diff: Mapping[str, Any] | None = None) -
     return len(text)
 
 
-def page(program: Artifact, diff: Mapping[str, Any] | None = None, line: Timeline | None = None) -> Html:
-    """The page as text. It depends on the artifact and `diff` alone."""
+def page(program: Artifact, diff: Mapping[str, Any] | None = None, trace: Path | None = None, line: Timeline | None = None) -> Html:
+    """The page as text. It depends on what it is given alone; `line` is the program's own timeline, if it is known."""
     module = program.module
     line = timeline(module) if line is None else line
     parameters, _ = describe_parameters(module)
@@ -53,7 +57,7 @@ def page(program: Artifact, diff: Mapping[str, Any] | None = None, line: Timelin
         ("numerics", "Numerics"): numerics.numerics(diff) if diff else None,
         ("memory", "Memory"): numbers.memory(found.memory, line),
         ("communication", "Communication"): communication,
-        ("schedule", "Schedule"): trace.timeline(program.path),
+        ("schedule", "Schedule"): schedule(program.path, trace),
         ("kernels", "Kernels"): numbers.kernels(kernels) if kernels else None,
         ("files", "Files"): overview.index(program),
     }

@@ -7,7 +7,7 @@
   const box = document.getElementById("timeline");
   const canvas = box.querySelector(".canvas");
   const says = document.getElementById("timeline-says");
-  const [ROW, GAP, TOP, HUES] = [20, 8, 24, 8];
+  const [ROW, GAP, TOP] = [20, 8, 24];
   let [from, to] = [0, data.end];
   let pinned = "";
 
@@ -82,7 +82,7 @@
       const wide = Math.max(end - x, 0.7);
       filled = x + wide;
       const words = `${data.names[name]}: ${time(length)}, from ${time(start)} to ${time(start + length)} · ${data.kinds[kind]} · ${row.group}, ${row.name}`;
-      parts.push(svg("rect", { x, y, width: wide, height: ROW - 2, rx: wide > 6 ? 2 : 0, class: `span hue-${kind % HUES}`, "data-words": words }));
+      parts.push(svg("rect", { x, y, width: wide, height: ROW - 2, rx: wide > 6 ? 2 : 0, class: `span hue-${data.hues[kind]}`, "data-words": words }));
       if (wide > 8 * data.names[name].length) parts.push(svg("text", { x: x + wide / 2, y: y + 13, class: "words", "text-anchor": "middle" }, data.names[name]));
     }
     return parts;

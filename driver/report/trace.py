@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ir.errors import DscError, require
+from ...schedule.timeline import COLOURS, MEANING
 from .html import Html, code, data, el, fold, section
 
 FILE = Path("plan") / "timeline.json"
@@ -15,18 +16,19 @@ ROWS = Path("plan") / "schedule.txt"
 MOST = 40_000
 """Spans that a page holds: the longest ones."""
 HUES = 8
+"""Colours of spans in the page's style: those of the kinds of steps, then of whatever else there is."""
 
 
-def timeline(folder: Path) -> Html | None:
-    """The section, where the artifact has a trace."""
-    file = folder / FILE
+def timeline(folder: Path, file: Path | None = None) -> Html | None:
+    """The section: of `file`, else of the trace that the artifact has, if it has one."""
+    file = file or folder / FILE
     if not file.is_file():
         return None
     found = read(file)
     spans = sum(len(row["spans"]) // 4 for row in found["rows"])
     lead: list[Any] = [
         f"{spans:,} spans in {len(found['rows']):,} rows, from ",
-        code(FILE.as_posix()),
+        code(file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)),
         " (which opens in Perfetto too). Drag to move; wheel with Ctrl, the buttons or + and − zoom; arrow keys move.",
     ]
     if found["left_out"]:
@@ -35,24 +37,20 @@ def timeline(folder: Path) -> Html | None:
         el("button", words, type="button", data_zoom=name, aria_label=label)
         for name, words, label in (("in", "+", "zoom in"), ("out", "−", "zoom out"), ("all", "whole", "show everything"))
     ]
-    key = [el("span", el("i", class_=f"hue-{i % HUES}"), name) for i, name in enumerate(found["kinds"])]
+    key = [
+        el("span", el("i", class_=f"hue-{hue}"), MEANING.get(name, name)) for name, hue in zip(found["kinds"], found["hues"], strict=True)
+    ]
     rows = folder / ROWS
     text = (
         fold("The schedule as text", el("pre", rows.read_text(encoding="utf-8"), tabindex="0", class_="scroll")) if rows.is_file() else None
     )
+    label = "timeline: + and − zoom, arrows move"
     return section(
         "schedule",
         "Schedule",
         lead,
         el("div", el("div", buttons, class_="views"), el("p", key, class_="key"), class_="tools"),
-        el(
-            "div",
-            el("div", class_="canvas"),
-            id="timeline",
-            tabindex="0",
-            role="application",
-            aria_label="timeline: + and − zoom, arrows move",
-        ),
+        el("div", el("div", class_="canvas"), id="timeline", tabindex="0", role="application", aria_label=label),
         el("output", id="timeline-says", class_="says"),
         text,
         data("timeline-data", found),
@@ -60,7 +58,7 @@ def timeline(folder: Path) -> Html | None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """`rows` with their process, name and four numbers for each span: start and length in microseconds, name, kind. `names`, `kinds`.
+    """`rows` with their process, name and four numbers for each span: start and length in µs, name, kind; `names`, `kinds`, `hues`.
 
     `DscError` for what is no Chrome trace.
     """
@@ -105,4 +103,12 @@ def _packed(spans: list[Mapping[str, Any]], titles: Mapping[tuple[str, Any, Any]
         }
         for (pid, tid), numbers in rows.items()
     ]
-    return {"rows": made, "names": list(names), "kinds": list(kinds), "end": max(s["ts"] + s["dur"] for s in spans) - first}
+    end = max(s["ts"] + s["dur"] for s in spans) - first
+    return {"rows": made, "names": list(names), "kinds": list(kinds), "hues": _hues(list(kinds)), "end": end}
+
+
+def _hues(kinds: list[str]) -> list[int]:
+    """The same colour for the same kind of step in every schedule."""
+    steps = list(COLOURS)
+    others = [kind for kind in kinds if kind not in steps]
+    return [steps.index(kind) if kind in steps else len(steps) + others.index(kind) % (HUES - len(steps)) for kind in kinds]

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dsc.driver.report import numerics, page, programs, trace, tree
 from dsc.driver.report.html import VOID, data, el
 from dsc.driver.run import run
 from dsc.ir.walk import flops
+from dsc.schedule.timeline import COLOURS
 
 Refused = Callable[..., list[str]]
 
@@ -248,6 +250,8 @@ def test_bad_input(refused: Refused, tiny: Path, tmp_path: Path) -> None:
         ([tiny, "--numerics", tmp_path / "none.json"], "none.json: No such file or directory"),
         ([tiny, "--numerics", text, "--diff", tiny], "give one of the two"),
         ([tiny, "--diff", other], "mlir/manifest.json: not a manifest of dsc"),
+        ([tiny, "--timeline", tmp_path / "none.json", "-o", page], "none.json: no such file"),
+        ([tiny, "--timeline", lacking, "-o", page], "b.json: expected a Chrome trace"),
         ([tiny, "-o", tmp_path / "page.png"], "page.png: expected a name that ends in .html"),
         ([tiny, "-o", tmp_path / "no" / "page.html"], "there is no folder"),
         ([broken, "-o", page], "memory.json: not JSON"),
@@ -278,6 +282,7 @@ class TestTrace:
             "rows": [{"group": "rank 3", "name": "thread 0", "spans": [0, 2, 0, 0, 9.5, 5, 1, 1]}],
             "names": ["W", "F"],
             "kinds": ["span", "F"],
+            "hues": [5, 0],
             "end": 14.5,
             "left_out": 0,
         }
@@ -303,6 +308,18 @@ class TestTrace:
     def test_what_is_no_trace(self, tmp_path: Path, value: Any, expected: str) -> None:
         with pytest.raises(dsc.DscError, match=re.escape(expected)):
             trace.read(self.write(tmp_path, value))
+
+    def test_colours_are_those_of_schedules(self) -> None:
+        style = files("dsc.driver.report").joinpath("report.css").read_text()
+        for hue, colour in enumerate(COLOURS.values()):
+            assert f".hue-{hue} {{ fill: {colour};" in style
+
+    def test_one_from_elsewhere(self, command: Any, tiny: Path, tmp_path: Path) -> None:
+        file, out = self.write(tmp_path, list(self.EVENTS)), tmp_path / "page.html"
+        assert command("report", tiny, "--timeline", file, "-o", out).code == 0
+        found = Page(out.read_text())
+        assert json.loads(found.data["timeline-data"]) == trace.read(file)
+        assert f"2 spans in 1 rows, from {file} " in found.text
 
     def test_no_trace_no_section(self, tmp_path: Path) -> None:
         assert trace.timeline(tmp_path) is None
