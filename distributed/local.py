@@ -120,10 +120,11 @@ def _answers(met: tuple[_Posted, ...]) -> list[Any]:
     partners = [one.rank for one in met]
     given = requests[0]
     match requests:
-        case [Send(x=x), Receive(like=like)]:
-            if _type(x) != _type(like):
-                raise DscError(f"rank {partners[0]} sends {_type(x)}, but rank {partners[1]} expects {_type(like)}: {where(given)}")
-            return [None, x]
+        case [Send(xs=xs), Receive(likes=likes)]:
+            sent, wanted = (" and ".join(map(_type, arrays)) for arrays in (xs, likes))
+            if sent != wanted:
+                raise DscError(f"rank {partners[0]} sends {sent}, but rank {partners[1]} expects {wanted}: {where(given)}")
+            return [None, xs]
     if len({(type(r), r.op) for r in requests}) > 1:
         raise DscError(f"ranks meet along {given.axis} with different ops:\n{_rows((one.rank, where(one.request)) for one in met)}")
     if isinstance(given, Gather):

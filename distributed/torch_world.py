@@ -150,12 +150,14 @@ class TorchWorld:
                 return work, lambda: tuple(_like(part, x, tuple(x.shape)) for part in found.view(len(members), -1)), (given,)
             case Exchange(messages=messages, shapes=shapes):
                 return self._exchanged(messages, shapes, members)
-            case Send(x=x, to=to):
-                given = self._bytes(x)
+            case Send(xs=xs, to=to):
+                given = torch.cat([self._bytes(x) for x in xs])
                 return dist.isend(given, members[to]), lambda: None, (given,)
-            case Receive(like=like, source=source):
-                found = torch.empty(_size(like, tuple(like.shape)), dtype=torch.uint8, device=self._device)
-                return dist.irecv(found, members[source]), lambda: _like(found, like, tuple(like.shape)), ()
+            case Receive(likes=likes, source=source):
+                sizes = [_size(like, tuple(like.shape)) for like in likes]
+                found = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+                work = dist.irecv(found, members[source])
+                return work, lambda: tuple(_like(x, like, tuple(like.shape)) for x, like in zip(found.split(sizes), likes, strict=True)), ()
         raise TypeError(f"no world serves {type(request).__name__}")
 
     def _exchanged(

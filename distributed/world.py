@@ -65,17 +65,17 @@ class Index(Request):
 
 @dataclass(frozen=True, eq=False)
 class Send(Request):
-    """`x` goes to rank `to` of the axis, which has to receive it: until then the sender waits. The answer is None."""
+    """`xs` go to rank `to` of the axis, which has to receive them: until then the sender waits. The answer is None."""
 
-    x: Array
+    xs: Message
     to: int
 
 
 @dataclass(frozen=True, eq=False)
 class Receive(Request):
-    """The answer is what rank `source` of the axis sends: an array of the type and shape of `like`, whose contents do not matter."""
+    """The answer is what rank `source` of the axis sends: arrays of the types and shapes of `likes`, whose contents do not matter."""
 
-    like: Array
+    likes: Message
     source: int
 
 

@@ -75,13 +75,13 @@ def stages(world: TorchWorld, x: np.ndarray) -> Program[np.ndarray]:
     """x goes down the pipeline, each stage adding 1, and back up."""
     size, index = world.mesh.size("pp"), world.mesh.index("pp", world.rank)
     if index > 0:
-        x = yield Receive("pp", size, x, index - 1)
+        (x,) = yield Receive("pp", size, (x,), index - 1)
     x = x + 1
     if index < size - 1:
-        yield Send("pp", size, x, index + 1)
-        x = yield Receive("pp", size, x, index + 1)
+        yield Send("pp", size, (x,), index + 1)
+        (x,) = yield Receive("pp", size, (x,), index + 1)
     if index > 0:
-        yield Send("pp", size, x, index - 1)
+        yield Send("pp", size, (x,), index - 1)
     return x
 
 

@@ -53,8 +53,8 @@ def test_a_rank_that_has_finished_is_waited_for() -> None:
 
 def test_two_who_send_to_each_other_wait_for_ever() -> None:
     def program(rank: int) -> Program[None]:
-        yield Send("pp", 2, X, 1 - rank)
-        yield Receive("pp", 2, X, 1 - rank)
+        yield Send("pp", 2, (X,), 1 - rank)
+        yield Receive("pp", 2, (X,), 1 - rank)
 
     found = message(parse_mesh("pp=2"), program)
     assert found.split("\n")[1:] == ["  rank 0  send along pp to 1, for rank 1", "  rank 1  send along pp to 0, for rank 0"]
@@ -83,7 +83,7 @@ def test_rows_that_are_not_expected() -> None:
 
 def test_what_is_sent_has_to_be_what_is_received() -> None:
     def program(rank: int) -> Program[None]:
-        yield Receive("pp", 2, X[:1], 0) if rank else Send("pp", 2, X, 1)
+        yield Receive("pp", 2, (X[:1],), 0) if rank else Send("pp", 2, (X,), 1)
 
     assert message(parse_mesh("pp=2"), program) == "rank 0 sends float32[2, 3], but rank 1 expects float32[1, 3]: send along pp to 1"
 
