@@ -13,7 +13,7 @@ import click
 from ..ir.errors import require
 from ..schedule.actions import Schedule, parse
 from ..schedule.formulas import closed_form
-from ..schedule.generate import NAMES, generate
+from ..schedule.generate import NAMES, SIMPLE, generate
 from ..schedule.search import Candidate, Memory, search
 from ..schedule.simulate import Durations, Timeline, lower, parse_durations, simulate
 from ..schedule.timeline import svg, text_grid, trace
@@ -23,7 +23,7 @@ from .ui import coloured, emit_json, plural, table
 
 
 @cli.command()
-@click.argument("name", metavar=f"{'|'.join(NAMES)}|auto|FILE.csv")
+@click.argument("name", metavar=f"{'|'.join((*NAMES, *SIMPLE))}|auto|FILE.csv")
 @click.option("--stages", type=int, help="Stages that the model is cut into; for auto as many as there are ranks.")
 @click.option("--microbatches", type=int, help="Micro-batches of a step; dualpipe's half of them go in reverse.")
 @click.option("--chunks", type=int, help="Stages of a rank, for interleaved (default 2) and zb1p (1).")
@@ -81,7 +81,8 @@ def schedule(
     if name.endswith(".csv"):
         made, expected = parse(Path(name).read_text(encoding="utf-8", errors="replace"), name), None
     else:
-        require(name in ("auto", *NAMES), f"unknown schedule {name}, expected auto, a .csv file or one of {', '.join(NAMES)}")
+        known = (*NAMES, *SIMPLE)
+        require(name in ("auto", *known), f"unknown schedule {name}, expected auto, a .csv file or one of {', '.join(known)}")
         require(stages is not None and microbatches is not None, f"{name} needs --stages and --microbatches")
         assert stages is not None
         assert microbatches is not None
@@ -92,7 +93,8 @@ def schedule(
             name, chunks = best.name, best.chunks
             cost, stages = cost.scaled(stages / best.stages), best.stages
         made = generate(name, stages, microbatches, chunks)
-        expected = closed_form(name, stages, 2 if name == "dualpipe" else stages // made.ranks, cost)
+        each = 2 if name == "dualpipe" else stages // made.ranks
+        expected = None if name in SIMPLE else closed_form(name, stages, each, cost)
     check(made, None if candidates else memory)
     timeline = simulate(made, cost)
     if plot:

@@ -15,23 +15,31 @@ from ..ir.errors import require
 from .actions import Action, Kind, Overlap, Schedule, Step
 
 NAMES = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
+SIMPLE = ("gpipe", "forward")
+"""`gpipe` does all forwards, then all backwards (Huang et al., NeurIPS 2019); `forward` has no backward at all, as inference has none."""
 
 
 def generate(name: str, stages: int, microbatches: int, chunks: int | None = None) -> Schedule:
-    """The schedule `name`. `chunks`, the stages of a rank, is for `interleaved` (2 if not given) and `zb1p` (1).
+    """The schedule `name`. `chunks`, the stages of a rank, is for `interleaved` (2 if not given), `zb1p` and `forward` (1).
 
     `DscError` where the schedule has no such form: each says what it takes.
     """
-    require(name in NAMES, f"unknown schedule {name}, expected one of {', '.join(NAMES)}")
+    require(name in (*NAMES, *SIMPLE), f"unknown schedule {name}, expected one of {', '.join((*NAMES, *SIMPLE))}")
     require(stages > 0, f"--stages is {stages}, expected 1 or more")
     require(microbatches > 0, f"--microbatches is {microbatches}, expected 1 or more")
     if name in ("dualpipe", "dualpipev"):
         require(chunks in (None, 2), f"--chunks is {chunks}, but a rank of {name} has 2")
         return dualpipe(stages, microbatches) if name == "dualpipe" else dualpipev(stages, microbatches)
-    require(chunks in (None, 1) or name != "1f1b", f"--chunks is {chunks}, but a rank of 1f1b has 1: interleaved takes more")
+    several = name in ("interleaved", "zb1p", "forward")
+    require(chunks in (None, 1) or several, f"--chunks is {chunks}, but a rank of {name} has 1: interleaved takes more")
+    if name == "gpipe":
+        return Schedule(tuple(tuple(Action(k, s, m) for k in (Kind.F, Kind.B) for m in range(microbatches)) for s in range(stages)), name)
     per_rank = chunks or (2 if name == "interleaved" else 1)
     require(per_rank > 0 and stages % per_rank == 0, f"{stages} stages do not make ranks of {per_rank}")
-    return Schedule(tuple(_interleaved(stages // per_rank, microbatches, per_rank, name == "zb1p")), name)
+    rows = _interleaved(stages // per_rank, microbatches, per_rank, name == "zb1p")
+    if name == "forward":
+        rows = [tuple(step for step in row if isinstance(step, Action) and step.kind is Kind.F) for row in rows]
+    return Schedule(tuple(rows), name)
 
 
 def _interleaved(ranks: int, microbatches: int, chunks: int, zero_bubble: bool) -> list[tuple[Step, ...]]:

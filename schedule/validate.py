@@ -38,9 +38,10 @@ def in_flight(schedule: Schedule, kept_for_weights: Number = 1, sizes: Sequence[
     """The chunks of activations that each rank holds while each of its computations runs, in that order.
 
     A chunk is held from its forward to the end of its backward. Where that is split, I lets go of all but `kept_for_weights` of it, W of
-    the rest. `sizes` are what a chunk of each stage counts, in bytes say, instead of 1.
+    the rest; where there is none, it is gone after its forward. `sizes` are what a chunk of each stage counts, in bytes say, instead of 1.
     """
-    freed = {Kind.F: 0, Kind.B: 1, Kind.I: 1 - kept_for_weights, Kind.W: kept_for_weights}
+    forward_only = all(action.kind is Kind.F for _, _, action in schedule.compute().actions())
+    freed = {Kind.F: int(forward_only), Kind.B: 1, Kind.I: 1 - kept_for_weights, Kind.W: kept_for_weights}
     rows = []
     for row in schedule.compute().rows:
         held: Number = 0
@@ -95,7 +96,7 @@ def _told(token: Token) -> str:
 
 
 def _check_counts(schedule: Schedule) -> None:
-    """Every stage does F, and B or I and W, once for every micro-batch, on one rank, in that order."""
+    """Every stage does F, and B or I and W, once for every micro-batch, on one rank, in that order; or all do F alone."""
     cells: dict[tuple[Kind, int, int], tuple[int, int]] = {}
     direction: dict[int, bool] = {}
     for rank, cell, action in schedule.actions():
@@ -117,15 +118,17 @@ def _check_counts(schedule: Schedule) -> None:
         first = {Kind.I: Kind.F, Kind.B: Kind.F, Kind.W: Kind.I}.get(kind)
         if first and (first, stage, microbatch) not in cells:
             _fail(schedule, f"{action} stands before its {stage}{first}{microbatch}", rank, cell)
+    forward_only = all(kind is Kind.F for kind, _, _ in cells)
+    wanted = [{Kind.F}] if forward_only else [{Kind.F, Kind.B}, {Kind.F, Kind.I, Kind.W}]
     for microbatch in range(schedule.microbatches):
         for stage in range(schedule.stages):
             have = {kind for kind in COMPUTE if (kind, stage, microbatch) in cells}
-            if have in ({Kind.F, Kind.B}, {Kind.F, Kind.I, Kind.W}):
+            if have in wanted:
                 continue
             found = ", ".join(f"{stage}{kind}{microbatch}" for kind in sorted(have)) or "nothing"
             near = next((at for (_, s, m), at in cells.items() if (s, m) == (stage, microbatch)), None)
             rank, cell = near or (schedule.home.get((stage, direction.get(microbatch, False)), 0), 0)
-            expected = "F and B, or F, I and W"
+            expected = "F" if forward_only else "F and B, or F, I and W"
             _fail(schedule, f"micro-batch {microbatch} on stage {stage}: found {found}, expected {expected}", rank, cell)
 
 

@@ -239,7 +239,8 @@ def test_the_search_finds_the_least_time_that_fits() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("gpipe", 4, 4), "unknown schedule gpipe, expected one of 1f1b, interleaved, zb1p, dualpipe, dualpipev"),
+        (("zb2p", 4, 4), "unknown schedule zb2p, expected one of 1f1b, interleaved, zb1p, dualpipe, dualpipev, gpipe, forward"),
+        (("gpipe", 4, 4, 2), "--chunks is 2, but a rank of gpipe has 1: interleaved takes more"),
         (("1f1b", 0, 4), "--stages is 0, expected 1 or more"),
         (("1f1b", 4, 0), "--microbatches is 0, expected 1 or more"),
         (("1f1b", 4, 4, 2), "--chunks is 2, but a rank of 1f1b has 1: interleaved takes more"),
