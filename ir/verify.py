@@ -9,6 +9,7 @@ Laws of every stage:
 5. A call names a function of the module, and its operands and results have the types of that function.
 6. A collective that is started is done once, all of its results together, in the same function; nothing else reads what is on its way.
 7. An update gives a parameter a result of the same type; no parameter and no result takes part in two.
+8. Main of a program that is cut into stages calls their functions once each, and each takes from its neighbours alone (`ir/stages.py`).
 
 A stage adds laws of its own (`STAGES`). Laws of a stage that a pipeline skips do not apply.
 """
@@ -19,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from . import flight, gradients
+from . import flight, gradients, stages
 from .core import Func, Module, Op, Phase, Value, called
 from .diagnostics import Diagnostic, IRError
 from .errors import DscError
@@ -164,7 +165,7 @@ def _collectives(module: Module, func: Func) -> Found:
                 yield op, f"{op.name}: size is {size}, but the mesh {mesh_of(module)} has {ranks} ranks along {axis}"
 
 
-LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, flight.law, _updates)
+LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, flight.law, _updates, stages.law)
 
 STAGES: dict[str, tuple[Law, ...]] = {
     "traced": (_forward_only,),

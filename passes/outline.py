@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..ir.core import Builder, Func, Op, Phase, Trait, Value
@@ -29,7 +29,7 @@ def is_free(op: Op) -> bool:
     return Trait.SOURCE in op.traits or viewed or (isinstance(op, Cast) and op.dtype.bits >= op.x.dtype.bits)
 
 
-def needed(ops: Iterable[Op], results: Iterable[Value], given: Collection[Value]) -> set[Value]:
+def needed(ops: Iterable[Op], results: Iterable[Value], given: Collection[Value], free: Callable[[Op], bool] = is_free) -> set[Value]:
     """The values from outside that `ops` and `results` read, but for those in `given` and what is free of them."""
     known, found = set(given), set[Value]()
 
@@ -37,7 +37,7 @@ def needed(ops: Iterable[Op], results: Iterable[Value], given: Collection[Value]
         if value in known:
             return
         known.add(value)
-        if value.owner and is_free(value.owner):
+        if value.owner and free(value.owner):
             for operand in value.owner.operands:
                 visit(operand)
         else:

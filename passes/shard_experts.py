@@ -6,17 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..ir.core import Func, Module, Value
+from ..ir.core import Func, Module, Phase, Value
 from ..ir.errors import DscError, require
+from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, Mesh, parse_mesh
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
-from ..ir.ops.control import Param
+from ..ir.ops.control import Call, Param
 from ..ir.ops.elementwise import Cast
 from ..ir.ops.linalg import GroupedMatmul
 from ..ir.ops.moe import Dispatch
 from ..ir.ops.quant import GroupedScaledMatmul, Quantize
 from ..ir.ops.shape import Reshape, Transpose
 from ..ir.sharding import INPUTS, RESULTS, Split
+from ..ir.stages import is_staged, stages_of
 from ..ir.types import Bundle, Type, bound
 from ..ir.walk import communicating
 from .manager import Pass, register
@@ -36,8 +38,8 @@ class ShardExperts(Pass):
     where a value is wanted elsewhere than it is (passes/sharding/); dispatch and combine become exchanges of rows along ep. With
     `dispatch=two-hop`, which is the default where ep spans nodes, except in decoding, a token crosses the network once for each node that
     holds one of its experts, and goes on to them inside the node; sums of its experts' results are formed, and rounded, on the way back.
-    Sums over what is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main.
-    The module carries its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
+    Sums over what is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main,
+    or in the `end` of a pipeline's stage, which a rank runs once for all micro-batches; every stage is sharded alike. The module carries its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
 
     With `zero=1` the sums of gradients end scattered: each of the ranks that hold a weight together gets an equal part of its gradient,
     and keeps the optimiser's state for that part alone (ZeRO-1, arXiv 1910.02054, section 5.1). Those are the ranks of dp, for experts
@@ -92,7 +94,12 @@ class ShardExperts(Pass):
 
     def __call__(self, module: Module) -> Module:
         mesh = parse_mesh(self.mesh)
-        require(mesh.pp == 1, f"mesh {mesh}: stages of a pipeline are not split here; pp=1 would fit")
+        if is_staged(module):
+            count = len(stages_of(module))
+            fits = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+            require(count % mesh.pp == 0, f"mesh {mesh}: pp={mesh.pp} does not divide {count} stages; pp = {fits} would fit")
+        else:
+            require(mesh.pp == 1, f"mesh {mesh}: the program is not cut into stages, as split-stages{{stages={mesh.pp}}} does")
         _check(module, mesh)
         handout = Handout(module, mesh, bool(self.zero))
         made = _Sharding(module, mesh, self._two_hops(module, mesh)).module([_input(module, p, mesh) for p in module.main.params], handout)
@@ -130,17 +137,22 @@ class _Sharding:
         self.made: dict[tuple[str, tuple[Placement, ...]], tuple[str, tuple[Placement, ...]]] = {}
         self.funcs: dict[str, list[Func]] = {func.name: [] for func in module.funcs}
         self.names = set(self.funcs)
+        self.settle: Callable[[int, Placement], Placement] = lambda i, have: settled(have)
+        returned = enumerate(module.main.results) if is_staged(module) else ()
+        self.returned = {(str(v.owner.callee), v.index): i for i, v in returned if isinstance(v.owner, Call)}
+        """The results of main that functions of stages hand out, by function and index."""
 
     def module(self, inputs: Sequence[Split], settle: Callable[[int, Placement], Placement]) -> Module:
         """The program of a rank. Its inputs are split as given; `settle` says where result i, which lies somewhere, is handed out."""
-        main = self.before.main
+        main, self.settle = self.before.main, settle
         given = tuple(_placement(p.type, split, _sizes(self.mesh), p.name) for p, split in zip(main.params, inputs, strict=True))
         body = self.body(main, given)
         results, placements = [], []
         replaced = {result: param for param, result in main.updates.items()}
         for i, value in enumerate(main.results):
             have = body.layouts[value]
-            want = given[replaced[i]] if i in replaced else settle(i, have)
+            done = isinstance(value.owner, Call) and (str(value.owner.callee), value.index) in self.returned
+            want = given[replaced[i]] if i in replaced else have if done else settle(i, have)
             start = len(body.ops)
             made = body.bring(body.form(value), have, want)
             if made is not body.form(value):  # the result keeps its name
@@ -148,7 +160,7 @@ class _Sharding:
                     part.name += "_part" if part.name == made.name else ""
             results.append(made)
             placements.append(want)
-        _number(body, main)
+        _number(body, main, Phase.F)
         attributes = {
             **self.before.attributes,
             ATTRIBUTE: self.mesh.record(),
@@ -175,10 +187,12 @@ class _Sharding:
             placements = []
             replaced = {result: param for param, result in func.updates.items()}
             for i, value in enumerate(func.results):
-                want = given[replaced[i]] if i in replaced else body.layouts[value]
-                results.append(body.bring(body.form(value), body.layouts[value], want))
+                have = body.layouts[value]
+                handed = self.returned.get((name, i))
+                want = given[replaced[i]] if i in replaced else have if handed is None else self.settle(handed, have)
+                results.append(body.bring(body.form(value), have, want))
                 placements.append(want)
-            _number(body, func)
+            _number(body, func, Phase.W if bundles(self.before) else Phase.F)
             own, count = name, 0
             while self.funcs[name] and own in self.names:
                 count += 1
@@ -189,8 +203,8 @@ class _Sharding:
         return self.made[key]
 
 
-def _number(body: Body, func: Func) -> None:
-    """Give ids to what stands at the end of a function, where no op asked for it."""
+def _number(body: Body, func: Func, phase: Phase) -> None:
+    """Give ids to what stands at the end of a function, where no op asked for it. Without ops before it is of `phase`."""
     taken = {op.id for op in body.ops}
     count = 0
     for op in body.ops:
@@ -199,7 +213,8 @@ def _number(body: Body, func: Func) -> None:
             while f"{func.name}.results#{count}" in taken:
                 count += 1
             object.__setattr__(op, "id", f"{func.name}.results#{count}")
-            object.__setattr__(op, "phase", body.ops[body.ops.index(op) - 1].phase)
+            object.__setattr__(op, "phase", phase)
+        phase = op.phase
 
 
 def _sizes(mesh: Mesh) -> dict[str, int]:
