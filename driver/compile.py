@@ -235,7 +235,7 @@ def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) 
     from .run import open_weights
 
     if ATTRIBUTE in module.attributes:
-        RankWeights(weights_source(weights, config=config), module, keep=False)
+        RankWeights(weights_source(weights, config=config), module, keep="none")
     else:
         open_weights(weights, module, config, check=True)
     return weights if weights.startswith("random:") else str(Path(weights).resolve())

@@ -18,6 +18,7 @@ from ..ir.ops.elementwise import Cast
 from ..ir.ops.loss import CrossEntropy
 from ..ir.ops.shape import CacheAppend, Concat, Take
 from ..ir.sharding import input_splits, whole
+from ..ir.stages import cut_inputs
 from ..ir.types import DType, Tensor, bound
 from ..models.weights import NUMPY_DTYPES
 from ..numerics.formats import FORMATS, round_to
@@ -26,14 +27,14 @@ from .ui import plural
 Inputs = Sequence[Any] | Mapping[str, Any] | str | Path | None
 
 
-def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, ...]:
+def prepare(module: Module, inputs: Inputs, seed: int = 0, microbatches: int = 1) -> tuple[np.ndarray, ...]:
     """The arrays that @main takes, in order: from a tuple, by name from a mapping or an .npz file, or seeded for None.
 
-    Of a sharded program they are the whole inputs, of which each rank takes its part. Integers are taken as they are, floats are rounded
-    to the parameter's dtype. Raises `DscError` with every fault.
+    Of a sharded program they are the whole inputs, of which each rank takes its part; of a pipeline those of all micro-batches. Integers
+    are taken as they are, floats are rounded to the parameter's dtype. Raises `DscError` with every fault.
     """
     if inputs is None:
-        return seeded(module, seed)
+        return seeded(module, seed, microbatches)
     params = module.main.params
     if isinstance(inputs, str | Path):
         inputs = _load(Path(inputs))
@@ -45,7 +46,7 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, 
         inputs = [inputs[name] for name in names]
     require(len(inputs) == len(params), f"@main takes {plural(len(params), 'input')} ({', '.join(names)}), found {len(inputs)}")
     fitted, faults = [], []
-    for param, tensor, array in zip(params, _wholes(module), inputs, strict=True):
+    for param, tensor, array in zip(params, _wholes(module, microbatches), inputs, strict=True):
         try:
             fitted.append(_fit(param.name, tensor, array))
         except DscError as error:
@@ -54,18 +55,20 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0) -> tuple[np.ndarray, 
     return tuple(fitted)
 
 
-def seeded(module: Module, seed: int = 0) -> tuple[np.ndarray, ...]:
+def seeded(module: Module, seed: int = 0, microbatches: int = 1) -> tuple[np.ndarray, ...]:
     """Inputs made from `seed` and each parameter's name: normal floats, integers in the range that the program can take."""
-    return tuple(_random(p, tensor, module, seed) for p, tensor in zip(module.main.params, _wholes(module), strict=True))
+    wholes = _wholes(module, microbatches)
+    return tuple(_random(p, tensor, module, seed) for p, tensor in zip(module.main.params, wholes, strict=True))
 
 
-def _wholes(module: Module) -> list[Tensor]:
-    """The types of the whole inputs: those of @main's parameters, unless ranks have parts of them."""
+def _wholes(module: Module, microbatches: int = 1) -> list[Tensor]:
+    """The types of the whole inputs: those of @main's parameters, unless ranks or micro-batches have parts of them."""
     types = [param.tensor for param in module.main.params]
-    if ATTRIBUTE not in module.attributes:
-        return types
-    found = (whole(type, split, mesh_of(module)) for type, split in zip(types, input_splits(module), strict=True))
-    return [type for type in found if isinstance(type, Tensor)]
+    if ATTRIBUTE in module.attributes:
+        found = (whole(type, split, mesh_of(module)) for type, split in zip(types, input_splits(module), strict=True))
+        types = [type for type in found if isinstance(type, Tensor)]
+    times = [microbatches if own else 1 for own in cut_inputs(module)]
+    return [t if n == 1 else Tensor(t.dtype, (n * bound(t.shape[0]), *t.shape[1:])) for t, n in zip(types, times, strict=True)]
 
 
 def _random(param: Value, tensor: Tensor, module: Module, seed: int) -> np.ndarray:

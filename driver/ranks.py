@@ -7,22 +7,27 @@ itself which part a rank holds of what (ir/sharding.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 import numpy as np
 
 from ..backends import Observer, RankRunner, Runner
-from ..backends.arrays import Data
+from ..backends.arrays import STORAGE, Data
 from ..distributed import local
-from ..distributed.world import Program, Receive, Send
+from ..distributed.pipeline import Pipeline, leaves, pipeline, rebuilt
+from ..distributed.pipeline import program as along_pp
+from ..distributed.world import Placed, Program, Receive, Send
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh, mesh_of
 from ..ir.sharding import Split, input_splits, part, result_splits, weight_splits, whole
-from ..ir.types import Bundle, Tensor, Type
+from ..ir.stages import cut_inputs, is_staged
+from ..ir.types import Bundle, Tensor, Type, bound, landed
 from ..ir.walk import weights as weights_of
-from ..models.weights import Wanted, Weights, part_of
+from ..models.weights import Wanted, Weights
+from ..models.weights import part_of as read_part
+from ..schedule.actions import Schedule
 from .measure import same_bits
 
 Ranks = Literal["local", "torchrun"]
@@ -48,63 +53,119 @@ def run_ranks(
     ranks: Ranks,
     observe: Observer | None,
     timeout: float = TIMEOUT,
+    schedule: Schedule | None = None,
 ) -> tuple[Data, ...]:
     """The whole results of `module`, for whole `inputs`, on every rank of its mesh. Under torchrun only rank 0 has them, the others ().
 
-    `DscError` where the module has no mesh, the backend cannot run on many ranks, or a rank fails.
+    A program that is cut into stages runs for each micro-batch of the `inputs`, in the order of `schedule`. `DscError` where the module
+    has no mesh, the schedule does not fit it, the backend cannot run on many ranks, or a rank fails.
     """
+    program, plan = rank_program(module, weights, inputs, runner, observe, schedule, keep=ranks == "local")
+    if ranks == "local":
+        return whole_results(module, dict(enumerate(local.run(mesh_of(module), program))))
+    from ..distributed.torch_world import TorchWorld
+
+    with TorchWorld(mesh_of(module), timeout) as world:
+        found = world.run(to_first(program(world.rank), module, plan, world.rank))
+    return whole_results(module, found) if found else ()
+
+
+Held = Mapping[tuple[int, int], Data]
+"""What a rank has of the results of main: by their number, and by micro-batch where each has its own; else that is 0."""
+
+
+def rank_program(
+    module: Module,
+    weights: Weights,
+    inputs: Sequence[Data],
+    runner: Runner,
+    observe: Observer | None = None,
+    schedule: Schedule | None = None,
+    keep: bool = True,
+) -> tuple[Placed[Held], Pipeline | None]:
+    """The program of each rank, and the pipeline that ranks form, if they do. With `keep` they share the memory of weights."""
     mesh = mesh_of(module)
     if not hasattr(runner, "program"):
         raise DscError("this backend does not run on many ranks; numpy and numpy-f64 do")
-    given = RankWeights(weights, module, keep=ranks == "local")
+    plan = pipeline(module, schedule) if schedule else None
+    given = RankWeights(weights, module, "all" if keep else "own" if plan else "none")
     on_ranks = cast(RankRunner, runner)
+    entered = {func.name: _from(module, func.name) for func in module.funcs}
 
-    def program(rank: int) -> Program[tuple[Data, ...]]:
-        mine = tuple(cut(x, split, mesh, rank) for x, split in zip(inputs, input_splits(module), strict=True))
-        return on_ranks.program(module, lambda name, _: given.get(rank, name), mine, observe)
+    def program(rank: int) -> Program[Held]:
+        def run(name: str, arguments: Sequence[Data]) -> Program[tuple[Data, ...]]:
+            return on_ranks.program(entered[name], lambda name, _: given.get(rank, name), arguments, observe)
 
-    if ranks == "local":
-        return assembled(module, local.run(mesh, program))
-    from ..distributed.torch_world import TorchWorld
+        if plan:
+            return along_pp(plan, mesh.index("pp", rank), run, lambda m: inputs_of(module, inputs, rank, m), empty)
+        return _plain(on_ranks.program(module, lambda name, _: given.get(rank, name), inputs_of(module, inputs, rank), observe))
 
-    with TorchWorld(mesh, timeout) as world:
-        found = world.run(_to_first(program(world.rank), module, world.rank))
-    return assembled(module, found) if found else ()
+    return program, plan
 
 
-def _to_first(program: Program[tuple[Data, ...]], module: Module, rank: int) -> Program[list[tuple[Data, ...]]]:
+def _plain(program: Program[tuple[Data, ...]]) -> Program[Held]:
+    """The results of a program that is not cut into stages."""
+    return {(index, 0): data for index, data in enumerate((yield from program))}
+
+
+def _from(module: Module, name: str) -> Module:
+    """The module as a program that runs the function `name`."""
+    return module.replace(funcs=(module[name], *(func for func in module.funcs if func.name != name)))
+
+
+def inputs_of(module: Module, inputs: Sequence[Data], rank: int, microbatch: int = 0) -> tuple[Data, ...]:
+    """What a rank takes of the inputs of all micro-batches."""
+    mesh = mesh_of(module)
+    found = []
+    for x, param, split, has_part in zip(inputs, module.main.params, input_splits(module), cut_inputs(module), strict=True):
+        if has_part and is_staged(module):
+            made = whole(param.type, split, mesh)
+            assert isinstance(made, Tensor)
+            count = bound(made.shape[0])
+            x = x[microbatch * count : (microbatch + 1) * count]
+        found.append(cut(x, split, mesh, rank))
+    return tuple(found)
+
+
+def to_first(program: Program[Held], module: Module, plan: Pipeline | None, rank: int) -> Program[dict[int, Held]]:
     """The results of every rank on rank 0, and nothing on the others."""
     mine = yield from program
-    ranks = mesh_of(module).world
+    mesh = mesh_of(module)
     if rank:
-        for x in _leaves(mine):
-            yield Send("world", ranks, x, 0, op="results")
-        return []
-    found = [mine]
-    for source in range(1, ranks):
-        arrays = []
-        for x in _leaves(mine):
-            arrays.append((yield Receive("world", ranks, x, source, op="results")))
-        found.append(_like(mine, iter(arrays)))
+        if mine:
+            yield Send("world", mesh.world, tuple(leaves(tuple(mine.values()))), 0, op="results")
+        return {}
+    found = {0: mine}
+    for source in range(1, mesh.world):
+        keys = plan.returned(mesh.index("pp", source)) if plan else tuple(mine)
+        like = tuple(empty(module.main.results[index].type) for index, _ in keys)
+        arrays = (yield Receive("world", mesh.world, tuple(leaves(like)), source, op="results")) if keys else ()
+        found[source] = dict(zip(keys, rebuilt(like, iter(arrays)), strict=True))
     return found
 
 
-def _leaves(data: Data) -> list[np.ndarray]:
-    return [x for field in data for x in _leaves(field)] if isinstance(data, tuple) else [data]
-
-
-def _like(data: Data, arrays: Any) -> Data:
-    return tuple(_like(field, arrays) for field in data) if isinstance(data, tuple) else next(arrays)
+def empty(type: Type) -> Data:
+    """An array to be written, or for a bundle a tuple of such."""
+    there = landed(type)
+    if isinstance(there, Bundle):
+        return tuple(map(empty, there.fields))
+    require(there.is_static, f"{there} has no size that another rank would know")
+    return np.empty(there.shape, STORAGE[there.dtype])
 
 
 class RankWeights:
-    """The part of each weight that a rank holds. With `keep` a weight is read once for all ranks, which share its memory."""
+    """The part of each weight that a rank holds.
 
-    def __init__(self, source: Weights, module: Module, keep: bool) -> None:
+    With `keep="all"` a weight is read once for all ranks, which share its memory; with "own" a rank that reads its part more than once, as
+    the stages of a pipeline do for each micro-batch, reads it from the source but once.
+    """
+
+    def __init__(self, source: Weights, module: Module, keep: Literal["all", "own", "none"]) -> None:
         self.source = source
         self.mesh = mesh_of(module)
         self.splits = weight_splits(module)
-        self.kept: dict[str, np.ndarray] | None = {} if keep else None
+        self.keep = keep
+        self.kept: dict[tuple[int, str], np.ndarray] = {}
         self.wanted = {name: _wanted(name, whole(tensor, self.splits[name], self.mesh)) for name, tensor in weights_of(module).items()}
         source.check(list(self.wanted.values()))
 
@@ -112,11 +173,16 @@ class RankWeights:
         """The part of `rank`; of a checkpoint no more is read."""
         wanted = self.wanted[name]
         index = part(self.splits[name], wanted.shape, self.mesh, rank)
-        if self.kept is not None:
-            if name not in self.kept:
-                self.kept[name] = self.source.get(wanted)
-            return self.kept[name][index]
-        return part_of(self.source, wanted, index)
+        if self.keep == "all":
+            if (0, name) not in self.kept:
+                self.kept[0, name] = self.source.get(wanted)
+            return self.kept[0, name][index]
+        if (rank, name) in self.kept:
+            return self.kept[rank, name]
+        found = read_part(self.source, wanted, index)
+        if self.keep == "own":
+            self.kept[rank, name] = found
+        return found
 
 
 def _wanted(name: str, tensor: Type) -> Wanted:
@@ -133,23 +199,40 @@ def cut(x: Data, split: Split, mesh: Mesh, rank: int) -> Data:
 
 
 def assembled(module: Module, results: Sequence[tuple[Data, ...]]) -> tuple[Data, ...]:
-    """The whole results, from those of every rank. `DscError` where two ranks that should hold the same part do not."""
+    """The whole results, from those of every rank, each of which has a part of all of them."""
+    return whole_results(module, {rank: {(i, 0): x for i, x in enumerate(found)} for rank, found in enumerate(results)})
+
+
+def whole_results(module: Module, results: Mapping[int, Held]) -> tuple[Data, ...]:
+    """The whole results, from what each rank has of them. `DscError` where two ranks that should hold the same part do not."""
     mesh = mesh_of(module)
-    values = zip(module.main.results, result_splits(module), zip(*results, strict=True), strict=True)
-    return tuple(_assembled(value.name, value.type, split, mesh, found) for value, split, found in values)
+    found = []
+    for index, (value, split) in enumerate(zip(module.main.results, result_splits(module), strict=True)):
+        of_microbatches = sorted({m for held in results.values() for i, m in held if i == index})
+        parts = [{rank: held[index, m] for rank, held in results.items() if (index, m) in held} for m in of_microbatches]
+        found.append(_joined([_assembled(value.name, value.type, split, mesh, part) for part in parts]))
+    return tuple(found)
 
 
-def _assembled(name: str, type: Type, split: Split, mesh: Mesh, found: Sequence[Data]) -> Data:
+def _joined(parts: Sequence[Data]) -> Data:
+    """The results of micro-batches as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(map(_joined, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else np.concatenate(parts)
+
+
+def _assembled(name: str, type: Type, split: Split, mesh: Mesh, found: Mapping[int, Data]) -> Data:
+    """The whole, from the parts of the ranks that have one."""
     if isinstance(type, Bundle):
-        fields = zip(type.fields, split, zip(*found, strict=True), strict=True)
-        return tuple(_assembled(f"{name}.{i}", t, inner, mesh, given) for i, (t, inner, given) in enumerate(fields))
+        inner = [{rank: data[i] for rank, data in found.items()} for i in range(len(type.fields))]
+        return tuple(_assembled(f"{name}.{i}", t, split[i], mesh, inner[i]) for i, t in enumerate(type.fields))
     made = whole(type, split, mesh)
     assert isinstance(made, Tensor)
     require(made.is_static, f"result %{name} is {type} on each rank, which does not make one whole")
     shape = tuple(d for d in made.shape if isinstance(d, int))
-    result = np.empty(shape, found[0].dtype)
+    result = np.empty(shape, STORAGE[made.dtype])
     holders: dict[tuple[int, ...], int] = {}
-    for rank, x in enumerate(found):
+    for rank, x in found.items():
         index = part(split, shape, mesh, rank)
         first = holders.setdefault(tuple(s.start for s in index), rank)
         if first == rank:

@@ -12,11 +12,14 @@ from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, mesh_of
+from ..ir.stages import is_staged
 from ..ir.types import Bundle, Tensor, Type, landed
 from ..ir.walk import weights as weights_of
+from ..schedule.actions import Schedule
 from .artifact import Artifact
 from .inputs import Inputs, prepare
 from .kernels import FOLDER as KERNELS
+from .pipelining import FILE, read_schedule, schedule_for
 from .ranks import TIMEOUT, Ranks, run_ranks
 from .ui import note
 
@@ -31,6 +34,8 @@ def run(
     observe: Any = None,
     ranks: Ranks | None = None,
     timeout: float = TIMEOUT,
+    schedule: Schedule | str | None = None,
+    microbatches: int | None = None,
 ) -> tuple[np.ndarray, ...]:
     """The results of `program`'s first function, in order.
 
@@ -38,7 +43,8 @@ def run(
     artifact's own, else `random:0`. `inputs` is a tuple in the order of the parameters, a mapping by name, or an .npz file;
     without it seeded ones. `observe` sees every op that runs (see `dsc.backends`). A backend may ask for passes first: Triton runs the
     program as `fuse` makes it. A sharded program runs on all `ranks` of its mesh, "local", in this process, or "torchrun", where this
-    process is one of them and rank 0 alone has the results; inputs and results are whole.
+    process is one of them and rank 0 alone has the results; inputs and results are whole. A program that is cut into stages runs for all
+    micro-batches of a `schedule`, by default its own: inputs are those of all of them, one after the other.
 
     >>> logits, = dsc.run(dsc.trace("deepseek-v3-tiny", seq=16), weights="random:0")
     """
@@ -54,10 +60,26 @@ def run(
 
         module = apply(module, pipeline)
     if ranks is not None:
-        return run_ranks(module, weights_source(spec, config=config), prepare(module, inputs), runner, ranks, observe, timeout)
+        order = chosen_schedule(program, schedule, microbatches)
+        given = prepare(module, inputs, microbatches=order.microbatches if order else 1)
+        return run_ranks(module, weights_source(spec, config=config), given, runner, ranks, observe, timeout, order)
+    require(schedule is None and microbatches is None, "a schedule is for all ranks of a pipeline: run it on them")
     count = mesh_of(module).world if ATTRIBUTE in module.attributes else 1
     require(count == 1, f'the program is that of one of {count} ranks: run it with --ranks local (ranks="local"), or under torchrun')
     return runner.run(module, open_weights(spec, module, config), prepare(module, inputs), observe)
+
+
+def chosen_schedule(program: Module | Artifact, schedule: Schedule | str | None = None, microbatches: int | None = None) -> Schedule | None:
+    """The schedule that ranks follow: the one given, or the program's own; None where it is not cut into stages."""
+    module = program.module if isinstance(program, Artifact) else program
+    if not is_staged(module):
+        require(schedule is None and microbatches is None, "a schedule is for a program that is cut into stages, as --mesh pp=2 does")
+        return None
+    if schedule is not None and not isinstance(schedule, str):
+        return schedule
+    if schedule is None and microbatches is None and isinstance(program, Artifact) and (own := program.path / FILE).is_file():
+        return read_schedule(own)
+    return schedule_for(module, schedule, microbatches)
 
 
 def unpack(program: Module | Artifact, weights: Any = None) -> tuple[Module, Any, Mapping[str, Any] | None]:

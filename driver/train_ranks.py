@@ -191,12 +191,12 @@ def _collected(whole: Part, own: Array, mesh: Mesh, rank: int, name: str) -> Pro
         holders.setdefault(tuple(s.start for s in index), (other, index))
     if rank:
         if rank in (holder for holder, _ in holders.values()):
-            yield Send("world", mesh.world, own, 0, op=f"checkpoint of {name}")
+            yield Send("world", mesh.world, (own,), 0, op=f"checkpoint of {name}")
         return np.empty(0, own.dtype)
     if len(holders) == 1:
         return own
     found = np.empty(shape, STORAGE[whole.type.dtype])
     for holder, index in holders.values():
         there = found[index] if index else found
-        there[...] = own if holder == 0 else (yield Receive("world", mesh.world, there, holder, op=f"checkpoint of {name}"))
+        there[...] = own if holder == 0 else (yield Receive("world", mesh.world, (there,), holder, op=f"checkpoint of {name}"))[0]
     return found

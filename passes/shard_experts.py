@@ -39,7 +39,8 @@ class ShardExperts(Pass):
     `dispatch=two-hop`, which is the default where ep spans nodes, except in decoding, a token crosses the network once for each node that
     holds one of its experts, and goes on to them inside the node; sums of its experts' results are formed, and rounded, on the way back.
     Sums over what is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main,
-    or in the `end` of a pipeline's stage, which a rank runs once for all micro-batches; every stage is sharded alike. The module carries its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
+    or in the `end` of a pipeline's stage, which a rank runs once for all micro-batches; every stage is sharded alike. The module carries
+    its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
 
     With `zero=1` the sums of gradients end scattered: each of the ranks that hold a weight together gets an equal part of its gradient,
     and keeps the optimiser's state for that part alone (ZeRO-1, arXiv 1910.02054, section 5.1). Those are the ranks of dp, for experts

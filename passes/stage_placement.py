@@ -15,7 +15,7 @@ from ..ir.errors import require
 from ..ir.gradients import bundles
 from ..ir.ops.control import Call, Pack, Param
 from ..ir.ops.elementwise import Add
-from ..ir.types import Tensor, Type
+from ..ir.types import tensors
 from ..ir.walk import flops
 from .outline import is_free, needed
 
@@ -136,11 +136,7 @@ def _linear(module: Module, op: Op) -> bool:
     """Whether an op reads no weight and computes no more than a few operations for each element that it reads or makes."""
     if isinstance(op, Call):
         return all(_linear(module, inner) for inner in module[op.callee].ops)
-    return not isinstance(op, Param) and op.flops() <= sum(_elements(v.type) for v in (*op.operands, *op.results))
-
-
-def _elements(type: Type) -> int:
-    return type.size if isinstance(type, Tensor) else sum(map(_elements, type.fields))
+    return not isinstance(op, Param) and op.flops() <= sum(t.size for v in (*op.operands, *op.results) for t in tensors(v.type))
 
 
 def _listed(components: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ def run_ranks() -> Run:
     """What all ranks of the sharded program give together, on the inputs of the unsharded one; they must agree on what they share."""
 
     def run(unsharded: Module, module: Module, observe: Callable[[int], Any] = lambda rank: None) -> dict[str, Any]:
-        mesh, inputs, weights = mesh_of(module), prepare(unsharded, None), RankWeights(RandomWeights(0), module, keep=True)
+        mesh, inputs, weights = mesh_of(module), prepare(unsharded, None), RankWeights(RandomWeights(0), module, keep="all")
 
         def one(rank: int) -> Program[tuple[Any, ...]]:
             own = tuple(cut(x, split, mesh, rank) for x, split in zip(inputs, input_splits(module), strict=True))

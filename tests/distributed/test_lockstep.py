@@ -144,8 +144,8 @@ def test_what_is_started_waits_for_nobody_until_it_is_waited_for() -> None:
 
 def test_sends_that_are_started_cross() -> None:
     def program(rank: int) -> Program[np.ndarray]:
-        sent = yield Start(Send("pp", 2, X + rank, 1 - rank))
-        found = yield Receive("pp", 2, X, 1 - rank)
+        sent = yield Start(Send("pp", 2, (X + rank,), 1 - rank))
+        (found,) = yield Receive("pp", 2, (X,), 1 - rank)
         assert (yield Wait(sent)) is None
         return found
 
@@ -177,7 +177,7 @@ def test_a_start_that_nobody_answers_is_in_the_table() -> None:
 
 def test_nobody_sends_to_himself() -> None:
     def program(rank: int) -> Program[None]:
-        yield Send("pp", 2, X, rank)
+        yield Send("pp", 2, (X,), rank)
 
     assert message(parse_mesh("pp=2"), program) == "rank 0: send along pp to 0: a rank does not send to itself"
 

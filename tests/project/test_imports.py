@@ -42,7 +42,7 @@ LAWS = {
     "hardware": law("ir"),
     "passes": law("ir hardware", late="scipy networkx"),
     "schedule": law("ir hardware", late="matplotlib"),
-    "distributed": law("ir", "numpy ml_dtypes"),
+    "distributed": law("ir schedule", "numpy ml_dtypes"),
     "distributed/torch_world.py": law("ir distributed", "numpy ml_dtypes torch"),
     # The folder itself holds what the backends share: the protocol and the list of them, which loads one when it is asked for.
     "backends": law("ir numerics hardware distributed", "numpy ml_dtypes", late=BACKENDS),

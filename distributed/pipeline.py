@@ -1,0 +1,306 @@
+"""One rank of a pipeline: the calls of its stages for each micro-batch, in the order of a schedule, and what is done once after them.
+
+The rank's program talks to its neighbours along pp where the schedule says so, and inside a stage along the other axes where the stage's
+functions do. What a stage keeps of a micro-batch it lets go of when its last reader has it. Sums over micro-batches are made in float32,
+or what their type is, in the order in which the rank comes to them; where micro-batches go both ways, those that went down the ranks and
+those that went up are added up apart, and then to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..ir.core import Module, Value
+from ..ir.errors import DscError, require
+from ..ir.mesh import mesh_of
+from ..ir.stages import BACKWARD, END, FORWARD, INPUT, WEIGHT, Stages, merged, stages_of
+from ..ir.types import Bundle, Type, landed
+from ..schedule.actions import Action, Kind, Overlap, Schedule, Step
+from ..schedule.simulate import lower, simulate
+from ..schedule.validate import check, peer
+from .world import Program, Receive, Send
+
+Data: TypeAlias = Any
+"""An array, or for a bundle a tuple of such."""
+
+Run: TypeAlias = Callable[[str, Sequence[Data]], Program[tuple[Data, ...]]]
+"""Runs a function of the program, by name."""
+
+Key: TypeAlias = tuple[int, int]
+"""A result of main and the micro-batch that it is of; 0 for those that stand for all."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A staged program of a mesh and a schedule that fits it, checked and with sends and receives."""
+
+    module: Module
+    schedule: Schedule
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The calls of the program."""
+        return stages_of(self.module)
+
+    @cached_property
+    def joined(self) -> tuple[Value, ...]:
+        """The results of main that each micro-batch has for itself."""
+        return tuple(v for v in self.module.main.results if v.owner is None or self.stages.home(v)[1] != END)
+
+    def held(self, place: int) -> tuple[tuple[int, bool], ...]:
+        """Stages and directions whose home is the rank at `place` along pp, in order."""
+        return tuple(sorted(key for key, rank in self.schedule.home.items() if rank == place))
+
+    def returned(self, place: int) -> tuple[Key, ...]:
+        """The results that the rank at `place` along pp has in the end, in the order of main."""
+        mine = {stage for stage, _ in self.held(place)}
+        found: list[Key] = []
+        for index, value in enumerate(self.module.main.results):
+            if value in self.joined:
+                last = self.stages.home(value)[0] if value.owner is not None else len(self.stages) - 1
+                found += [(index, m) for m in range(self.schedule.microbatches) if last in mine]
+            elif self.stages.home(value)[0] in mine:
+                found.append((index, 0))
+        return tuple(found)
+
+
+def pipeline(module: Module, schedule: Schedule) -> Pipeline:
+    """What ranks follow. `DscError` where the schedule is wrong or is not one of this program; it is lowered where it is not yet."""
+    check(schedule)
+    stages, mesh, name = stages_of(module), mesh_of(module), schedule.name
+    backwards = any(action.kind in (Kind.B, Kind.I) for _, _, action in schedule.actions())
+    split = any(action.kind is Kind.I for _, _, action in schedule.actions())
+    require(schedule.stages == len(stages), f"{name} is a schedule of {schedule.stages} stages, but the program has {len(stages)}")
+    require(schedule.ranks == mesh.pp, f"{name} is a schedule of {schedule.ranks} ranks, but the mesh {mesh} has {mesh.pp} along pp")
+    if backwards != stages.backwards:
+        has, lacks = ("has a", "has none") if backwards else ("has no", "has one")
+        raise DscError(f"{name} {has} backward pass, but the program {lacks}")
+    fits = stages.split or not split
+    require(fits, f"{name} takes I and W apart, but the program's backward pass is one: autodiff{{split=true}} makes it two")
+    made = Pipeline(module, schedule if schedule.lowered else lower(simulate(schedule)))
+    for value in made.joined if any(reverse for _, reverse in schedule.home) else ():
+        raise DscError(f"{name} sends micro-batches both ways, but each of them has its own part of %{value.name}")
+    return made
+
+
+def program(
+    plan: Pipeline, place: int, run: Run, inputs: Callable[[int], Sequence[Data]], empty: Callable[[Type], Data]
+) -> Program[dict[Key, Data]]:
+    """The program of the rank at `place` along pp, with the results that it has in the end (`Pipeline.returned`).
+
+    `inputs` gives this rank's inputs of main for a micro-batch, `empty` an array of a type for what is received.
+    """
+    return _Rank(plan, place, run, inputs, empty).program()
+
+
+class _Rank:
+    """One rank, and what it holds."""
+
+    def __init__(
+        self, plan: Pipeline, place: int, run: Run, inputs: Callable[[int], Sequence[Data]], empty: Callable[[Type], Data]
+    ) -> None:
+        self.stages = plan.stages
+        self.plan, self.place, self.run, self.inputs, self.empty = plan, place, run, inputs, empty
+        self.size = mesh_of(plan.module).pp
+        self.merged = merged(plan.module)
+        self.have: dict[tuple[Value, int], tuple[Data, int]] = {}
+        """Of a micro-batch: a value, and how many of its readers are still to come."""
+        self.sums: dict[tuple[Value, bool], Data] = {}
+        """What ends take, added up over the micro-batches of a direction."""
+        self.totals: dict[Value, Data] = {}
+        self.results: dict[Key, Data] = {}
+
+    def program(self) -> Program[dict[Key, Data]]:
+        """Everything, in order."""
+        for step in self.plan.schedule.rows[self.place]:
+            yield from self.step(step)
+        yield from self.both_ways()
+        yield from self.shared()
+        yield from self.ends()
+        return {key: self.results[key] for key in self.plan.returned(self.place)}
+
+    # The schedule
+
+    def step(self, step: Step) -> Program[None]:
+        if isinstance(step, Overlap):
+            backward = next((role for role in (BACKWARD, INPUT) if role in self.stages.calls[step.backward.stage]), "")
+            calls = self.stages.calls[step.forward.stage].get(FORWARD), self.stages.calls[step.backward.stage].get(backward)
+            name = self.merged.get((str(calls[0].callee), str(calls[1].callee))) if calls[0] and calls[1] else None
+            if name is not None:
+                yield from self.calls(name, [(step.forward, FORWARD), (step.backward, backward)])
+                yield from self.compute(step.backward, WEIGHT)
+                return
+        for action in step.parts:
+            match action.kind:
+                case Kind.F:
+                    yield from self.compute(action, FORWARD)
+                case Kind.B:
+                    for role in (BACKWARD, INPUT, WEIGHT):
+                        yield from self.compute(action, role)
+                case Kind.I:
+                    yield from self.compute(action, INPUT)
+                case Kind.W:
+                    yield from self.compute(action, WEIGHT)
+                case _:
+                    yield from self.transfer(action)
+
+    def compute(self, action: Action, role: str) -> Program[None]:
+        """Run what a stage has in a role, if anything."""
+        if role in self.stages.calls[action.stage]:
+            yield from self.calls(str(self.stages.calls[action.stage][role].callee), [(action, role)])
+
+    def calls(self, name: str, some: Sequence[tuple[Action, str]]) -> Program[None]:
+        """Run a function that does what some calls of main do."""
+        given = [self.take(value, action.microbatch) for action, role in some for value in self.stages.calls[action.stage][role].args]
+        found = iter((yield from self.run(name, given)))
+        for action, role in some:
+            for value in self.stages.calls[action.stage][role].results:
+                self.keep(value, next(found), action)
+
+    def take(self, value: Value, microbatch: int) -> Data:
+        """A value that somebody reads."""
+        if value.owner is None:
+            return self.inputs(microbatch)[self.stages.main.params.index(value)]
+        data, readers = self.have.pop((value, microbatch))
+        if readers > 1:
+            self.have[value, microbatch] = data, readers - 1
+        return data
+
+    def keep(self, value: Value, data: Data, action: Action) -> None:
+        """Keep what was computed for those who read it."""
+        readers = self.stages.readers.get(value, ())
+        count = sum(role != END for _, role in readers)
+        if count:
+            self.have[value, action.microbatch] = data, count
+        if count < len(readers):
+            before = self.sums.get((value, action.reverse))
+            self.sums[value, action.reverse] = data if before is None else _added(before, data)
+        for index, result in enumerate(self.stages.main.results):
+            if result is value:
+                self.results[index, action.microbatch] = data
+
+    def transfer(self, action: Action) -> Program[None]:
+        """Send to a neighbour, or receive from it."""
+        stage, m = action.stage, action.microbatch
+        forward = action.kind in (Kind.SEND_F, Kind.RECV_F)
+        sends = action.kind in (Kind.SEND_F, Kind.SEND_B)
+        source = stage if sends else stage - 1 if forward else stage + 1
+        values = self.stages.forward(source) if forward else self.stages.backward(source)
+        to = source + 1 if forward else source - 1
+        other = peer(self.plan.schedule, action)
+        if sends:
+            found = []
+            for value in values:
+                for _ in (s for s, role in self.stages.readers[value] if s == to and role != END):
+                    data = self.take(value, m)
+                found.append(data)
+            yield from self.send(found, other, str(action))
+        else:
+            for value, data in zip(values, (yield from self.receive([v.type for v in values], other, str(action))), strict=True):
+                self.have[value, m] = data, sum(s == to and role != END for s, role in self.stages.readers[value])
+
+    def send(self, some: Sequence[Data], to: int, what: str) -> Program[None]:
+        if some:
+            yield Send("pp", self.size, tuple(leaves(tuple(some))), to, op=what)
+
+    def receive(self, types: Sequence[Type], source: int, what: str) -> Program[tuple[Data, ...]]:
+        if not types:
+            return ()
+        like = tuple(map(self.empty, types))
+        arrays = yield Receive("pp", self.size, tuple(leaves(like)), source, op=what)
+        found: tuple[Data, ...] = rebuilt(like, iter(arrays))
+        return found
+
+    # After all micro-batches
+
+    def both_ways(self) -> Program[None]:
+        """Divide what is averaged, adding up before what the two ranks of a stage have, if it has two."""
+        home = self.plan.schedule.home
+        for stage in dict.fromkeys(stage for stage, _ in self.plan.held(self.place)):
+            ranks = [home.get((stage, reverse)) for reverse in (False, True)]
+            values = [v for call in self.stages.calls[stage].values() for v in call.results if self.is_summed(v)]
+            mine = [[self.sums.pop((v, reverse), None) for v in values] for reverse in (False, True)]
+            if None not in ranks and ranks[0] != ranks[1]:
+                own = ranks.index(self.place)
+                mine[1 - own] = yield from self.swapped(values, mine[own], ranks[1 - own], f"sums of stage {stage}")  # type: ignore[arg-type]
+            for value, down, up in zip(values, *mine, strict=True):
+                total = down if up is None else up if down is None else _added(down, up)
+                self.totals[value] = _divided(total, value.type, self.plan.schedule.microbatches)
+
+    def is_summed(self, value: Value) -> bool:
+        """Whether an end takes it."""
+        return any(role == END for _, role in self.stages.readers.get(value, ()))
+
+    def swapped(self, values: Sequence[Value], mine: list[Data], other: int, what: str) -> Program[list[Data]]:
+        """What the other rank has; the one that comes first along pp sends first."""
+        if self.place < other:
+            yield from self.send(mine, other, what)
+        found = yield from self.receive([v.type for v in values], other, what)
+        if self.place > other:
+            yield from self.send(mine, other, what)
+        return list(found)
+
+    def shared(self) -> Program[None]:
+        """Bring to every home of a stage what its end takes from other stages. All ranks go through the same list."""
+        for stage, values, source, target in self.handed():
+            what = f"gradients for stage {stage}"
+            if source == self.place:
+                yield from self.send([self.totals[v] for v in values], target, what)
+            elif target == self.place:
+                found = yield from self.receive([v.type for v in values], source, what)
+                self.totals.update(zip(values, found, strict=True))
+
+    def handed(self) -> Iterator[tuple[int, list[Value], int, int]]:
+        """Stage, values, source and target."""
+        home = self.plan.schedule.home
+        for (stage, reverse), target in sorted(home.items()):
+            end = self.stages.calls[stage].get(END)
+            held = {s for s, _ in self.plan.held(target)}
+            values = [v for v in end.args if v.owner is not None and self.stages.home(v)[0] not in held] if end else []
+            for other in dict.fromkeys(self.stages.home(v)[0] for v in values):
+                source = home[other, reverse if (other, reverse) in home else not reverse]
+                yield stage, [v for v in values if self.stages.home(v)[0] == other], source, target
+
+    def ends(self) -> Program[None]:
+        for stage in dict.fromkeys(stage for stage, _ in self.plan.held(self.place)):
+            end = self.stages.calls[stage].get(END)
+            if end is None:
+                continue
+            given = [self.totals[v] if v.owner is not None else self.inputs(0)[self.stages.main.params.index(v)] for v in end.args]
+            found = yield from self.run(str(end.callee), given)
+            for value, data in zip(end.results, found, strict=True):
+                self.results |= {(i, 0): data for i, result in enumerate(self.stages.main.results) if result is value}
+
+
+def leaves(data: Data) -> list[Any]:
+    """The arrays in it, in order."""
+    return [x for field in data for x in leaves(field)] if isinstance(data, tuple) else [data]
+
+
+def rebuilt(like: Data, arrays: Iterator[Any]) -> Data:
+    """The next `arrays` in the form of `like`."""
+    return tuple(rebuilt(field, arrays) for field in like) if isinstance(like, tuple) else next(arrays)
+
+
+def _added(a: Data, b: Data) -> Data:
+    if isinstance(a, tuple):
+        return tuple(map(_added, a, b))
+    return _array(a + b)
+
+
+def _divided(x: Data, type: Type, count: int) -> Data:
+    """Floats are averaged, whole numbers stay sums."""
+    there = landed(type)
+    if isinstance(there, Bundle):
+        return tuple(_divided(field, inner, count) for field, inner in zip(x, there.fields, strict=True))
+    return _array(x / count) if there.dtype.is_float and count > 1 else x
+
+
+def _array(x: Any) -> Any:
+    """NumPy makes numbers of arrays without dimensions."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
