@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from .core import Func, Module, Op, Trait
 from .ops.collective import Collective, Done, Transfer
 from .ops.control import Call
+from .printer import print_attribute
 from .types import Async, Bundle, Type
 
 
@@ -73,3 +74,35 @@ def axes(module: Module, op: Op) -> frozenset[str]:
         callee = module.by_name.get(op.callee)
         return frozenset().union(*(axes(module, inner) for inner in callee.ops)) if callee else frozenset()
     return frozenset({axis_of(op)}) if isinstance(op, Collective) and Trait.COLLECTIVE in op.traits else frozenset()
+
+
+def differences(before: Func, after: Func) -> Iterator[str]:
+    """What makes `after` more than another order of `before`: ops that are missing, added or changed, and dependences that are broken.
+
+    A collective that is started and done is the one of the id of its `done`.
+    """
+    old, new = _described(before), _described(after)
+    for id in dict.fromkeys((*old, *new)):
+        if id not in new:
+            yield f"{id} is missing"
+        elif id not in old:
+            yield f"{id} is new"
+        elif old[id] != new[id]:
+            yield f"{id} was {old[id]}, and is {new[id]}"
+
+
+def _described(func: Func) -> dict[str, str]:
+    """Each op by its id, and the function's results, with the ids of what they read."""
+    known = {p: f"%{i}" for i, p in enumerate(func.params)}
+    found: dict[str, str] = {}
+    for op in func.ops:
+        if isinstance(op, Transfer) and op.start:
+            continue
+        what = op.started if isinstance(op, Done) and op.started is not None else op
+        given = (f"{key}={print_attribute(value)}" for key, value in what.attributes.items() if key not in ("start", "result_types"))
+        types = (str(r.type) for r in op.results)
+        found[op.id] = (
+            f"{what.name}({', '.join([*(known.get(v, '?') for v in what.operands), *given])}) {op.phase.name} -> {', '.join(types)}"
+        )
+        known.update((r, f"{op.id}/{i}") for i, r in enumerate(op.results))
+    return found | {"return": ", ".join(known.get(v, "?") for v in func.results)}

@@ -16,8 +16,27 @@ from .types import Tensor, bound
 
 
 def join(prefix: str, name: str) -> str:
-    """A name below a prefix: `model.layers.3` and `mlp.gate.weight` with a dot between, either alone where the other is empty."""
+    """A name below a prefix: `model.layers.3` and `mlp.gate.weight` with a dot between, either alone where the other is empty.
+
+    A function that does the work of several layers is called with a prefix for each, `model.layers.3;model.layers.57`, and its names begin
+    with the number of theirs: `1:mlp.gate.weight` is then `model.layers.57.mlp.gate.weight`.
+    """
+    if ";" in name:
+        return ";".join(join(prefix, part) for part in name.split(";"))
+    number, colon, rest = name.partition(":")
+    if colon and number.isdigit():
+        several = prefix.split(";")
+        require(int(number) < len(several), f"{name} is a name under prefix {number} of {prefix!r}, counted from 0")
+        return join(several[int(number)], rest)
     return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def numbered(number: str, name: str) -> str:
+    """A name, or several prefixes, below prefix `number` (`1:`, or empty where there is one) of those that a function is called with."""
+    head, colon, tail = number.partition(":")
+    if not colon:
+        return join(number, name)
+    return f"{head}:{join(tail, name)}"
 
 
 def walk(module: Module, func: Func | None = None, prefix: str = "") -> Iterator[tuple[str, Func, Op]]:

@@ -1,0 +1,133 @@
+"""Communication under computation: collectives that are in flight while something else is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+from ..hardware.cluster import cluster
+from ..hardware.cost import Costs
+from ..ir.core import Module, called
+from ..ir.errors import require
+from ..ir.expected import mean_rows
+from .manager import Pass, register
+from .overlapping.chunks import BACKWARD, interleaved
+from .overlapping.merge import Groups
+from .overlapping.schedule import Costing, ordered
+
+GB = 10**9
+
+
+@register
+@dataclass(frozen=True)
+class Overlap(Pass):
+    """Start collectives early, wait for them late, and compute what does not depend on them meanwhile.
+
+    Every function that communicates is put into the quickest order that is found, by what its ops take on `cluster` and with at most
+    `memory-gb` of values alive in it (10^9 bytes, those of the caller and weights apart). The orders looked at are the program's own, with
+    collectives as they stand and with collectives started where they stand, those of list scheduling by several priorities, every order
+    where there are few ops, and for a forward and a backward chunk the published one. So the result is never slower, by the model.
+
+    `microbatches=2` is for inference: main takes and returns twice what it did, for two micro-batches of which one computes while the other
+    communicates. In a program that is cut into stages of a pipeline, a forward and a backward chunk become one function where `pairs`
+    says so: `mirrored` joins a stage with the one as far from the other end, those that DualPipe and DualPipeV run side by side.
+
+    Before `overlap{cluster=h800}`:
+
+        module { stage=sharded, mesh={pp=1, dp=2, ep=2, tp=1, node=8} }
+
+        func @shared_expert(%x: bf16[4096, 7168], %w: bf16[7168, 7168]) {
+          %y: bf16[4096, 7168] = all_to_all(%x, axis="ep", size=2)  @ moe#1 F
+          %s: bf16[4096, 7168] = matmul(%x, %w)  @ moe#2 F
+          %z: bf16[4096, 7168] = add(%y, %s)  @ moe#3 F
+          return %z
+        }
+
+    after:
+
+        module { stage=scheduled, mesh={pp=1, dp=2, ep=2, tp=1, node=8} }
+
+        func @shared_expert(%x: bf16[4096, 7168], %w: bf16[7168, 7168]) {
+          %y: async bf16[4096, 7168] = all_to_all(%x, axis="ep", size=2, start=true)  @ moe#1.1 F
+          %s: bf16[4096, 7168] = matmul(%x, %w)  @ moe#2 F
+          %y_1: bf16[4096, 7168] = done([%y])  @ moe#1 F
+          %z: bf16[4096, 7168] = add(%y_1, %s)  @ moe#3 F
+          return %z
+        }
+    """
+
+    name: ClassVar[str] = "overlap"
+    requires: ClassVar[str] = "sharded.."
+    ensures: ClassVar[str | None] = "scheduled"
+    cluster: str = "h800"
+    memory_gb: float = inf
+    microbatches: int = 1
+
+    def __post_init__(self) -> None:
+        cluster(self.cluster)
+        require(self.memory_gb > 0, f"memory-gb is {self.memory_gb}, expected more than 0")
+        require(self.microbatches in (1, 2), f"microbatches is {self.microbatches}, expected 1 or 2")
+
+    def __call__(self, module: Module) -> Module:
+        costing = costing_of(module, self.cluster)
+        groups = Groups(module)
+        if self.microbatches == 2:
+            module = _doubled(module, groups)
+        return self._ordered(module, costing, groups).replace(stage="scheduled")
+
+    def _ordered(self, module: Module, costing: Costing, groups: Groups) -> Module:
+        """Every function in its order, those that are called before those that call."""
+        for name in _from_below(module):
+            func = module[name]
+            tags = groups.parts.get(name)
+            backward = {op: tags[op] == BACKWARD for op in func.ops} if tags and BACKWARD in tags.values() else None
+            found = ordered(module, func, costing, self.memory_gb * GB, backward)
+            if found.over:
+                self.decline(func, func.ops[0], f"no order was found that keeps under memory-gb by {found.over} bytes less")
+            if found.func is not func:
+                module = module.map(lambda old, func=func, new=found.func: new if old is func else old)  # type: ignore[misc]
+        return module
+
+
+def costing_of(module: Module, name: str) -> Costing:
+    """What the ops of a program take on a rank of a cluster, exchanged rows being as many as are expected."""
+    given: dict[str, Any] = {"rows": mean_rows(module)}
+    where = cluster(name)
+    return Costing(Costs.of(module, where, **given), Costs.of(module, where, overlap=True, **given))
+
+
+def _doubled(module: Module, groups: Groups) -> Module:
+    main = interleaved(groups)
+    module = groups.module.replace(funcs=(main, *groups.module.funcs[1:], *groups.funcs))
+    for key in ("inputs", "results"):
+        if key in module.attributes:
+            module = module.replace(attributes={**module.attributes, key: module.attributes[key] * 2})
+    return _reached(module)
+
+
+def _reached(module: Module, keep: tuple[str, ...] = ()) -> Module:
+    """Without the functions that nothing calls any more."""
+    found: set[str] = set()
+    waiting = [module.main.name, *keep]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += called(module, module[name])
+    return module.replace(funcs=tuple(f for f in module.funcs if f.name in found))
+
+
+def _from_below(module: Module) -> list[str]:
+    """The names of the functions, each after those that it calls."""
+    order: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name not in order:
+            for callee in called(module, module[name]):
+                visit(callee)
+            order[name] = None
+
+    for func in module.funcs:
+        visit(func.name)
+    return list(order)
