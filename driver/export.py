@@ -15,6 +15,7 @@ import numpy as np
 
 from ..ir.core import Module
 from ..ir.errors import DscError, require
+from ..ir.mesh import ATTRIBUTE
 from ..ir.ops.control import Param
 from ..ir.types import Tensor
 from ..ir.walk import walk
@@ -98,6 +99,8 @@ def export(
         about = describe(program, module)
         model = build(module, profile, place=place, opset=opset or OPSET, opaque=opaque, outputs=outputs, metadata=about)
         text = serialized(model)
+        if ATTRIBUTE in module.attributes:
+            text = with_mesh(text, module)
         draft(path).write(text)
     left = sorted({node.op_type for node in _nodes(model) if node.domain.endswith(".opaque")})
     graph = model.graph
@@ -131,6 +134,18 @@ def serialized(model: Any) -> bytes:
     import onnx_ir
 
     found: bytes = onnx_ir.serde.serialize_model(model).SerializeToString()
+    return found
+
+
+def with_mesh(text: bytes, module: Module) -> bytes:
+    """The model with the mesh of a sharded program in its device annotations."""
+    import onnx
+
+    from ..backends.onnx.devices import annotate
+
+    proto = onnx.ModelProto.FromString(text)
+    annotate(proto, module)
+    found: bytes = proto.SerializeToString()
     return found
 
 
