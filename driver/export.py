@@ -17,7 +17,7 @@ from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.mesh import ATTRIBUTE
 from ..ir.ops.control import Param
-from ..ir.types import Tensor
+from ..ir.types import DType, Tensor
 from ..ir.walk import walk
 from ..ir.walk import weights as weights_of
 from .artifact import Artifact
@@ -196,13 +196,12 @@ def referenced(checkpoint: Any, config: Any, path: Path) -> Place:
     known: dict[Path, PurePosixPath] = {}
 
     def place(name: str, tensor: Tensor) -> Sequence[Stored]:
-        size = tensor.dtype.bits // 8
         found = []
         wanted = Wanted(name, tensor.dtype.name, tuple(d for d in tensor.shape if isinstance(d, int)))
-        for part, file, start, shape in source.places(wanted):
+        for part, file, start, shape, dtype in source.places(wanted):
             if file not in known:
                 known[file] = followed(file, path)
-            found.append(Stored(part, known[file], start, math.prod(shape) * size, shape))
+            found.append(Stored(part, known[file], start, math.prod(shape) * DType[dtype].bits // 8, shape, DType[dtype]))
         return found
 
     return place

@@ -30,12 +30,13 @@ SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "co
 
 
 class Place(NamedTuple):
-    """Where a tensor of `shape` begins in a file, in bytes; `name` is how it is called on disk, of an expert its own."""
+    """Where a tensor of `shape` begins in a file, in bytes; `name` is what the disk calls it, an expert by its own, `dtype` what it is."""
 
     name: str
     file: Path
     start: int
     shape: tuple[int, ...]
+    dtype: str
 
 
 class CheckpointFolder(StoredWeights):
@@ -57,17 +58,20 @@ class CheckpointFolder(StoredWeights):
         super().__init__(tensors, f"checkpoint {self.folder}", {**self.config, **(config or {})})
 
     def places(self, wanted: Wanted) -> list[Place]:
-        """Where the bytes of `wanted` lie just as the program reads them: in one place, or one for each matrix of a stack.
+        """Where the bytes of `wanted` lie: in one place, or one for each matrix of a stack.
 
-        Raises `DscError` where `check` would, and where the tensor would have to be converted.
+        They are of the wanted dtype, or in one place of another float of 16 or 32 bits, which the place says: a cast makes the one of
+        the other. Raises `DscError` where `check` would, and where the tensor would have to be converted otherwise.
         """
         copies, problems = self._plan(wanted)
         self._report(problems)
         found = []
         for tensor, part in ((self.tensors[copy.source.tensor.name], copy.source.part) for copy in copies):
             stored, expected = type_text(tensor.dtype, part.shape), f"{wanted.name}: expected {type_text(wanted.dtype, part.shape)}"
-            require(tensor.dtype == wanted.dtype, f"{expected} as the program reads it, found {stored} in {tensor.where}")
-            found.append(Place(part.name, tensor.file.path, tensor.start + _offset(tensor, part.index), part.shape))
+            castable = len(copies) == 1 and {tensor.dtype, wanted.dtype} <= {"f32", "f16", "bf16"}
+            fine = castable or tensor.dtype == wanted.dtype
+            require(fine, f"{expected} as the program reads it, found {stored} in {tensor.where}")
+            found.append(Place(part.name, tensor.file.path, tensor.start + _offset(tensor, part.index), part.shape, tensor.dtype))
         return found
 
     def _single(self) -> dict[str, FileTensor]:

@@ -24,7 +24,7 @@ from ...ir.core import Value as DscValue
 from ...ir.errors import DscError, require
 from ...ir.ops.control import Call, Constant, Pack, Param, Unpack
 from ...ir.printer import print_attribute
-from ...ir.types import Tensor
+from ...ir.types import DType, Tensor
 from ...ir.walk import join
 from . import ops_elementwise, ops_linalg, ops_loss, ops_moe, ops_norm, ops_quant, ops_reduce, ops_shape  # noqa: F401 - they fill MAPPINGS
 from .emit import TYPES, Emitter, Stack, Tree, Value, flat, fresh
@@ -66,6 +66,8 @@ class Stored:
     offset: int
     length: int
     shape: tuple[int, ...]
+    dtype: DType | None = None
+    """Of a float that is stored in another dtype than the program reads: the model casts it."""
 
 
 Place = Callable[[str, Tensor], Sequence[Stored] | None]
@@ -113,6 +115,8 @@ class _Export:
         self.functions: dict[Any, ir.Function] = {}
         self.names: Counter[str] = Counter()
         self.needs = cache(self._needs)
+        self.casts = Emitter(opset)
+        """Of weights that are stored in another float than the program reads; they stand before all else."""
         self.inputs: list[Value] = []
         self.initializers: list[Value] = []
         self.weights: dict[Need, Tree] = {}
@@ -133,7 +137,14 @@ class _Export:
         results = self.returned(g, returned, set(self.inputs))
         for value, name in zip(results, _flat_names(main, outputs, (*self.inputs, *self.initializers)), strict=True):
             value.name = name
-        graph = ir.Graph(self.inputs, results, nodes=g.nodes, initializers=self.initializers, opset_imports=self.imports(), name=main.name)
+        graph = ir.Graph(
+            self.inputs,
+            results,
+            nodes=[*self.casts.nodes, *g.nodes],
+            initializers=self.initializers,
+            opset_imports=self.imports(),
+            name=main.name,
+        )
         metadata |= {f"ai.dsc.{key}": str(value) for key, value in self.module.attributes.items()}
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="dsc", functions=list(self.functions.values()), metadata_props=metadata)
 
@@ -199,13 +210,17 @@ class _Export:
             self.inputs.append(value)
         else:
             whole = len(stored) == 1 and stored[0].shape == tensor.shape
-            value = fresh(tensor, name, stacked=0 if whole else len(stored))
+            held = stored[0].dtype or tensor.dtype
+            value = fresh(Tensor(held, tensor.shape), name, stacked=0 if whole else len(stored))
             for part, at in zip(flat(value), stored, strict=True):
                 part.name = part.name if whole else at.name
                 part.const_value = ir.ExternalTensor(
-                    str(at.file), at.offset, at.length, TYPES[tensor.dtype], shape=ir.Shape(at.shape), name=part.name or at.name
+                    str(at.file), at.offset, at.length, TYPES[held], shape=ir.Shape(at.shape), name=part.name or at.name
                 )
                 self.initializers.append(part)
+            if held is not tensor.dtype:
+                value = _like(self.casts.cast(value, tensor.dtype), fresh(tensor))
+                value.name = f"{name} as {tensor.dtype}"
         self.weights[need] = value
         return value
 
