@@ -82,9 +82,11 @@ NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "--to": lambda: ("bf16", "fp8"),
     "--profile": lambda: ("standard", "ort", "compact"),
     "source": models,
+    "devices name": lambda: [*clusters(), *devices()],
     "passes name": passes,
     "ops name": ops,
     "golden op": ops,
+    "--schedule": schedules,
     "schedule name": schedules,
 }
 """What completes an option, or an argument by its name, alone or behind its command's."""

@@ -44,7 +44,12 @@ SHOWN = 4
 )
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg|png", help="Draw the schedule and the memory of each rank.")
 @click.option(
-    "-o", "out", type=click.Path(path_type=Path), metavar="DIR", help="Write plan.json, schedule.csv and timeline.json, for Perfetto."
+    "-o",
+    "--out",
+    "out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write plan.json, schedule.csv and timeline.json, for Perfetto.",
 )
 @json_option
 def plan(
