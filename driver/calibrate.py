@@ -164,9 +164,11 @@ def measured(bench: Bench, name: str, least: float, links: Callable[[Step], dict
     values |= _launches(others, times)
     values |= _coefficients(base.with_figures(values), [(op, times[op]) for _, _, op in products])
     values |= _shares(base.with_figures(values), others, times)
-    for leg, link in links(step).items():
+    measured_legs = links(step)
+    for leg, link in measured_legs.items():
         values |= {f"{leg}.bandwidth": link.bandwidth, f"{leg}.latency": link.latency, f"{leg}.efficiency": 1.0}
-    source = f"dsc calibrate, {when}: {bench.name}, {bench.how}{_busy()}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
+    how = f"{bench.how}{', links by wall time' if measured_legs else ''}{_busy()}"
+    source = f"dsc calibrate, {when}: {bench.name}, {how}, {', '.join(f'{k} {v}' for k, v in versions().items())}"
     made = _signed(base.with_figures(values), values, source)
     cost = Compute(made.device).cost
     return Calibrated(name, when, source, made, [Product(str(d), shape, times[op], cost(op).seconds) for d, shape, op in products])

@@ -55,7 +55,19 @@ def table(name: str) -> Mapping[str, Any]:
 
 def entries(cluster: Cluster) -> Iterator[Entry]:
     """Every row of every table."""
-    for of in (products, later_products, beside_products, wgrads, attentions, decodes, norms, dispatches, low_latency, beside_exchanges):
+    for of in (
+        products,
+        later_products,
+        beside_products,
+        wgrads,
+        attentions,
+        decodes,
+        norms,
+        casts,
+        dispatches,
+        low_latency,
+        beside_exchanges,
+    ):
         yield from of(cluster)
 
 
@@ -140,11 +152,22 @@ def decodes(cluster: Cluster) -> Iterator[Entry]:
 def norms(cluster: Cluster) -> Iterator[Entry]:
     """RMSNorm of the training profile, all of its kernels."""
     found = table("kernels.norms")
-    elements = found["tokens"] * sum(found["widths"]) * found["layers"]
-    moved = elements * sum(per for _, per, _ in found["rows"])
+    per_token = sum(found["widths"]) * sum(per for _, per, _ in found["rows"])
+    yield _along_rows(cluster, "profile: RMSNorm", f"{sum(row[2] for row in found['rows'])} kernels", found, per_token)
+
+
+def casts(cluster: Cluster) -> Iterator[Entry]:
+    """Casts and turns of the training profile. No coefficient is taken from them, since their bytes are counted by the recipe."""
+    found = table("kernels.casts")
+    per_token = sum(elements * per for _, elements, per in found["rows"])
+    yield _along_rows(cluster, "profile: FP8 casts", "276 kernels", found, per_token)
+
+
+def _along_rows(cluster: Cluster, title: str, label: str, found: Mapping[str, Any], bytes_per_token: float) -> Entry:
+    moved = found["tokens"] * found["layers"] * bytes_per_token
     reached = cluster.device.peak.bandwidth.mid * cluster.device.kernels.rows.mid
     took = moved / reached * cluster.comm.compute_slowdown.mid
-    yield Entry("profile: RMSNorm", f"{sum(row[2] for row in found['rows'])} kernels", "us", found["microseconds"], took * 1e6)
+    return Entry(title, label, "us", found["microseconds"], took * 1e6)
 
 
 def logical_bytes(tokens: float, nodes: float, row: float) -> float:

@@ -140,3 +140,26 @@ def test_communication_takes_units_and_both_sides_slow_down() -> None:
     free = Costs(cluster("h800-co-processor"), overlap=True)
     assert free.taken == 0
     assert free.seconds(op) == alone.seconds(op)
+
+
+def test_each_recommendation_saves_where_it_says() -> None:
+    """DeepSeek-V3 report, section 3.5: what each overlay of the H800 changes, and what it leaves."""
+    tiled, cast = fp8_product(4096, 7168, 16384), Quantize(value(DType.bf16, 4096, 7168))
+    scale = value(DType.f32, 1, 1)
+    single = ScaledMatmul(
+        value(DType.f8e4m3, 4096, 16384), scale, value(DType.f8e4m3, 7168, 16384), scale, a_tile=(4096, 16384), b_tile=(7168, 16384)
+    )
+
+    def took(name: str, op: Op) -> float:
+        return Costs(cluster(name)).seconds(op)
+
+    assert took("h800-group-scaling", tiled) < took("h800", tiled) == took("h800-wide-accumulator", tiled)
+    assert took("h800-wide-accumulator", single) < took("h800", single)
+    assert Costs(cluster("h800-fused-cast")).cost(cast).bytes == pytest.approx(4096 * 7168)  # BF16 for FP8, once
+    assert Costs(H800).cost(cast).bytes == pytest.approx(4096 * (7168 * 3 + 56 * 4))
+    counts = value(DType.i32, 64)
+    sent = AllToAllRows((value(DType.f8e4m3, 32768, 7168),), counts, counts, "ep", 64, 32768)
+    assert took("h800-unified", sent) < took("h800", sent)
+    for op in (tiled, cast, sent):
+        parts = [took(name, op) for name in ("h800", "h800-group-scaling", "h800-fused-cast", "h800-unified")]
+        assert took("h800-all", op) <= min(parts) * (1 + 1e-12)

@@ -20,6 +20,7 @@ STATED = {
     "profile: attention": (0.001, 0.001),
     "FlashMLA": (0.044, 0.068),
     "profile: RMSNorm": (0.001, 0.001),
+    "profile: FP8 casts": (0.136, 0.136),
     "DeepEP": (0.032, 0.069),
     "DeepEP, low latency": (0.034, 0.116),
     "profile: exchanges": (0.106, 0.195),
