@@ -168,6 +168,23 @@ def combine_backward(op: moe.CombineBackward, rows: Tensor, sent: Tensor, handle
     return sent * weights.reshape(-1)[handle[0], None], dweights.reshape(weights.shape)
 
 
+@function(moe.DispatchGroups)
+def dispatch_groups(op: moe.DispatchGroups, *operands: Tensor) -> tuple[Tensor, ...]:
+    *xs, ids = operands
+    group = torch.where(ids < 0, op.groups, inside(ids.clamp(min=0), op.groups * op.size) // op.size)
+    chosen = torch.zeros(op.groups + 1, len(ids), dtype=torch.bool)
+    chosen[group, torch.arange(len(ids))[:, None]] = True
+    groups, tokens = chosen[:-1].nonzero(as_tuple=True)
+    within = torch.where(group[tokens] == groups[:, None], ids[tokens] - groups[:, None] * op.size, -1)
+    return *(x[tokens] for x in xs), within, groups.bincount(minlength=op.groups), tokens
+
+
+@function(moe.CombineGroups)
+def combine_groups(op: moe.CombineGroups, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor | None = None) -> Tensor:
+    terms = rows if weights is None else rows * weights
+    return rows.new_zeros(len(ids), rows.shape[1]).index_add(0, inside(tokens, len(ids)), terms)
+
+
 @function(moe.Regroup)
 def regroup(op: moe.Regroup, *operands: Tensor) -> Any:
     *xs, counts = operands
