@@ -9,7 +9,7 @@ import click
 
 from ..ir.errors import require
 from .cli import cli, json_option
-from .ui import emit_json, progress, size
+from .ui import emit_json, progress
 
 
 @cli.command()
@@ -60,7 +60,7 @@ def report(out: Path, file: Path | None, other: Path | None, numerics: Path | No
     if as_json:
         emit_json({"report": str(target), "bytes": written, "numerics": found is not None})
     else:
-        print(f"{target}: {size(written)}, opens in a browser")
+        print(f"{target}: {written / 1e6:.1f} MB, opens in a browser")
     return 0
 
 

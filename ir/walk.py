@@ -9,7 +9,7 @@ from .core import Func, Module, Op, Trait, Value, called
 from .errors import require
 from .ops.control import Call, Param
 from .ops.linalg import GroupedMatmul
-from .ops.moe import Dispatch
+from .ops.moe import Dispatch, DispatchGroups
 from .ops.quant import GroupedScaledMatmul, Quantize
 from .quantization import SCALE_SUFFIX
 from .types import Tensor, bound
@@ -98,20 +98,36 @@ def parameters(module: Module, types: Mapping[str, Tensor] | None = None) -> dic
 
 def expert_weights(module: Module) -> dict[str, tuple[int, int]]:
     """The stacks of experts by full name: to how many experts a token goes, and of how many."""
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
+    sent: dict[Value, tuple[int, int] | None] = {}
     for prefix, _, op in walk(module):
-        if isinstance(op, GroupedMatmul | GroupedScaledMatmul) and (owner := _weight(op.w)) and (sent := _dispatch(op.counts)):
-            found[join(prefix, owner.path)] = (bound(sent.ids.shape[1]), sent.experts)
+        if isinstance(op, GroupedMatmul | GroupedScaledMatmul) and (owner := _weight(op.w)):
+            if op.counts not in sent:  # once, however often the function runs
+                sent[op.counts] = _chosen(op.counts)
+            if chosen := sent[op.counts]:
+                found[join(prefix, owner.path)] = chosen
     return found
 
 
-def _dispatch(counts: Value) -> Dispatch | None:
-    """The dispatch whose rows `counts` counts, exchanged between ranks as they may be."""
+def _chosen(counts: Value) -> tuple[int, int] | None:
+    """To how many experts a token goes whose rows `counts` counts, and of how many."""
+    match _dispatch(counts):
+        case Dispatch(ids=ids, experts=experts):
+            return bound(ids.shape[1]), experts
+        case DispatchGroups(ids=ids, groups=groups, size=size):
+            return bound(ids.shape[1]), groups * size
+    return None
+
+
+def _dispatch(counts: Value) -> Dispatch | DispatchGroups | None:
+    """The dispatch whose rows `counts` counts, exchanged between ranks as they may be; of hops the first, which knows all experts."""
     seen, ahead = set[Value](), [counts]
     while ahead:
         value = ahead.pop()
         if isinstance(value.owner, Dispatch):
             return value.owner
+        if isinstance(value.owner, DispatchGroups):
+            return _dispatch(value.owner.ids) or value.owner
         if value.owner and value not in seen:
             seen.add(value)
             ahead += value.owner.operands

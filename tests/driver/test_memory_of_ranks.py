@@ -88,7 +88,7 @@ def test_the_whole_models_parameters_and_a_ranks(v3: dsc.Artifact, command: Any)
     assert found["active"] == REPLICATED + LAYERS * 8 * EXPERT
 
 
-@pytest.mark.parametrize("mesh", [None, "dp=2,ep=2", "dp=2,tp=2,ep=4"])
+@pytest.mark.parametrize("mesh", [None, "dp=2,ep=2", "dp=2,tp=2,ep=4", "dp=8,ep=8,node=4"])
 def test_active_parameters_are_the_whole_models(mesh: str | None, command: Any, tmp_path: Path) -> None:
     sharded = ("--mesh", mesh) if mesh else ()
     found = command("compile", "deepseek-v3-tiny", "-o", tmp_path / "out", "--seq", 16, *sharded, "--json").json
