@@ -111,6 +111,11 @@ class Costs:
             found = replace(found, bound="latency")
         return slower(found, 1 / self.repeats) if self.repeats > 1 and of_weights(op, self._weights) else found
 
+    def send(self, bytes: float, away: bool = True) -> float:
+        """Seconds of `bytes` from one rank to another, in another domain or in its own: a hop of the pipeline."""
+        legs = Legs(bytes, 0.0) if away else Legs(0.0, bytes)
+        return transfer(self.cluster, legs)[0] * (self.cluster.comm.slowdown.mid if self.overlap else 1.0)
+
     def _group(self, axis: str, size: int) -> Group:
         ranks = self.mesh.group(axis, 0) if self.mesh is not None else tuple(range(size))
         require(len(ranks) == size, f"the op runs on {size} ranks along {axis}, but mesh {self.mesh} has {len(ranks)}")

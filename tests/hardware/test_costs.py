@@ -163,3 +163,14 @@ def test_each_recommendation_saves_where_it_says() -> None:
     for op in (tiled, cast, sent):
         parts = [took(name, op) for name in ("h800", "h800-group-scaling", "h800-fused-cast", "h800-unified")]
         assert took("h800-all", op) <= min(parts) * (1 + 1e-12)
+
+
+def test_a_hop_of_the_pipeline_takes_bytes_by_bandwidth() -> None:
+    """4096 x 7168 in BF16 are 58.7 MB: 1.17 ms at 50 GB/s."""
+    ideal = H800.with_figures({"inter.efficiency": 1.0, "inter.latency": 0.0, "intra.efficiency": 1.0, "intra.latency": 0.0})
+    sent = 4096 * 7168 * 2
+    assert round(Costs(ideal).send(sent) * 1e3, 2) == 1.17
+    assert Costs(ideal).send(sent, away=False) == pytest.approx(sent / 160e9)
+    assert Costs(H800).send(sent) > Costs(ideal).send(sent)
+    assert Costs(H800, overlap=True).send(sent) > Costs(H800).send(sent)
+    assert Costs(H800).send(0) == 0
