@@ -15,8 +15,11 @@ from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
 from ..ir.ops.moe import Route
+from ..ir.stages import BACKWARD, END, FORWARD, INPUT, is_staged, stages_of
 from ..ir.types import DType, Tensor, bound
 from ..ir.walk import walk
+from ..schedule.actions import Schedule
+from .pipelining import schedule_for
 from .ui import plural, size, table
 
 HOPS = ("ep.node", "ep.local")
@@ -135,19 +138,30 @@ def _leaving(mesh: Mesh, axis: str, op: Collective) -> Fraction:
     return Fraction(sum(mesh.crosses(a, b) for a, b in steps), len(steps))
 
 
-def describe_comm(module: Module, update: Module | None = None) -> tuple[dict[str, Any], str]:
-    """What a rank sends in a step and in the `update` after it, as JSON with every collective, and as text by function and call."""
+def handed_on(module: Module, schedule: Schedule) -> Iterator[Sent]:
+    """What stages send to their neighbours for one micro-batch, by the call that made it; nothing where both are on one rank."""
+    stages, mesh = stages_of(module), mesh_of(module)
+    way, each = min(reverse for _, reverse in schedule.home), mesh.dp * mesh.tp  # where there are two, one is as long as the other
+    for (stage, reverse), place in sorted(schedule.home.items()):
+        for step, role, values in ((1, FORWARD, stages.forward(stage)), (-1, BACKWARD, stages.backward(stage))):
+            other = schedule.home.get((stage + step, reverse), place)
+            if other == place or not values or reverse != way:
+                continue
+            call = stages.calls[stage].get(role) or stages.calls[stage][INPUT]
+            number = sum(v.type.bytes for v in values)
+            crossing = Fraction(number * sum(mesh.crosses(place * each + i, other * each + i) for i in range(each)), each)
+            yield Sent(str(call.callee), "", call.id, call.phase.name, "send", "pp", mesh.pp, number, int(crossing))
+
+
+def describe_comm(module: Module, update: Module | None = None, schedule: Schedule | None = None) -> tuple[dict[str, Any], str]:
+    """What a rank sends in a step and in the `update` after it, as JSON with every collective, and as text by function and call.
+
+    Of a program that is cut into stages it is what one rank of each stage sends for a micro-batch, and once at the end.
+    """
+    if is_staged(module):
+        return _describe_pipeline(module, schedule or schedule_for(module))
     every = list(sent(module))
     after = list(sent(update)) if update and ATTRIBUTE in update.attributes else []
-    calls: dict[tuple[str, str, str], list[Sent]] = {}
-    for one in (*every, *after):
-        calls.setdefault((one.func, one.kind, one.axis), []).append(one)
-    rows = []
-    for (func, kind, axis), found in calls.items():
-        times = len({one.weights for one in found})
-        each = _total(found)
-        rows.append((f"@{func}", kind, f"{axis}={found[0].ranks}", str(times), str(len(found)), *map(size, each), size(each[0] // times)))
-    heads = ("function", "collective", "axis", "calls", "in all", "bytes", "leave the node", "per call")
     total, crossing = _total(every)
     summary = f"a rank sends {size(total)} in a step, {size(crossing)} to other nodes, in {plural(len(every), 'collective')}"
     value = {"mesh": mesh_of(module).record(), "bytes": total, "crossing": crossing, "collectives": [vars(one) for one in every]}
@@ -155,7 +169,37 @@ def describe_comm(module: Module, update: Module | None = None) -> tuple[dict[st
         more, leaving = _total(after)
         summary += f"; in the update {size(more)}, {size(leaving)} to other nodes, in {plural(len(after), 'collective')}"
         value["update"] = {"bytes": more, "crossing": leaving, "collectives": [vars(one) for one in after]}
-    return value, f"{table(heads, rows, left=3)}\n\n{summary}"
+    return value, f"{_by_call([*every, *after])}\n\n{summary}"
+
+
+def _describe_pipeline(module: Module, schedule: Schedule) -> tuple[dict[str, Any], str]:
+    ends = {str(calls[END].callee) for calls in stages_of(module).calls if END in calls}
+    every = [*sent(module), *handed_on(module, schedule)]
+    once = [one for one in every if one.func in ends]
+    each = [one for one in every if one.func not in ends]
+    (many, leaving), (total, crossing) = _total(each), _total(once)
+    value: dict[str, Any] = {"mesh": mesh_of(module).record(), "microbatches": schedule.microbatches}
+    value |= {"bytes": many + total, "crossing": leaving + crossing, "collectives": [vars(one) for one in every]}
+    value |= {"microbatch": {"bytes": many, "crossing": leaving}, "end": {"bytes": total, "crossing": crossing}}
+    summary = (
+        f"one rank of each stage, together, send {size(many)} for a micro-batch, {size(leaving)} to other nodes, "
+        f"and {size(total)} at the end of a step of {schedule.microbatches}, {size(crossing)} to other nodes"
+    )
+    return value, f"{_by_call(every)}\n\n{summary}"
+
+
+def _by_call(every: Sequence[Sent]) -> str:
+    """A table of what is sent, by function, kind and axis."""
+    calls: dict[tuple[str, str, str], list[Sent]] = {}
+    for one in every:
+        calls.setdefault((one.func, one.kind, one.axis), []).append(one)
+    rows = []
+    for (func, kind, axis), found in calls.items():
+        times = len({one.weights for one in found})
+        each = _total(found)
+        rows.append((f"@{func}", kind, f"{axis}={found[0].ranks}", str(times), str(len(found)), *map(size, each), size(each[0] // times)))
+    heads = ("function", "collective", "axis", "calls", "in all", "bytes", "leave the node", "per call")
+    return table(heads, rows, left=3)
 
 
 def _total(found: Sequence[Sent]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,13 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
     help="How tokens reach experts on other nodes: once for each expert, or once for each node and on from there. "
     "Default: two-hop where ep spans nodes, direct in decode mode.",
 )
+@click.option(
+    "--schedule",
+    metavar="NAME|auto|FILE.csv",
+    help="With pp in the mesh: the pipeline's schedule (see dsc schedule). Default: 1f1b in training.",
+)
+@click.option("--microbatches", type=int, help="Micro-batches of a step of the pipeline. Default: two for each stage.")
+@click.option("--chunks", type=int, help="Stages of a rank, for interleaved (default 2), zb1p and forward (1).")
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
@@ -63,6 +71,7 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
     dsc compile deepseek-v3 -o out --recipe deepseek-v3 --target sm_90,sm_100,gfx942
     dsc compile deepseek-v3-tiny -o out --mode decode --context 128
     dsc compile deepseek-v3 -o out --recipe deepseek-v3 --mesh dp=128,ep=64
+    dsc compile deepseek-v3-tiny -o out --mode train --mesh pp=2,dp=2,ep=2 --schedule zb1p --microbatches 8
     dsc compile path/to/config.json -o out --set num_hidden_layers=4 --seq 512
     """
     from .compile import compile as build
@@ -133,6 +142,8 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
 @click.option(
     "--timeout", type=float, default=600.0, metavar="SECONDS", help="Under torchrun: how long a rank waits for others. Default: 600."
 )
+@click.option("--schedule", metavar="NAME|FILE.csv", help="Of a pipeline: another schedule than the one it was compiled with.")
+@click.option("--microbatches", type=int, help="Of a pipeline: how many micro-batches. Default: as compiled.")
 @json_option
 def run(
     out: Path,
@@ -143,9 +154,11 @@ def run(
     routing_stats: Path | None,
     ranks: Ranks | None,
     timeout: float,
+    schedule: str | None,
+    microbatches: int | None,
     as_json: bool,
 ) -> int:
-    """Run a compiled program; a sharded one on all its ranks.
+    """Run a compiled program; a sharded one on all its ranks, one in stages for all micro-batches of a step.
 
     \b
     dsc run out
@@ -159,7 +172,7 @@ def run(
     from .measure import flat
     from .ranks import is_first, started_by_torchrun
     from .routing_stats import Recorder
-    from .run import GRADIENT, array_types, check_writable, norm, save, say_defaults, summarise
+    from .run import GRADIENT, array_types, check_writable, chosen_schedule, norm, save, say_defaults, summarise
     from .run import run as execute
 
     program = load(out)
@@ -170,14 +183,18 @@ def run(
     require(not (routing_stats and ranks), "--routing-stats counts the tokens of one program: run the one that is not sharded")
     recorder = Recorder(program.module, routing_stats) if routing_stats else None
     start = time.perf_counter()
-    with progress("running", executed(program.module) * (together if ranks == "local" else 1)) as step:
+    order = chosen_schedule(program, schedule, microbatches) if ranks else None
+    runs = Fraction(together if ranks == "local" else 1, mesh_of(program.module).pp if order else 1) * (order.microbatches if order else 1)
+    with progress("running", int(executed(program.module) * runs)) as step:
 
         def observe(site: Site, *seen: Any) -> None:
             step(str(site))
             if recorder:
                 recorder(site, *seen)
 
-        results = flat(execute(program, weights, inputs, backend, observe, ranks, timeout))
+        results = flat(
+            execute(program, weights, inputs, backend, observe, ranks, timeout, order or schedule, None if order else microbatches)
+        )
     seconds = time.perf_counter() - start
     if ranks == "torchrun" and not is_first():
         return 0
@@ -247,7 +264,7 @@ def inspect(
     from .inspect import describe_parameters, describe_program
     from .memory import describe_memory, plot_memory
     from .quantization import describe_quantization
-    from .run import check_writable
+    from .run import check_writable, chosen_schedule
 
     require(plot is None or memory, "--plot draws memory: give --memory too")
     if plot:
@@ -256,11 +273,12 @@ def inspect(
         check_writable(plot)
 
     notes: tuple[str, ...] = ()
-    update = None
+    update = order = None
     if artifact.is_artifact(Path(source)) or (Path(source).is_dir() and not (Path(source) / "config.json").exists()):
         program = artifact.load(source)
         module, update = program.after(after) if after else program.module, program.update if comm else None
         notes = tuple(line for record in program.manifest.passes for line in record.notes)
+        order = chosen_schedule(program) if comm and not after else None
     else:
         require(after in (None, "traced"), f"--after {after} needs an artifact; {source} is not one")
         module = read(source)[1]
@@ -277,7 +295,7 @@ def inspect(
     found += [("memory", *describe_memory(module))] if memory else []
     if plot:
         plot_memory(module, plot)
-    found += [("comm", *describe_comm(module, update))] if comm else []
+    found += [("comm", *describe_comm(module, update, order))] if comm else []
     found += [("quantization", *describe_quantization(module, reasons))] if quantization else []
     if as_json:
         emit_json({name: value for name, value, _ in found})

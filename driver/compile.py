@@ -12,15 +12,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..distributed.pipeline import pipeline as pipeline_of
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, parse_mesh
+from ..ir.stages import is_staged
 from ..ir.timeline import timeline
 from ..ir.types import DType
+from ..schedule.actions import Schedule
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
 from .memory import memory
+from .pipelining import FILE as SCHEDULE
+from .pipelining import schedule_for, schedule_of, takes_split
 
 if TYPE_CHECKING:
     from ..models.build import Mode
@@ -111,6 +116,9 @@ def compile(
     recipe: str | None = None,
     mesh: str | None = None,
     dispatch: str = "auto",
+    schedule: str | None = None,
+    microbatches: int | None = None,
+    chunks: int | None = None,
     until: str | None = None,
     weights: str = "none",
     overrides: Sequence[str] = (),
@@ -124,10 +132,13 @@ def compile(
     `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
     text; without it the default one runs, with quantisation by `recipe` if one is named, and sharded over `mesh` ("dp=4,ep=4",
     see `ir/mesh.py`) if one is given: then `batch` counts the sequences of all ranks, by default one for each along dp, and `dispatch` says
-    how tokens go to experts of other nodes: `direct`, `two-hop`, or `auto`, which is direct in decoding alone. `until` is a
-    stage to stop at, `weights` one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no other. With
-    `fuse` the default pipeline ends with that pass, as it does where kernels are compiled. `on_step` is called with the name of each step
-    that is done; `add` is given the program and the folder before it takes its place, and may write more there.
+    how tokens go to experts of other nodes: `direct`, `two-hop`, or `auto`, which is direct in decoding alone. With pp in the mesh the
+    program is cut into the stages of a `schedule`, a name (1f1b in training unless said) or a file, with `chunks` of them on a rank where
+    the schedule leaves that open; `batch` is that of one of its `microbatches`, of which there are two for each stage unless said.
+
+    `until` is a stage to stop at, `weights` one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no
+    other. With `fuse` the default pipeline ends with that pass, as it does where kernels are compiled. `on_step` is called with the name
+    of each step that is done; `add` is given the program and the folder before it takes its place, and may write more there.
 
     >>> artifact = dsc.compile("deepseek-v3-tiny", out="tiny", seq=16)
     >>> artifact.manifest.stage, [step.name for step in artifact.manifest.passes]
@@ -142,7 +153,8 @@ def compile(
     require(passes is None or recipe is None, "--recipe belongs to the default pipeline; in --passes write quantize-fp8{recipe=...}")
     require(passes is None or mesh is None, '--mesh belongs to the default pipeline; in --passes write shard-experts{mesh="..."}')
     require(dispatch == "auto" or bool(mesh), "--dispatch says how tokens go to other ranks: it needs --mesh")
-    chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch) if passes is None else passes
+    order = _order(mesh, mode, schedule, microbatches, chunks) if passes is None else None
+    chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch, schedule=order) if passes is None else passes
     pipeline = parse_pipeline(chosen)  # what is wrong is said before any work
     if mesh and batch is None and resolve(source).kind in ("config", "checkpoint"):
         batch = parse_mesh(mesh).dp
@@ -151,7 +163,7 @@ def compile(
     seconds = time.perf_counter() - start
     on_step("traced")
     if passes is None:
-        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh, dispatch))
+        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh, dispatch, order))
     with artifact.beside(target) as folder:
         (folder / "ir").mkdir()
         writer = _Snapshots(folder)
@@ -171,6 +183,9 @@ def compile(
         if update := _update_of(module, config):
             (folder / artifact.UPDATE).write_text(str(update), encoding="utf-8")
         (folder / "plan").mkdir()
+        if is_staged(module) and ATTRIBUTE in module.attributes:
+            planned = pipeline_of(module, order or schedule_for(module, schedule, microbatches))
+            (folder / SCHEDULE).write_text(str(planned.schedule), encoding="utf-8")
         line = timeline(module)
         _write_json(folder / artifact.MEMORY, memory(module, line))
         if add:
@@ -201,15 +216,20 @@ def default_pipeline(
     fuse: bool = False,
     mesh: str | None = None,
     dispatch: str = "auto",
+    schedule: Schedule | None = None,
 ) -> str:
     """The passes that run where none are given: in training differentiation, quantisation by `recipe`, sharding over `mesh`, then `fuse`.
+
+    For a `schedule` the program is cut into its stages first, and its backward pass in two where the schedule wants that.
 
     A checkpoint that is in FP8 already, in the blocks that the recipe has, is read as it is; in training it is not, for there the
     weights change.
     """
-    first = f"{DEFAULT_PASSES},autodiff,{DEFAULT_PASSES}" if mode == "train" else DEFAULT_PASSES
+    split = "{split=true}" if schedule and takes_split(schedule) else ""
+    first = f"{DEFAULT_PASSES},autodiff{split},{DEFAULT_PASSES}" if mode == "train" else DEFAULT_PASSES
     hops = f",dispatch={dispatch}" if dispatch != "auto" else ""
-    last = (f',shard-experts{{mesh="{mesh}"{hops}}}' if mesh else "") + (",fuse" if fuse else "")
+    stages = f",split-stages{{stages={schedule.stages}}}" if schedule else ""
+    last = stages + (f',shard-experts{{mesh="{mesh}"{hops}}}' if mesh else "") + (",fuse" if fuse else "")
     if recipe is None:
         return first + last
     from ..passes.recipe import recipe as by_name
@@ -220,11 +240,19 @@ def default_pipeline(
     return f"{first},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}{last}"
 
 
+def _order(mesh: str | None, mode: str, schedule: str | None, microbatches: int | None, chunks: int | None) -> Schedule | None:
+    """What ranks along pp follow; None where there is one stage."""
+    asked = schedule is not None or microbatches is not None or chunks is not None
+    require(not asked or mesh is not None, "--schedule, --microbatches and --chunks are for a pipeline: they need --mesh pp=2 or more")
+    over = parse_mesh(mesh) if mesh else None
+    return schedule_of(over, mode, schedule, microbatches, chunks) if over and (asked or over.pp > 1) else None
+
+
 def _update_of(module: Module, config: dict[str, Any] | None) -> Module | None:
-    """The optimiser's program for a differentiated model; of a sharded one that of a rank, over its parts."""
+    """The optimiser's program for a differentiated model; of a sharded one that of a rank, over its parts; none of one in stages."""
     from .train_program import assemble
 
-    return assemble(module, config).update if config and bundles(module) else None
+    return assemble(module, config).update if config and bundles(module) and not is_staged(module) else None
 
 
 def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) -> str:

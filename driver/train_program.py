@@ -89,6 +89,8 @@ def programs(
 
     default_pipeline(recipe, None, "train", mesh=mesh)  # an unknown recipe is said before any work
     if mesh:
+        one = parse_mesh(mesh).pp == 1
+        require(one, f"mesh {mesh}: training goes without a pipeline; pp=1 would fit, and dsc run runs a step of a pipeline")
         batch, dp = batch or parse_mesh(mesh).dp, parse_mesh(mesh).dp
         require(batch % dp == 0, f"a batch of {batch} does not divide over dp={dp}; a batch of {-(-batch // dp) * dp} would fit")
     _, module, config = read(source, mode="train", batch=batch, seq=seq, overrides=overrides)

@@ -157,6 +157,9 @@ def communication(module: Module) -> tuple[Html, dict[str, Any]]:
         f"One rank of the mesh {mesh} sends {size(value['bytes'])} in a step, {size(value['crossing'])} of it to other nodes, ",
         f"in {plural(len(value['collectives']), 'collective')}.",
     ]
+    if "microbatch" in value:
+        many, once = size(value["microbatch"]["bytes"]), size(value["end"]["bytes"])
+        lead = [f"One rank of each stage of the mesh {mesh}, together, send {many} for a micro-batch and {once} at the end of a step."]
     last = ("in all", "", "", f"{len(value['collectives']):,}", size(value["bytes"]), None, size(value["crossing"]))
     head = ("function", "collective", "axis", "times", "bytes", "", "leave the node")
     return section("communication", "Communication", lead, table(head, rows, name="collectives", left=3, last=last)), value
