@@ -5,6 +5,7 @@
     ir/update.dsc           of a model in training: the optimiser's program, which takes the gradients that the last of these returns
     constants.safetensors   arrays too large for text, if there are any
     plan/memory.json        weights and peak live bytes by function
+    plan/schedule.txt       of a pipeline: what each rank does, in order, with sends and receives; what stands there is what runs
     report.html             all of it as one page
 
 A folder is written beside its place and renamed, so it is complete or absent.

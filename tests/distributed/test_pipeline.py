@@ -50,6 +50,18 @@ Terms = dict[str, np.ndarray]
 """Of each gradient, the sum of the magnitudes of what is added up in main."""
 
 
+class Remembered(RandomWeights):
+    """Made once for all tests."""
+
+    def get(self, wanted: Any) -> np.ndarray:
+        if wanted.name not in KEPT:
+            KEPT[wanted.name] = super().get(wanted)
+        return KEPT[wanted.name]
+
+
+KEPT: dict[str, np.ndarray] = {}
+
+
 @cache
 def source(mode: str, batch: int, seq: int, layers: int) -> Module:
     sizes = {"context": 2 * seq} if mode == "decode" else {"seq": seq}
@@ -69,7 +81,7 @@ def staged(module: Module, mesh: str, stages: int) -> Module:
 def on_ranks(module: Module, inputs: Sequence[Any], schedule: Schedule | None = None, observe: Any = None) -> Results:
     """What all ranks give together."""
     runner = backends.get("numpy")
-    placed, _ = rank_program(module, RandomWeights(0), inputs, runner, observe, schedule)
+    placed, _ = rank_program(module, Remembered(0), inputs, runner, observe, schedule)
     held = local.run(mesh_of(module), placed)
     return dict(zip(array_types(module), flat(whole_results(module, dict(enumerate(held)))), strict=True))
 
@@ -216,6 +228,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "name", "passes"), MESHES)
 def test_products_with_other_axes(mesh: str, name: str, passes: str) -> None:
     """Against the ranks of one stage that has all of the program: what they add up once, these add up for all micro-batches together."""
