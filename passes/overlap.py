@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar
 
 from ..hardware.cluster import cluster
 from ..hardware.cost import Costs
-from ..ir.core import Module, called
+from ..ir.core import Func, Module, Symbol, called
 from ..ir.errors import require
 from ..ir.expected import mean_rows
+from ..ir.flight import axes
+from ..ir.stages import BACKWARD as BACKWARD_ROLE
+from ..ir.stages import FORWARD, INPUT, OVERLAPPED, is_staged, stages_of
 from .manager import Pass, register
-from .overlapping.chunks import BACKWARD, interleaved
+from .overlapping.chunks import BACKWARD, interleaved, together
 from .overlapping.merge import Groups
 from .overlapping.schedule import Costing, ordered
 
@@ -30,8 +34,8 @@ class Overlap(Pass):
     where there are few ops, and for a forward and a backward chunk the published one. So the result is never slower, by the model.
 
     `microbatches=2` is for inference: main takes and returns twice what it did, for two micro-batches of which one computes while the other
-    communicates. In a program that is cut into stages of a pipeline, a forward and a backward chunk become one function where `pairs`
-    says so: `mirrored` joins a stage with the one as far from the other end, those that DualPipe and DualPipeV run side by side.
+    communicates. In a program that is cut into stages of a pipeline the forward pass of a stage and the backward pass of the one as far
+    from the other end, which DualPipe and DualPipeV run side by side, become one function, layer by layer.
 
     Before `overlap{cluster=h800}`:
 
@@ -70,24 +74,39 @@ class Overlap(Pass):
         require(self.microbatches in (1, 2), f"microbatches is {self.microbatches}, expected 1 or 2")
 
     def __call__(self, module: Module) -> Module:
-        costing = costing_of(module, self.cluster)
-        groups = Groups(module)
-        if self.microbatches == 2:
-            module = _doubled(module, groups)
-        return self._ordered(module, costing, groups).replace(stage="scheduled")
+        require(self.microbatches == 1 or not is_staged(module), "microbatches=2 is for a program that is not cut into stages")
+        made = overlapped(module, costing_of(module, self.cluster), self.memory_gb * GB, self.microbatches)
+        for func, over in made.over.items():
+            self.decline(made.module[func], made.module[func].ops[0], f"no order was found that keeps under memory-gb, by {over} bytes")
+        return made.module
 
-    def _ordered(self, module: Module, costing: Costing, groups: Groups) -> Module:
-        """Every function in its order, those that are called before those that call."""
-        for name in _from_below(module):
-            func = module[name]
-            tags = groups.parts.get(name)
-            backward = {op: tags[op] == BACKWARD for op in func.ops} if tags and BACKWARD in tags.values() else None
-            found = ordered(module, func, costing, self.memory_gb * GB, backward)
-            if found.over:
-                self.decline(func, func.ops[0], f"no order was found that keeps under memory-gb by {found.over} bytes less")
-            if found.func is not func:
-                module = module.map(lambda old, func=func, new=found.func: new if old is func else old)  # type: ignore[misc]
-        return module
+
+@dataclass(frozen=True)
+class Overlapped:
+    """A module in its order, and by how many bytes functions are over the cap on memory that no order kept."""
+
+    module: Module
+    over: Mapping[str, int]
+
+
+def overlapped(module: Module, costing: Costing, cap: float = inf, microbatches: int = 1) -> Overlapped:
+    """What the pass does, by durations from anywhere: those of the cost model, or measured ones."""
+    groups = Groups(module)
+    if microbatches == 2:
+        module = _doubled(module, groups)
+    elif is_staged(module):
+        module = _joined(module, groups)
+    over: dict[str, int] = {}
+    for name in _from_below(module):
+        func = module[name]
+        tags = groups.parts.get(name)
+        backward = {op: tags[op] == BACKWARD for op in func.ops} if tags and BACKWARD in tags.values() else None
+        found = ordered(module, func, costing, cap, backward)
+        if found.over:
+            over[name] = found.over
+        if found.func is not func:
+            module = module.map(lambda old, func=func, new=found.func: new if old is func else old)  # type: ignore[misc]
+    return Overlapped(module.replace(stage="scheduled"), over)
 
 
 def costing_of(module: Module, name: str) -> Costing:
@@ -95,6 +114,30 @@ def costing_of(module: Module, name: str) -> Costing:
     given: dict[str, Any] = {"rows": mean_rows(module)}
     where = cluster(name)
     return Costing(Costs.of(module, where, **given), Costs.of(module, where, overlap=True, **given))
+
+
+def _joined(module: Module, groups: Groups) -> Module:
+    """A forward and a backward chunk as one function for each stage and the one as far from the other end: a rank of DualPipe and DualPipeV
+    has both. The record `overlapped` says which function is which two (ir/stages.py).
+    """
+    stages = stages_of(module)
+    if not stages.backwards:
+        return module
+    made: list[Func] = []
+    records: list[dict[str, Symbol]] = []
+    for first, calls in enumerate(stages.calls):
+        others = stages.calls[len(stages) - 1 - first]
+        forward, backward = calls.get(FORWARD), others.get(BACKWARD_ROLE, others.get(INPUT))
+        if forward is None or backward is None or not all(axes(module, call) for call in (forward, backward)):
+            continue
+        name = f"{forward.callee}__{backward.callee}"
+        made.append(together(groups, name, module[forward.callee], [module[backward.callee]]))
+        records.append({"forward": forward.callee, "backward": backward.callee, "as": Symbol(name)})
+    if not records:
+        return module
+    return groups.module.replace(
+        funcs=(*groups.module.funcs, *groups.funcs, *made), attributes={**module.attributes, OVERLAPPED: tuple(records)}
+    )
 
 
 def _doubled(module: Module, groups: Groups) -> Module:

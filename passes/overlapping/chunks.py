@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ...ir.core import Func, Op, Phase, Symbol, Value
+from ...ir.core import Func, Module, Op, Phase, Symbol, Value, called
 from ...ir.ops.collective import AllToAllRows, Collective
 from ...ir.ops.control import Call
 from ...ir.ops.moe import Dispatch
@@ -25,10 +25,10 @@ def together(groups: Groups, name: str, forward: Func, backward: Sequence[Func])
 
     `backward` are functions that run one after the other, each perhaps on what the one before it makes: a parameter that is of the type of
     a result of the one before is that result, the first of this type that is not taken yet. The function takes what `forward` takes and
-    then what else those of `backward` do, and returns what `forward` returns and then what each of those does. Calls that communicate are
-    grouped one with one, in their order, together with the calls for gradients of weights that read nothing but what theirs makes.
+    then what else those of `backward` do, and returns what `forward` returns and then what each of those does. Calls of layers are grouped
+    one with one, in their order, together with the calls for gradients of weights that read nothing but what theirs makes.
     """
-    names = communicating(groups.module)
+    names = _exchanging(groups.module)
     params = [Value(p.type, p.name) for p in forward.params]
     mine, results = copied(forward, params, FORWARD)
     others: list[Op] = []
@@ -59,7 +59,7 @@ def interleaved(groups: Groups) -> Func:
 
     The second runs half a layer behind: while one computes attention the other exchanges rows.
     """
-    main, names = groups.module.main, communicating(groups.module)
+    main, names = groups.module.main, _exchanging(groups.module)
     cut: dict[Call, Call] = {}
 
     def split(call: Call) -> tuple[Call, Call] | None:
@@ -163,6 +163,14 @@ class _Body:
         for op in self.old:
             self.need(op)
         return Func(name, tuple(params), tuple(self.ops), tuple(map(self.value, self.results)), updates or {})
+
+
+def _exchanging(module: Module) -> frozenset[str]:
+    """The names of the functions that do the work of layers: that exchange rows of tokens, or where none does, that communicate."""
+    found = {func.name for func in module.funcs if any(isinstance(op, AllToAllRows) for op in func.ops)}
+    while more := {func.name for func in module.funcs if not found.isdisjoint(called(module, func))} - found:
+        found |= more
+    return frozenset(found) or communicating(module)
 
 
 def _calls(ops: Sequence[Op], names: Collection[str]) -> list[Call]:
