@@ -1,6 +1,6 @@
 """The `dsc` command with a rank that does not live to the end, for test_torch_world.py: `failing_rank.py kill|hang|raise RANK run OUT ...`.
 
-It happens in the middle of the program, where the rank computes an `exp`.
+It happens in the middle of the program, where the rank computes an `exp`; with `RANK@OP:COUNT` where it computes an OP after COUNT others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from dsc.__main__ import main
 from dsc.backends.numpy_ref.run import REFERENCES  # once all are there
+from dsc.ir.core import OPS
 from dsc.ir.errors import DscError
 from dsc.ir.ops.elementwise import Exp
 
@@ -28,8 +29,17 @@ def failing(how: str) -> Any:
     return exp
 
 
-how, rank, *arguments = sys.argv[1:]
+def after(count: int, cls: type, then: Any) -> Any:
+    """The reference of an op that does as ever, `count` times."""
+    real, left = REFERENCES[cls], iter(range(count))
+    return lambda *given: then() if next(left, None) is None else real(*given)
+
+
+how, at, *arguments = sys.argv[1:]
+rank, _, place = at.partition("@")
+name, _, count = place.partition(":")
 if os.environ["RANK"] == rank:
-    REFERENCES[Exp] = failing(how)
+    cls = OPS[name] if name else Exp
+    REFERENCES[cls] = after(int(count or 0), cls, failing(how))
 sys.argv[1:] = arguments
 main()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import pydoc_data.topics
+import re
 import socket
 import subprocess
 import sys
@@ -24,9 +26,12 @@ import dsc
 from dsc import backends
 from dsc.backends.arrays import STORAGE, rounded
 from dsc.distributed import local
+from dsc.driver import train_program
+from dsc.driver.curve import read
 from dsc.driver.measure import same_bits
 from dsc.ir.mesh import Mesh, mesh_of, parse_mesh
 from dsc.ir.types import DType
+from dsc.ir.walk import walk
 
 pytestmark = pytest.mark.slow
 RANKS = 4
@@ -191,14 +196,19 @@ def lost(ranks: int) -> str:
     return f"rank 0 waited in {collective}"
 
 
-def torchrun(ranks: int, *arguments: str) -> tuple[int, list[str], float]:
-    """Exit code, the lines of dsc itself, and seconds."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), f"--master-port={free_port()}"]
-    start = time.monotonic()
+def environment_alone() -> dict[str, str]:
+    """Without what torchrun sets."""
     given = environment(0, 1, 0)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del given[name]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=given, timeout=120, check=False)
+    return given
+
+
+def torchrun(ranks: int, *arguments: str, limit: float = 120) -> tuple[int, list[str], float]:
+    """Exit code, the lines of dsc itself, and seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), f"--master-port={free_port()}"]
+    start = time.monotonic()
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment_alone(), timeout=limit, check=False)
     return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("dsc:")], time.monotonic() - start
 
 
@@ -226,3 +236,37 @@ def test_a_rank_that_fails_says_why_and_ends_the_others(artifact: Path) -> None:
     said = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2]
     assert said == ["", "dsc: error: rank 1: @main main#2: exp: no room for 7 rows\n"]
+
+
+def test_a_rank_killed_in_a_training_step_costs_no_more_than_that_step(tmp_path: Path) -> None:
+    """It dies in the backward pass of step 3. The run goes on in one process, with the curve and the weights of one never stopped."""
+    sizes = ("num_hidden_layers=2", "hidden_size=48", "n_routed_experts=8", "moe_intermediate_size=24", "intermediate_size=64")
+    sets = [part for size in sizes for part in ("--set", size)]
+    options = ["--steps", "4", "--batch", "4", "--seq", "8", "--save-every", "1", "--mesh", "dp=4,ep=2", "--lr", "2e-3", *sets]
+
+    def asked(out: str, *more: str) -> list[str]:
+        return ["train", "deepseek-v3-tiny", "--data", pydoc_data.topics.__file__, "-o", str(tmp_path / out), *options, *more]
+
+    def in_one_process(out: str, *more: str) -> None:
+        command = [sys.executable, "-m", "dsc", *asked(out, "--ranks", "local", *more)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment_alone(), timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+
+    step = train_program.programs("deepseek-v3-tiny", batch=4, seq=8, overrides=sizes, mesh="dp=4,ep=2").step
+    norms = sum(op.name == "rms_norm_backward" for _, _, op in walk(step))
+    at = f"2@rms_norm_backward:{2 * norms + norms // 2}"
+    code, lines, seconds = torchrun(4, str(HERE / "failing_rank.py"), "kill", at, *asked("killed"), limit=300)
+    assert code != 0
+    (line,) = [line for line in lines if line.startswith("dsc: error: ")]
+    told = re.fullmatch(r"dsc: error: rank 2 ended; rank 0 waited in (\w+)\(.*\) at @.* \S+#\S+; the last checkpoint is (\S+)", line)
+    assert told, line
+    assert seconds < 200, "the time-out of ten minutes should not matter here"
+    assert Path(told[2]) == tmp_path / "killed" / "checkpoints" / "step-00000002"
+    in_one_process("killed", "--resume")
+    in_one_process("whole")
+    curves = [[{**row, "tokens_per_second": ""} for row in read(tmp_path / out / "loss.csv")] for out in ("killed", "whole")]
+    assert len(curves[0]) == 4
+    assert curves[0] == curves[1]
+    for file in (tmp_path / "whole" / "checkpoints" / "step-00000004").rglob("*.safetensors"):
+        same = file.read_bytes() == (tmp_path / "killed" / file.relative_to(tmp_path / "whole")).read_bytes()
+        assert same, file.name
