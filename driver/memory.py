@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..ir.core import Module, Phase
+from ..ir.expected import expected_bytes
 from ..ir.gradients import bundles, by_name
 from ..ir.liveness import live_bytes
 from ..ir.mesh import ATTRIBUTE
+from ..ir.ops.control import Param
 from ..ir.quantization import SCALE_SUFFIX
 from ..ir.sharding import axes, weight_splits
+from ..ir.stages import BACKWARD, FORWARD, INPUT, WEIGHT, is_staged, stages_of
 from ..ir.timeline import ACTIVATIONS, KINDS, Kind, Timeline, timeline
-from ..ir.types import Bundle
-from ..ir.walk import expert_weights
+from ..ir.types import Bundle, Tensor
+from ..ir.walk import expert_weights, join, walk
 from ..ir.walk import weights as weights_of
 from .ui import count, size, table
 
@@ -30,9 +33,12 @@ def memory(module: Module, line: Timeline | None = None) -> dict[str, Any]:
 
     The peak is of what a function makes itself, its results and the functions that it calls included, its parameters not:
     `total_bytes` is weights, inputs and the peak of @main. Of a program for a mesh or with gradients there are `buckets` as well, of the
-    latter `training`: see there.
+    latter `training`: see there. Of a program that is cut into stages `stages` says the same stage by stage; what is said of weights
+    is then of the fullest.
     """
-    known = weights_of(module)
+    stages = by_stage(module) if is_staged(module) else []
+    fullest = max(range(len(stages)), key=lambda i: int(stages[i]["together_bytes"])) if stages else 0
+    known = weights_by_stage(module)[fullest] if stages else weights_of(module)
     by_dtype: dict[str, int] = {}
     for tensor in known.values():
         by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + tensor.bytes
@@ -50,24 +56,54 @@ def memory(module: Module, line: Timeline | None = None) -> dict[str, Any]:
         "total_bytes": sum(by_dtype.values()) + sum(p.type.bytes for p in main.params) + functions[main.name]["peak_bytes"],
         "functions": functions,
     }
+    if stages:
+        return found | {"fullest_stage": fullest, "buckets": stages[fullest]["buckets"], "stages": stages}
     if ATTRIBUTE in module.attributes or bundles(module):
-        found["buckets"] = buckets(module)
+        found["buckets"] = buckets(module, known)
     return found | {"training": training(module, line)} if bundles(module) else found
 
 
-def buckets(module: Module) -> dict[str, dict[str, int]]:
-    """What a rank holds of the weights, and in training beside them, in the buckets of `BUCKETS`.
+def by_stage(module: Module) -> list[dict[str, Any]]:
+    """What a rank holds of each stage of a pipeline: its buckets, and the residuals of one micro-batch, from its forward to its backward.
 
-    Gradients are accumulated whole. `state_parameters` are those of which the rank keeps the optimiser's state: with ZeRO-1 the parts
-    of gradients that its step returns.
+    A weight that several stages read is accumulated on each, and has its optimiser's state where main's gradient of it is made.
     """
-    known, splits, experts = weights_of(module), weight_splits(module), expert_weights(module)
+    stages, size, found = stages_of(module), expected_bytes(module), []
+    first = len(module.main.results) - len(bundles(module))
+    named = zip(bundles(module), module.main.results[first:], strict=True)
+    homes = {name: stages.home(value)[0] for names, value in named for name in names}
+    for i, (known, calls) in enumerate(zip(weights_by_stage(module), stages.calls, strict=True)):
+        held = buckets(module, known, {name for name, home in homes.items() if home == i})
+        kept = calls[FORWARD].results if FORWARD in calls else ()
+        later = {v for role in (BACKWARD, INPUT, WEIGHT) if role in calls for v in calls[role].operands}
+        together = sum(b[key] for b in held.values() for key in b if key.endswith("bytes"))
+        residuals = sum(size(v.type) for v in kept if v in later)
+        found.append({"stage": i, "buckets": held, "together_bytes": together, "residual_bytes": residuals})
+    return found
+
+
+def weights_by_stage(module: Module) -> list[dict[str, Tensor]]:
+    """The weights that the functions of each stage read."""
+    found = []
+    for calls in stages_of(module).calls:
+        ops = (item for call in calls.values() for item in walk(module, module[call.callee]))
+        found.append({join(prefix, op.path): op.result.tensor for prefix, _, op in ops if isinstance(op, Param)})
+    return found
+
+
+def buckets(module: Module, known: Mapping[str, Tensor], stated: Collection[str] | None = None) -> dict[str, dict[str, int]]:
+    """What a rank holds of the weights `known`, and in training beside them, in the buckets of `BUCKETS`.
+
+    Gradients are accumulated whole; the optimiser's state is that of the weights in `stated`, or of all. `state_parameters` are those of
+    which the rank keeps it: with ZeRO-1 the parts of gradients that its step returns.
+    """
+    splits, experts = weight_splits(module), expert_weights(module)
     parts = by_name(module, [r.type.fields if isinstance(r.type, Bundle) else r.type for r in module.main.results])
     keys = ("parameters", "weight_bytes", "gradient_bytes", "state_parameters", "state_bytes")
     found = {name: dict.fromkeys(keys, 0) for name in BUCKETS}
     for name, tensor in known.items():
         at = found["experts" if name.removesuffix(SCALE_SUFFIX) in experts else "tp" if "tp" in axes(splits[name]) else "replicated"]
-        kept = parts[name].size if name in parts else 0
+        kept = parts[name].size if name in parts and (stated is None or name in stated) else 0
         at["parameters"] += 0 if name.endswith(SCALE_SUFFIX) else tensor.size
         at["weight_bytes"] += tensor.bytes
         at["gradient_bytes"] += GRADIENT * tensor.size if name in parts else 0
@@ -84,7 +120,7 @@ def training(module: Module, line: Timeline | None = None) -> dict[str, Any]:
     gradients count whole from the first step on, as they are accumulated in place. `functions` says what there is at the fullest
     point of each function.
     """
-    held = [*buckets(module).values()]
+    held = [*buckets(module, weights_of(module)).values()]
     gradients, kept, weights = (sum(bucket[key] for bucket in held) for key in ("gradient_bytes", "state_parameters", "weight_bytes"))
     line = timeline(module) if line is None else line
     series = {kind: line.series(kind) for kind in KINDS}
@@ -124,7 +160,10 @@ def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
     value = memory(module)
     held = ", ".join(f"{size(number)} in {dtype}" for dtype, number in value["weights"].items()) or "none"
     lines = [f"weights  {size(value['weight_bytes'])} ({held})", f"inputs   {size(value['input_bytes'])}"]
+    if "stages" in value:
+        lines += ["", f"Of {len(value['stages'])} stages the fullest is stage {value['fullest_stage']}, and weights are its:"]
     lines += [*_bucket_lines(value["buckets"]), ""] if ATTRIBUTE in module.attributes else []
+    lines += [*_stage_lines(value["stages"]), ""] if "stages" in value else []
     if "training" in value:
         return value, "\n".join([*lines, *_training_lines(value["training"])])
     rows = [(f"@{name}", f"{f['ops']:,}", size(f["peak_bytes"]), f["at"]) for name, f in value["functions"].items()]
@@ -150,6 +189,17 @@ def _bucket_lines(found: Mapping[str, Mapping[str, int]]) -> list[str]:
             of = f"1/{share:.4g}" if share > 1 else "all"
             cell += [size(b["gradient_bytes"]), size(b["state_bytes"]), of, size(sum(b[k] for k in b if k.endswith("bytes")))]
     return ["", table(heads, cells)]
+
+
+def _stage_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a rank holds of each stage, all buckets together."""
+    keys = ("weight_bytes", "gradient_bytes", "state_bytes")
+    rows = []
+    for one in found:
+        sums = {key: sum(bucket[key] for bucket in one["buckets"].values()) for key in ("parameters", *keys)}
+        held = (size(sums[key]) for key in keys)
+        rows.append((str(one["stage"]), count(sums["parameters"]), *held, size(one["together_bytes"]), size(one["residual_bytes"])))
+    return [table(("stage", "parameters", "weights", "gradients", "optimiser", "together", "residuals of a micro-batch"), rows)]
 
 
 def _training_lines(found: Mapping[str, Any]) -> list[str]:

@@ -6,12 +6,13 @@ sized by what is expected, times an imbalance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from math import ceil
 
 from .core import Module
 from .ops.collective import AllToAllRows
+from .ops.moe import DispatchGroups
 from .types import Bundle, Dim, Ragged, Tensor, Type, bound, landed
 
 IMBALANCE = Fraction(6, 5)
@@ -19,14 +20,25 @@ IMBALANCE = Fraction(6, 5)
 
 
 def mean_rows(module: Module) -> dict[Ragged, int]:
-    """How many rows a ragged dimension has on average: as many come as a rank sends; in a second hop as many as in the first."""
+    """How many rows a ragged dimension has on average: as many come as a rank sends.
+
+    To groups of experts go at most as many as there are choices, of a rank's own tokens that is: others send it what it sends away.
+    """
     rows: dict[Ragged, int] = {}
     for func in module.funcs:
         for op in func.ops:
-            if isinstance(op, AllToAllRows) and isinstance(op.rows, Ragged):
-                sent = op.xs[0].shape[0]
-                rows[op.rows] = rows.get(sent, sent.bound) if isinstance(sent, Ragged) else sent
+            match op:
+                case AllToAllRows(xs=(x, *_), rows=Ragged() as dim):
+                    rows[dim] = _mean(x.shape[0], 1, rows)
+                case DispatchGroups(xs=(x, *_), ids=ids):
+                    (groups,) = op.results[-1].shape
+                    if isinstance(groups, Ragged):
+                        rows[groups] = min(groups.bound, _mean(x.shape[0], bound(ids.shape[1]), rows))
     return rows
+
+
+def _mean(dim: Dim, choices: int, rows: Mapping[Ragged, int]) -> int:
+    return rows.get(dim, dim.bound) if isinstance(dim, Ragged) else dim * choices
 
 
 def expected_bytes(module: Module) -> Callable[[Type], int]:
