@@ -14,10 +14,11 @@ from ..ir.core import Module, Value
 from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
-from ..ir.ops.moe import Route
+from ..ir.ops.moe import ChooseSlots, Route
+from ..ir.slots import slots_of
 from ..ir.stages import BACKWARD, END, FORWARD, INPUT, is_staged, stages_of
 from ..ir.types import DType, Tensor, bound
-from ..ir.walk import walk
+from ..ir.walk import join, walk
 from ..schedule.actions import Schedule
 from .pipelining import schedule_for
 from .ui import plural, size, table
@@ -83,14 +84,25 @@ def reached(module: Module) -> dict[str, dict[str, Fraction]]:
     The gate chooses for tokens whose experts have independent scores, without the bias: 3.954 of 8 nodes where DeepSeek-V3 chooses 8 of
     256 experts in 4 of 8 groups, 5.295 where it chooses without groups.
     """
-    mesh, found, known = mesh_of(module), {}, {}
+    mesh, found, known, slots = mesh_of(module), {}, {}, slots_of(module)
     for prefix, _, op in walk(module):
         if isinstance(op, Route):
-            rule = (op.logits.shape[1], tuple(op.attributes.items()))
+            experts = op.logits.shape[1]
+            held = next((h for stack, h in slots.held.items() if stack.startswith(join(prefix, ""))), ()) if slots else ()
+            rule = (experts, held, tuple(op.attributes.items()))
             if rule not in known:
-                known[rule] = _reached(mesh, _chosen(op), op.logits.shape[1])
+                ids = _chosen(op)
+                known[rule] = _reached(mesh, _slots(ids, held, experts), len(held)) if held else _reached(mesh, ids, experts)
             found[prefix] = known[rule]
     return found
+
+
+def _slots(ids: Any, held: Sequence[int], experts: Any) -> Any:
+    """The slots that tokens go to, of which a shared expert may be one."""
+    if experts in held:
+        ids = np.concatenate([ids, np.full((len(ids), 1), experts, np.int32)], axis=1)
+    given = (Value(Tensor(DType.i32, ids.shape), "ids"), Value(Tensor(DType.i32, (len(held),)), "slots"))
+    return FLOAT32.evaluate(ChooseSlots(*given), (ids, np.array(held, np.int32)))[0]
 
 
 def _chosen(op: Route) -> Any:

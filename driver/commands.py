@@ -52,6 +52,15 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 )
 @click.option("--microbatches", type=int, help="Micro-batches of a step of the pipeline. Default: two for each stage.")
 @click.option("--chunks", type=int, help="Stages of a rank, for interleaved (default 2), zb1p and forward (1).")
+@click.option("--replicas", type=int, metavar="N", help="Slots for experts in all, more than experts: evenly popular ones, over ep.")
+@click.option("--placement", metavar="FILE.json", help="Slots for experts as dsc place -o wrote them.")
+@click.option(
+    "--shared-expert",
+    "shared",
+    type=click.Choice(["apart", "routed"]),
+    default="apart",
+    help="With slots: the shared expert on every rank (default), or as one more routed expert.",
+)
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")

@@ -119,6 +119,9 @@ def compile(
     schedule: str | None = None,
     microbatches: int | None = None,
     chunks: int | None = None,
+    replicas: int | None = None,
+    placement: str | Path | None = None,
+    shared: str = "apart",
     until: str | None = None,
     weights: str = "none",
     overrides: Sequence[str] = (),
@@ -135,6 +138,9 @@ def compile(
     how tokens go to experts of other nodes: `direct`, `two-hop`, or `auto`, which is direct in decoding alone. With pp in the mesh the
     program is cut into the stages of a `schedule`, a name (1f1b in training unless said) or a file, with `chunks` of them on a rank where
     the schedule leaves that open; `batch` is that of one of its `microbatches`, of which there are two for each stage unless said.
+
+    With `replicas`, how many slots there are for experts, or a `placement` that `dsc place` wrote, ranks hold redundant experts
+    (`place-experts`); with `shared="routed"` the shared expert is one of those that have slots.
 
     `until` is a stage to stop at, `weights` one of `none`, a checkpoint folder, `random:SEED`: what `dsc run` will take if it is given no
     other. With `fuse` the default pipeline ends with that pass, as it does where kernels are compiled. `on_step` is called with the name
@@ -154,7 +160,12 @@ def compile(
     require(passes is None or mesh is None, '--mesh belongs to the default pipeline; in --passes write shard-experts{mesh="..."}')
     require(dispatch == "auto" or bool(mesh), "--dispatch says how tokens go to other ranks: it needs --mesh")
     order = _order(mesh, mode, schedule, microbatches, chunks) if passes is None else None
-    chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch, schedule=order) if passes is None else passes
+    placing = _placing(mesh, replicas, placement, shared)
+    require(passes is None or not placing, "redundant experts belong to the default pipeline; in --passes write place-experts{...}")
+    if passes is None:
+        chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch, schedule=order, placing=placing)
+    else:
+        chosen = passes
     pipeline = parse_pipeline(chosen)  # what is wrong is said before any work
     if mesh and batch is None and resolve(source).kind in ("config", "checkpoint"):
         batch = parse_mesh(mesh).dp
@@ -163,7 +174,7 @@ def compile(
     seconds = time.perf_counter() - start
     on_step("traced")
     if passes is None:
-        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh, dispatch, order))
+        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh, dispatch, order, placing))
     with artifact.beside(target) as folder:
         (folder / "ir").mkdir()
         writer = _Snapshots(folder)
@@ -217,8 +228,11 @@ def default_pipeline(
     mesh: str | None = None,
     dispatch: str = "auto",
     schedule: Schedule | None = None,
+    placing: str = "",
 ) -> str:
-    """The passes that run where none are given: in training differentiation, quantisation by `recipe`, sharding over `mesh`, then `fuse`.
+    """The passes that run where none are given.
+
+    After `placing` of experts and, in training, differentiation come quantisation by `recipe`, sharding over `mesh`, and `fuse`.
 
     For a `schedule` the program is cut into its stages first, and its backward pass in two where the schedule wants that.
 
@@ -226,7 +240,8 @@ def default_pipeline(
     weights change.
     """
     split = "{split=true}" if schedule and takes_split(schedule) else ""
-    first = f"{DEFAULT_PASSES},autodiff{split},{DEFAULT_PASSES}" if mode == "train" else DEFAULT_PASSES
+    first = DEFAULT_PASSES + (f",{placing}" if placing else "")
+    first = f"{first},autodiff{split},{DEFAULT_PASSES}" if mode == "train" else first
     hops = f",dispatch={dispatch}" if dispatch != "auto" else ""
     stages = f",split-stages{{stages={schedule.stages}}}" if schedule else ""
     last = stages + (f',shard-experts{{mesh="{mesh}"{hops}}}' if mesh else "") + (",fuse" if fuse else "")
@@ -246,6 +261,17 @@ def _order(mesh: str | None, mode: str, schedule: str | None, microbatches: int 
     require(not asked or mesh is not None, "--schedule, --microbatches and --chunks are for a pipeline: they need --mesh pp=2 or more")
     over = parse_mesh(mesh) if mesh else None
     return schedule_of(over, mode, schedule, microbatches, chunks) if over and (asked or over.pp > 1) else None
+
+
+def _placing(mesh: str | None, replicas: int | None, placement: str | Path | None, shared: str) -> str:
+    """The pass that gives experts slots, for the ranks along ep; "" where none is asked for."""
+    if replicas is None and placement is None:
+        require(shared == "apart", "--shared-expert routed makes it one of the experts that have slots: it needs --replicas or --placement")
+        return ""
+    require(bool(mesh), "--replicas and --placement put experts on the ranks of a mesh: they need --mesh")
+    require(replicas is None or placement is None, "--replicas places experts evenly, --placement as a file says: expected one of them")
+    where = f'placement="{placement}"' if placement is not None else f"replicas={replicas},ranks={parse_mesh(mesh or '').ep}"
+    return f"place-experts{{{where}{',shared=routed' if shared == 'routed' else ''}}}"
 
 
 def _update_of(module: Module, config: dict[str, Any] | None) -> Module | None:

@@ -25,6 +25,7 @@ from ..ir.sharding import Split, input_splits, part, result_splits, weight_split
 from ..ir.stages import cut_inputs, is_staged
 from ..ir.types import Bundle, Tensor, Type, bound, landed
 from ..ir.walk import weights as weights_of
+from ..models.placed import placed
 from ..models.weights import Wanted, Weights
 from ..models.weights import part_of as read_part
 from ..schedule.actions import Schedule
@@ -161,7 +162,7 @@ class RankWeights:
     """
 
     def __init__(self, source: Weights, module: Module, keep: Literal["all", "own", "none"]) -> None:
-        self.source = source
+        self.source = source = placed(source, module)
         self.mesh = mesh_of(module)
         self.splits = weight_splits(module)
         self.keep = keep

@@ -18,6 +18,7 @@ from ..backends import Site
 from ..ir.core import Module, Op, users
 from ..ir.errors import DscError, require
 from ..ir.ops.moe import Dispatch, Route
+from ..ir.types import bound
 from ..ir.walk import weights as weights_of
 from ..passes.placement import Placement
 
@@ -153,12 +154,13 @@ class Recorder:
         types = weights_of(self.module)
         layers = dict(self.earlier)
         for name, (op, counts) in self._found.items():
-            held = sum(type.bytes for weight, type in types.items() if weight.startswith(f"{name}.") and ".experts." in weight)
+            stacks = (t for n, t in types.items() if n.startswith(f"{name}.") and ".experts." in n and t.dtype.is_float)
+            expert = sum(stack.bytes // bound(stack.shape[0]) for stack in stacks)
             found = LayerStats(
                 top_k=op.top_k,
                 groups=op.groups,
                 top_groups=op.top_groups,
-                expert_bytes=held // len(counts),
+                expert_bytes=expert,
                 counts=tuple(counts.tolist()),
             )
             layers[name] = _sum(name, [*([layers[name]] if name in layers else []), found])

@@ -104,9 +104,10 @@ def own_weights(programs: Sequence[Module | Artifact]) -> list[str]:
 def open_weights(spec: Any, module: Module, config: Mapping[str, Any] | None, *, check: bool = True) -> Fetch:
     """A function from a weight's name and type to its array. Raises `DscError` with every tensor that does not fit the program."""
     from ..models import checkpoint
+    from ..models.placed import placed
     from ..models.weights import Wanted
 
-    source = checkpoint.open_weights(spec, config=config)
+    source = placed(checkpoint.open_weights(spec, config=config), module)
 
     def wanted(name: str, tensor: Tensor) -> Wanted:
         if not tensor.is_static:

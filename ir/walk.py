@@ -89,8 +89,8 @@ def parameters(module: Module, types: Mapping[str, Tensor] | None = None) -> dic
     shares = expert_weights(module)
     counted = {}
     for name, tensor in (weights(module) if types is None else types).items():
-        if name.endswith(SCALE_SUFFIX):
-            continue  # a scale belongs to its codes: it is bytes, but no parameter
+        if name.endswith(SCALE_SUFFIX) or not tensor.dtype.is_float:
+            continue  # a scale belongs to its codes, a table to the way to the experts: they are bytes, but no parameters
         chosen, experts = shares.get(name, (1, 1))
         counted[name] = Count(tensor.size, tensor.size * chosen // experts)
     return counted

@@ -6,7 +6,8 @@ One layer's experts appear under three spellings, E experts of inner width I and
     dsc programs      model.layers.3.mlp.experts.gate_proj                   [E, I, H]   (up_proj [E, I, H], down_proj [E, H, I])
     transformers 5    model.layers.3.mlp.experts.gate_up_proj                [E, 2I, H]  (gate above up; down_proj [E, H, I])
 
-each with `_scale_inv` appended for the block scales of an FP8 checkpoint. `parts` takes any tensor apart into the matrices that
+each with `_scale_inv` appended for the block scales of an FP8 checkpoint. The shared expert, on disk `mlp.shared_experts.gate_proj.weight`,
+may stand in a stack as well: `SHARED` is its number. `parts` takes any tensor apart into the matrices that
 the disk names, so two spellings are brought together by the names of their parts.
 """
 
@@ -17,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _STACKED = re.compile(r"(?P<experts>(?:.*\.)?experts)\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj)(?P<scale>_scale_inv)?")
+SHARED = -1
+"""The number of the shared expert in a stack."""
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
 
 
@@ -46,13 +49,18 @@ def parts(name: str, shape: tuple[int, ...], experts: Sequence[int] | None = Non
     stem, suffix = match["experts"], ".weight" + (match["scale"] or "")
     numbers = range(shape[0]) if experts is None else experts
     if match["projection"] != "gate_up_proj":
-        return tuple(Part(f"{stem}.{n}.{match['projection']}{suffix}", (e,), shape[1:]) for e, n in enumerate(numbers))
+        return tuple(Part(f"{_one(stem, n)}.{match['projection']}{suffix}", (e,), shape[1:]) for e, n in enumerate(numbers))
     half = shape[1] // 2
     return tuple(
-        Part(f"{stem}.{n}.{projection}{suffix}", (e, rows), (half, shape[2]))
+        Part(f"{_one(stem, n)}.{projection}{suffix}", (e, rows), (half, shape[2]))
         for e, n in enumerate(numbers)
         for projection, rows in (("gate_proj", slice(0, half)), ("up_proj", slice(half, 2 * half)))
     )
+
+
+def _one(stem: str, number: int) -> str:
+    """The name of one expert, those of its matrices being below it."""
+    return f"{stem.removesuffix('experts')}shared_experts" if number == SHARED else f"{stem}.{number}"
 
 
 def any_expert(name: str) -> str:

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from . import autodiff, fuse, overlap, quantize_fp8, raise_moe, recompute, shard_experts, simplify, split_stages
+from . import autodiff, fuse, overlap, place_experts, quantize_fp8, raise_moe, recompute, shard_experts, simplify, split_stages
 
-__all__ = ["autodiff", "fuse", "overlap", "quantize_fp8", "raise_moe", "recompute", "shard_experts", "simplify", "split_stages"]
+__all__ = [
+    "autodiff",
+    "fuse",
+    "overlap",
+    "place_experts",
+    "quantize_fp8",
+    "raise_moe",
+    "recompute",
+    "shard_experts",
+    "simplify",
+    "split_stages",
+]

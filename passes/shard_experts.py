@@ -18,6 +18,7 @@ from ..ir.ops.moe import Dispatch
 from ..ir.ops.quant import GroupedScaledMatmul, Quantize
 from ..ir.ops.shape import Reshape, Transpose
 from ..ir.sharding import INPUTS, RESULTS, Split
+from ..ir.slots import slots_of
 from ..ir.stages import is_staged, stages_of
 from ..ir.types import Bundle, Type, bound
 from ..ir.walk import communicating
@@ -260,6 +261,12 @@ def _check(module: Module, mesh: Mesh) -> None:
     else:
         fits = ", ".join(str(n) for n in range(1, sent.experts + 1) if sent.experts % n == 0)
         require(sent.experts % mesh.ep == 0, f"mesh {mesh}: ep={mesh.ep} does not divide {sent.experts} experts; ep = {fits} would fit")
+    slots = slots_of(module)
+    if slots is not None:
+        require(
+            mesh.ep == slots.ranks,
+            f"mesh {mesh}: experts have slots on {slots.ranks} ranks, found ep={mesh.ep}; ep={slots.ranks} would fit",
+        )
     attending = [op for op in ops if isinstance(op, Attention | AttentionBackward | AttentionDecode)]
     require(mesh.tp == 1 or bool(attending), f"mesh {mesh}: the program has no attention to split over tp; tp=1 would fit")
     for op in attending:

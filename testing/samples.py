@@ -45,6 +45,7 @@ from ..ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import (
+    ChooseSlots,
     Combine,
     CombineBackward,
     CombineGroups,
@@ -287,6 +288,10 @@ EXPERTS = [
     *(sample(CombineGroups, f"{dtype}[33, 19]", ("i32[33]", integers(0, 11)), "i32[13, 3]") for dtype in ("f32", "bf16")),
     *(sample(CombineGroups, f"{dtype}[r<=9, 5]", ("i32[r<=9]", integers(0, 4)), "i32[t<=6, 2]", "f32[r<=9, 1]")
       for dtype in ("f32", "bf16")),
+    sample(ChooseSlots, ("i32[11, 3]", choices(5)), ("i32[9]", lambda rng, shape: rng.permutation(shape[0]) % 5)),
+    sample(ChooseSlots, ("i32[4, 2]", integers(0, 2)), ("i32[5]", lambda rng, shape: rng.permutation(shape[0]) % 2),
+           ("i32[1]", integers(0, 9)), tag="from a start"),
+    sample(ChooseSlots, "i32[0, 2]", ("i32[3]", constantly(1)), tag="of no tokens"),
     sample(CombineGroups, "f32[0, 3]", "i32[0]", "i32[2, 2]", tag="of no rows"),
 ]  # fmt: skip
 

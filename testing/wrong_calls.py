@@ -11,6 +11,7 @@ from ..ir.ops.fused import QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import (
+    ChooseSlots,
     Combine,
     CombineBackward,
     CombineGroups,
@@ -161,6 +162,8 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         size=2,
         message="expected x [T, H] and ids [T, k], found f32[4, 3] and i32[5, 2]",
     ),
+    wrong(ChooseSlots, "i32[4]", "i32[5]", message="expected ids i32[T, k], found i32[4]"),
+    wrong(ChooseSlots, "i32[4, 2]", "i32[5]", "i32[2]", message="expected start i32[1], found i32[2]"),
     wrong(CombineGroups, "f32[4, 3]", "i32[5]", "i32[2, 2]", message="tokens are i32[5], expected one for each row of f32[4, 3]"),
     wrong(CombineGroups, "f32[4, 3]", "i32[4]", "i32[2, 2]", "f32[4]", message="weights are f32[4], expected f32[4, 1]"),
     wrong(

@@ -147,3 +147,19 @@ def combine_groups(
             term *= widen(weights.take(some, axis=0), wide)
         result[tokens[some]] += term
     return result
+
+
+@reference(ops.ChooseSlots, operands="stored")
+def choose_slots(op: ops.ChooseSlots, ids: Array, slots: Array, start: Array | None = None) -> Array:
+    counts = np.bincount(slots)
+    chosen = ids.reshape(ids.size)
+    require_inside(chosen, len(counts), "expert")
+    missing = chosen[counts[chosen] == 0]
+    require(not len(missing), f"expert {missing[:1].tolist()} has no slot")
+    by_expert = np.argsort(slots, kind="stable")
+    firsts = np.cumsum(counts) - counts
+    order = np.argsort(chosen, kind="stable")
+    turns = np.empty(len(order), np.int64)
+    turns[order] = np.arange(len(order)) - np.searchsorted(chosen[order], chosen[order])
+    turns += 0 if start is None else int(start[0])
+    return by_expert[firsts[chosen] + turns % counts[chosen]].reshape(ids.shape).astype(np.int32)

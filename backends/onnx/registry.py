@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from ...ir.core import OPS, Op
 from ...ir.errors import DscError
 from ...ir.ops import collective
-from ...ir.ops.moe import CombineGroups, DispatchGroups
+from ...ir.ops.moe import ChooseSlots, CombineGroups, DispatchGroups
 
 Operands = Literal["wide", "stored", "moved", "carried"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -57,6 +57,7 @@ GAPS: dict[type[Op], Missing] = {
     cls: Missing("it makes or takes rows on their way between ranks, as many as are known at run time only")
     for cls in (DispatchGroups, CombineGroups)
 }
+GAPS[ChooseSlots] = Missing("experts' slots take turns, which are counted by a stable sort")
 """Ops that are left out, each with its reason."""
 
 WRITTEN_BY_EXPORT = ("param", "constant", "call", "fused", "pack", "unpack")

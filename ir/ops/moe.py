@@ -264,3 +264,25 @@ class CombineGroups(Op):
 
     def flops(self) -> int:
         return (1 if self.weights is None else 2) * self.rows.tensor.size
+
+
+@op("choose_slots", Trait.ROUTING)
+class ChooseSlots(Op):
+    """The slot for each choice of an expert, where experts have several: they take turns, so that each gets as many as the others.
+
+    ids i32[T, k] and slots i32[S], the expert in each slot, give i32[T, k]. Of the c slots of an expert, in their order, the j-th choice
+    of it (from 0, token by token) takes slot (start + j) mod c, with `start` i32[1], 0 where it is left out: ranks that have few tokens
+    start at different slots.
+    """
+
+    ids: Value
+    slots: Value
+    start: Value | None = None
+
+    def infer(self) -> tuple[Type, ...]:
+        require_int(self.ids, self.slots, *([self.start] if self.start else []))
+        ids, slots = self.ids.tensor, self.slots.tensor
+        require(ids.rank == 2 and ids.dtype is DType.i32, f"expected ids i32[T, k], found {ids}")
+        require(slots.rank == 1 and slots.size > 0, f"expected slots i32[S], found {slots}")
+        require(self.start is None or self.start.shape == (1,), f"expected start i32[1], found {self.start and self.start.type}")
+        return (ids,)

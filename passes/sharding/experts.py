@@ -19,10 +19,10 @@ from operator import mul
 
 from ...ir.core import Value
 from ...ir.errors import DscError
-from ...ir.ops.collective import AllToAll, AllToAllRows
-from ...ir.ops.control import Literal, Pack, Unpack
+from ...ir.ops.collective import AllToAll, AllToAllRows, OwnPart
+from ...ir.ops.control import Iota, Literal, Pack, Unpack
 from ...ir.ops.elementwise import Cast, Mul
-from ...ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
+from ...ir.ops.moe import ChooseSlots, Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
 from ...ir.ops.reduce import Sum
 from ...ir.ops.shape import Reshape, Scatter, Take, Transpose
 from ...ir.types import DType, Ragged, bound
@@ -60,6 +60,18 @@ def own_tokens(body: Body, dim: Dim) -> Dim:
             raise DscError(f"{local(dim)} tokens on each rank do not make {size} equal parts along {axis}")
         dim = found
     return dim
+
+
+@sharding(ChooseSlots)
+def choose_slots(body: Body, op: ChooseSlots) -> None:
+    """Token by token, on the rank that sends it; ranks start with different slots, as each may have few tokens."""
+    tokens = own_tokens(body, body.dims(op.ids)[0])
+    own = Layout((tokens, *whole(op.ids.shape[1:]).dims))
+    ranks, start = body.size("stage"), op.start and body.whole(op.start)
+    if start is None and ranks > 1:
+        every = body.emit(Iota(ranks, DType.i32)).result
+        start = body.emit(OwnPart(every, "stage", ranks, names=("start",))).result
+    keep(body, op, body.emit(op.copy(ids=body.get(op.ids, own), slots=body.whole(op.slots), start=start)), own)
 
 
 @sharding(Dispatch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ...ir.core import Value
 from ...ir.ops.control import Literal
 from ...ir.ops.moe import (
+    ChooseSlots,
     Combine,
     CombineBackward,
     CombineGroups,
@@ -24,6 +25,7 @@ from .rules import Backward, Gradients, extents, missing, vjp
 
 missing("second derivatives are not taken", RouteBackward, Redispatch, CombineBackward)
 missing("shard-experts makes it, and works on what is differentiated already", Regroup, DispatchGroups, CombineGroups)
+missing("an expert that is held several times is not trained: place-experts is for inference", ChooseSlots)
 
 
 @vjp(Route)

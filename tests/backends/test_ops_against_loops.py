@@ -13,7 +13,7 @@ from dsc.backends.arrays import Array, widen
 from dsc.ir.ops.attention import Attention, AttentionDecode
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad
 from dsc.ir.ops.loss import BalanceLoss
-from dsc.ir.ops.moe import Combine, CombineBackward, CombineGroups, Dispatch, DispatchGroups, Redispatch, Route
+from dsc.ir.ops.moe import ChooseSlots, Combine, CombineBackward, CombineGroups, Dispatch, DispatchGroups, Redispatch, Route
 from dsc.ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
 from dsc.ir.ops.shape import CacheAppend, Scatter
 from dsc.testing.bounds import bound
@@ -216,6 +216,17 @@ def dispatch_groups(op: DispatchGroups, *operands: Array) -> tuple[list, ...]:
     return *([x[t] for _, t in rows] for x in xs), inside, counts, [t for _, t in rows]
 
 
+def choose_slots(op: ChooseSlots, ids: Array, slots: Array, start: Array | None = None) -> list:
+    places = {e: [s for s, held in enumerate(numbers(slots)) if held == e] for e in set(numbers(slots))}
+    turn = dict.fromkeys(places, int(start[0]) if start is not None else 0)
+    found = []
+    for row in numbers(ids):
+        found.append([places[e][(turn[e] + row[:s].count(e)) % len(places[e])] for s, e in enumerate(row)])
+        for e in row:
+            turn[e] += 1
+    return found
+
+
 def combine_groups(op: CombineGroups, rows: Array, tokens: Array, ids: Array, weights: Array | None = None) -> list:
     values, owner = numbers(rows), numbers(tokens)
     factor = [w for (w,) in numbers(weights)] if weights is not None else [1.0] * len(values)
@@ -248,6 +259,7 @@ LOOPS = {
     CombineBackward: combine_backward,
     DispatchGroups: dispatch_groups,
     CombineGroups: combine_groups,
+    ChooseSlots: choose_slots,
     Scatter: scatter,
 }
 

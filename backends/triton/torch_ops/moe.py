@@ -123,3 +123,15 @@ def combine_groups(op: ops.CombineGroups, rows: Tensor, tokens: Tensor, ids: Ten
         some = order.indices[turns == turn]
         result = result.index_add(0, tokens[some], terms[some])
     return rounded(result, op.result.dtype)
+
+
+@torch_op(ops.ChooseSlots)
+def choose_slots(op: ops.ChooseSlots, ids: Tensor, slots: Tensor, start: Tensor | None = None) -> Tensor:
+    chosen, held = ids.reshape(-1).to(torch.int64), torch.sort(slots.to(torch.int64), stable=True)
+    firsts = torch.searchsorted(held.values, chosen)
+    counts = torch.searchsorted(held.values, chosen, right=True) - firsts
+    order = torch.sort(chosen, stable=True)
+    turns = torch.arange(len(chosen), device=ids.device) - torch.searchsorted(order.values, order.values)
+    turns = torch.empty_like(turns).scatter(0, order.indices, turns)
+    turns = turns if start is None else turns + start.to(torch.int64)
+    return held.indices[firsts + turns % counts].reshape(ids.shape).to(torch.int32)

@@ -185,6 +185,17 @@ def combine_groups(op: moe.CombineGroups, rows: Tensor, tokens: Tensor, ids: Ten
     return rows.new_zeros(len(ids), rows.shape[1]).index_add(0, inside(tokens, len(ids)), terms)
 
 
+@function(moe.ChooseSlots)
+def choose_slots(op: moe.ChooseSlots, ids: Tensor, slots: Tensor, start: Tensor | None = None) -> Tensor:
+    held = [(slots == expert).nonzero()[:, 0] for expert in range(int(slots.max()) + 1)]
+    turns = [0 if start is None else int(start)] * len(held)
+    found = []
+    for expert in inside(ids, len(held)).flatten().tolist():
+        found.append(held[expert][turns[expert] % len(held[expert])])
+        turns[expert] += 1
+    return torch.stack(found).reshape(ids.shape) if found else ids
+
+
 @function(moe.Regroup)
 def regroup(op: moe.Regroup, *operands: Tensor) -> Any:
     *xs, counts = operands
