@@ -167,7 +167,9 @@ def run(
     microbatches: int | None,
     as_json: bool,
 ) -> int:
-    """Run a compiled program; a sharded one on all its ranks, one in stages for all micro-batches of a step.
+    """Run a compiled program; a sharded one on all its ranks.
+
+    One that is cut into stages runs for all micro-batches of a step.
 
     \b
     dsc run out
