@@ -7,7 +7,6 @@ waiting from beginning to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol
@@ -111,13 +110,3 @@ class _Run:
                 self.now = start + seconds
             if seconds:
                 self.spans.append(Span(op, prefix, stream, start, start + seconds))
-
-
-def spans_text(times: Times, limit: int = 60) -> Sequence[str]:
-    """The two streams side by side, a line for each op that takes time."""
-    width = max((len(s.op.id) for s in times.spans[:limit]), default=0)
-    rows = []
-    for s in times.spans[:limit]:
-        side = " " * (width + 2) if s.stream == "comm" else ""
-        rows.append(f"{s.start * 1e3:9.3f} ms  {side}{s.op.id}")
-    return rows
