@@ -20,7 +20,8 @@ class Compiler:
     """Traces `source` when it is first needed, once for each number of sequences, and compiles it for meshes.
 
     What a rank runs does not depend on dp, but for the size of groups that add gradients up, which a step's end is charged with. So every
-    mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all.
+    mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all. Rows go to experts by one exchange,
+    whose cost is that of a kernel that forwards a token inside the node as it arrives (DeepSeek-V3 report, section 3.2.2).
     """
 
     source: str | Path
@@ -49,7 +50,7 @@ class Compiler:
         from ..passes.recompute import Recompute
 
         if (mesh, sequences) not in self.sharded:
-            module = apply(self.trace(mesh.dp * sequences), f'shard-experts{{mesh="{mesh}"}}')
+            module = apply(self.trace(mesh.dp * sequences), f'shard-experts{{mesh="{mesh}",dispatch=direct}}')
             for each in parse_pipeline(self.recompute) if self.mode == "train" else ():
                 quick = isinstance(each, Recompute) and each.budget_gb is None
                 module = each.unreported(module) if quick else apply(module, [each])  # type: ignore[attr-defined]

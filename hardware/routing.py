@@ -15,7 +15,7 @@ from typing import Literal
 
 from ..ir.core import Module
 from ..ir.errors import require
-from ..ir.ops.moe import Dispatch, Route
+from ..ir.ops.moe import Dispatch, DispatchGroups, Route
 
 TOKENS = 4096
 """Tokens that a group-limited choice is sampled with: the mean is then within 0.01 nodes."""
@@ -99,7 +99,7 @@ def _descending(random: Random, size: int, wanted: int) -> list[float]:
 def routing_of(module: Module) -> Routing | None:
     """How the tokens of a module are routed: by its first `route` whose experts are dispatched to; None where there is none."""
     for func in module.funcs:
-        used = {op.ids.owner for op in func.ops if isinstance(op, Dispatch)}
+        used = {op.ids.owner for op in func.ops if isinstance(op, Dispatch | DispatchGroups)}
         for op in func.ops:
             if isinstance(op, Route) and (op in used or not used):
                 return Routing(int(op.logits.shape[1]), op.top_k, op.groups, op.top_groups, op.group_score)  # type: ignore[arg-type]
