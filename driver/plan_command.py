@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -14,11 +15,14 @@ from .cli import cli, json_option
 from .ui import emit_json, progress
 
 if TYPE_CHECKING:
+    from .plan_inputs import Inputs
     from .plan_search import Planner
     from .plan_train import Training
 
 BATCH = {"deepseek-v3": 15360}
 """Sequences of a step that are published: DeepSeek-V3 report, section 4.2. Others: 8 micro-batches on every stage."""
+MICRO = {"train": 1, "prefill": 2, "decode": 64}
+"""Sequences of a micro-batch: in serving half of those of deepseek-ai/profile-data, 4 prompts of 4096 tokens, 128 sequences."""
 SHOWN = 4
 """Alternatives in the report."""
 
@@ -27,12 +31,15 @@ SHOWN = 4
 @click.argument("source", metavar="SRC")
 @click.option("--cluster", "cluster_name", default="h800", metavar="FILE|NAME", help="A cluster by name or as a .toml file. Default: h800.")
 @click.option("--gpus", type=int, required=True, help="How many GPUs there are.")
+@click.option(
+    "--mode", type=click.Choice(["train", "prefill", "decode"]), default="train", show_default=True, help="A training step, or serving."
+)
 @click.option("--mesh", default="auto", metavar="pp=16,ep=64|auto", help="How ranks are laid out. Default: auto, the best that is found.")
 @click.option(
     "--schedule", default="auto", metavar="NAME|auto", help="1f1b, interleaved, zb1p, dualpipe, dualpipev. Default: auto, the best of them."
 )
 @click.option("--batch", type=int, help="Sequences of an optimiser's step. Default: 15360 for deepseek-v3, else 8 for each GPU.")
-@click.option("--micro", type=int, default=1, show_default=True, help="Sequences of a micro-batch.")
+@click.option("--micro", type=int, help="Sequences of a micro-batch on each rank along dp. Default: 1; in prefill 2, in decode 64.")
 @click.option("--seq", type=int, help="Tokens of a sequence. Default: 4096, or what the model takes if that is less.")
 @click.option("--recipe", metavar="NAME|none", default="deepseek-v3", show_default=True, help="How products are quantised.")
 @click.option("--recompute", metavar="PASS", default="recompute", show_default=True, help="The pass that says what runs again, or none.")
@@ -56,10 +63,11 @@ def plan(
     source: str,
     cluster_name: str,
     gpus: int,
+    mode: Literal["train", "prefill", "decode"],
     mesh: str,
     schedule: str,
     batch: int | None,
-    micro: int,
+    micro: int | None,
     seq: int | None,
     recipe: str,
     recompute: str,
@@ -71,7 +79,7 @@ def plan(
     out: Path | None,
     as_json: bool,
 ) -> int:
-    """Predict a training step on a cluster.
+    """Predict training or serving on a cluster.
 
     Says time, cost and memory, and what they rest on. The program is compiled for the ranks of each mesh that is tried; its ops are
     costed on the cluster, placed on the stages of a pipeline, and simulated.
@@ -91,6 +99,7 @@ def plan(
     from .plan_trace import draw
     from .run import check_writable
 
+    micro = MICRO[mode] if micro is None else micro
     require(gpus > 0 and micro > 0, f"--gpus is {gpus} and --micro {micro}, expected 1 or more")
     require(schedule in ("auto", *NAMES), f"unknown schedule {schedule}, expected auto or one of {', '.join(NAMES)}")
     if plot:
@@ -101,6 +110,8 @@ def plan(
     inputs = Inputs(cluster(cluster_name), own_figures(gpus)).assume(assume)
     config = config_of(source, overrides)
     seq = seq or min(4096, config["max_position_embeddings"])
+    if mode != "train":
+        return _serving(source, inputs, config, gpus, mode, mesh, micro, seq, recipe, overrides, tornado, as_json)
     batch = batch or BATCH.get(source) or 8 * gpus * micro
     compiler = Compiler(source, None if recipe == "none" else recipe, seq, "" if recompute == "none" else recompute, overrides)
     planner = Planner(compiler, inputs)
@@ -132,6 +143,45 @@ def plan(
     return 0
 
 
+def _serving(
+    source: str,
+    inputs: Inputs,
+    config: Mapping[str, Any],
+    gpus: int,
+    mode: Literal["prefill", "decode"],
+    mesh: str,
+    micro: int,
+    seq: int,
+    recipe: str,
+    overrides: Sequence[str],
+    ranges: bool,
+    as_json: bool,
+) -> int:
+    """Prefill and decode. On its own the mesh spreads experts over as many GPUs as divide them, attention over all."""
+    from ..ir.mesh import parse_mesh
+    from .plan_program import Compiler, lanes
+    from .plan_serve import describe, document, effects, serve
+
+    node = inputs.cluster.node
+    ep = gcd(gpus, config.get("n_routed_experts") or 1)
+    text = f"ep={ep}" if mesh == "auto" else mesh
+    given = parse_mesh(text if "node" in text else f"{text},node={node}", gpus)
+    require(given.pp == 1, f"mesh {given}: serving is planned without a pipeline, expected pp=1")
+    compiler = Compiler(source, None if recipe == "none" else recipe, None if mode == "decode" else seq, "", overrides)
+    compiler.mode, compiler.context = ("decode", seq) if mode == "decode" else ("forward", None)
+    compiler.lanes = lanes([given])
+    plan = serve(compiler, inputs, mode, given, micro, seq)
+    found = []
+    if ranges:
+        with progress("assumptions") as advance:
+            found = effects(plan, compiler, advance)
+    if as_json:
+        emit_json(document(source, plan, found))
+    else:
+        print(describe(source, plan, found))
+    return 0
+
+
 def _write(out: Path, plan: Training, document: Mapping[str, Any]) -> None:
     """The folder of a plan, complete or not at all."""
     import json
@@ -151,13 +201,16 @@ def _found(
 ) -> list[Training]:
     """The best steps: on the mesh that is given, else on all, with tp above 1 only where nothing fits without it."""
     from ..ir.mesh import parse_mesh
-    from .plan_program import lanes, meshes
+    from .plan_program import lanes, meshes, roomy
     from .plan_search import best_of
 
     node = planner.inputs.cluster.node
-    for tp in ((1,), (2, 4, 8)) if mesh == "auto" else ((),):
+    best: list[Training] = []
+    for tp in ((1,), (2,), (4,), (8,)) if mesh == "auto" else ((),):
         tried = meshes(gpus, node, config, batch, tp) if tp else [parse_mesh(mesh if "node" in mesh else f"{mesh},node={node}", gpus)]
-        planner.compiler.lanes = lanes(tried)
+        planner.compiler.lanes = max(planner.compiler.lanes, lanes(tried))
+        if tp:
+            tried = roomy(tried, planner.compiler.trace(planner.compiler.lanes * micro), planner.inputs.cluster.device.memory.mid)
         with progress("meshes", len(tried)) as advance:
             every: list[Training] = []
             for one in tried:
@@ -165,7 +218,8 @@ def _found(
                 advance(str(one))
         with progress("schedules") as advance:
             found = best_of(every, 1 + SHOWN, advance)
+        best = found or best
         if found and found[0].fits:
             break
-    require(bool(found), f"no schedule of {', '.join(names)} exists for {gpus} GPUs on mesh {mesh} with a batch of {batch}")
-    return found
+    require(bool(best), f"no schedule of {', '.join(names)} exists for {gpus} GPUs on mesh {mesh} with a batch of {batch}")
+    return best

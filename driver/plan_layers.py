@@ -47,6 +47,8 @@ class Layer:
     """Of main, forward and then backward."""
 
 
+FORWARD, BACKWARD = (Phase.F,), (Phase.I, Phase.R, Phase.W)
+"""The phases of a micro-batch's two ways."""
 BUCKETS = ("tp", "replicated", "experts")
 """How a rank holds a weight: a part along tp, whole, or some of the experts."""
 

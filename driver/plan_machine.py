@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -11,8 +12,9 @@ from ..ir.core import Op, Value
 from ..ir.mesh import Mesh, mesh_of
 from ..ir.ops.collective import AllGather, ReduceScatter
 from ..ir.types import DType, Tensor
+from ..schedule.streams import COMM, COMPUTE
 from .plan_inputs import Inputs
-from .plan_layers import Program
+from .plan_layers import BACKWARD, FORWARD, Program
 
 
 @dataclass
@@ -48,6 +50,22 @@ class Machine:
     def stream(self, op: Op) -> str:
         """`compute` or `comm`."""
         return self.costs[0].stream(op)
+
+    @cached_property
+    def busy(self) -> Mapping[str, tuple[float, float]]:
+        """By the kind of layer: seconds of computation and of communication for one micro-batch, forward and backward, where neither slows
+        the other down."""
+        found = {}
+        for layer in {layer.kind: layer for layer in self.program.layers}.values():
+            tasks = [t for phases in (FORWARD, BACKWARD) for t in self.program.tasks([layer], phases, self)]
+            computing, sending = (sum(t.seconds for t in tasks if t.stream == stream) for stream in (COMPUTE, COMM))
+            found[layer.kind] = computing, sending
+        return found
+
+    @property
+    def busiest(self) -> Mapping[str, float]:
+        """By the kind of layer: seconds of the busier stream."""
+        return {kind: max(both) for kind, both in self.busy.items()}
 
     @property
     def capacity(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh
+from ..ir.walk import expert_weights, weights
 from .plan_layers import Program
 
 
@@ -90,6 +91,14 @@ def meshes(gpus: int, node: int, config: Mapping[str, Any], batch: int, tp: Sequ
             except DscError:  # groups that do not fit nodes
                 continue
     return found
+
+
+def roomy(tried: Sequence[Mesh], module: Module, capacity: float) -> list[Mesh]:
+    """The meshes on which weights and gradients alone fit, evenly spread: 6 bytes for each parameter that a rank holds."""
+    experts = expert_weights(module)
+    split = sum(t.size for name, t in weights(module).items() if name in experts)
+    whole = sum(t.size for name, t in weights(module).items() if name not in experts)
+    return [m for m in tried if 6 * (split / m.ep + whole / m.tp) / m.pp <= capacity]
 
 
 def config_of(source: str | Path, overrides: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..ir.errors import DscError
@@ -24,12 +24,18 @@ class Planner:
 
     compiler: Compiler
     inputs: Inputs
+    machines: dict[tuple[int, Mesh], Machine] = field(default_factory=dict)
 
     def plan(self, setup: Setup, inputs: Inputs | None = None, sizes: Sequence[int] = ()) -> Training:
         """One step."""
         given = inputs or self.inputs
         program = self.compiler.program(setup.mesh, setup.micro, given["run.imbalance"])
-        return plan_training(program, Machine(given, setup.mesh, program), setup, sizes)
+        if given is not self.inputs:
+            return plan_training(program, Machine(given, setup.mesh, program), setup, sizes)
+        key = id(program), setup.mesh
+        if key not in self.machines:
+            self.machines[key] = Machine(given, setup.mesh, program)
+        return plan_training(program, self.machines[key], setup, sizes)
 
     def candidates(self, meshes: Sequence[Mesh], names: Sequence[str], batch: int, seq: int, micro: int) -> Iterator[Training]:
         """A step by each schedule that exists for each mesh, none simulated yet. One stage needs no schedule, and runs as 1f1b."""
@@ -54,9 +60,9 @@ class Planner:
         return self.plan(plan.setup, self.inputs.fixed(key, which), plan.stages.sizes).gpu_hours
 
     def on(self, plan: Training, inputs: Inputs) -> Training:
-        """The same step on another cluster, its stages balanced anew."""
+        """The same step on another cluster, the layers staying where they are."""
         setup = replace(plan.setup, mesh=replace(plan.setup.mesh, node=inputs.cluster.node))
-        return self.plan(setup, inputs)
+        return self.plan(setup, inputs, plan.stages.sizes)
 
 
 def best_of(candidates: Iterable[Training], wanted: int, on_step: Callable[[str], None] = lambda step: None) -> list[Training]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 from ..ir.core import Phase
 from ..ir.errors import require
@@ -13,13 +13,13 @@ from ..schedule.actions import Action, Kind, Overlap, Schedule, Step
 from ..schedule.generate import generate
 from ..schedule.partition import balanced
 from ..schedule.simulate import Timeline, simulate
-from ..schedule.streams import COMM, COMPUTE, Run, Task, joined, listed
+from ..schedule.streams import COMM, Run, Task, joined, listed
 from ..schedule.validate import in_flight
 from .memory import GRADIENT, MASTER, MOMENTS
-from .plan_layers import BUCKETS, Layer, Program
+from .plan_layers import BACKWARD, BUCKETS, FORWARD, Layer, Program
 from .plan_machine import Machine
 
-PHASES = {Kind.F: (Phase.F,), Kind.I: (Phase.I, Phase.R), Kind.W: (Phase.W,), Kind.B: (Phase.I, Phase.R, Phase.W)}
+PHASES = {Kind.F: FORWARD, Kind.I: (Phase.I, Phase.R), Kind.W: (Phase.W,), Kind.B: BACKWARD}
 """What actions of a schedule run."""
 ADAMW = GRADIENT + 2 * (MASTER + MOMENTS) + 2
 """Bytes that an update reads and writes for each parameter: gradient, master weight and moments there and back, the BF16 weight."""
@@ -114,10 +114,8 @@ class Stages:
 
     def busiest(self, stage: int) -> float:
         """What a micro-batch takes of the busier stream, forward and backward, where nothing slows it down."""
-        key = "busiest", self.kinds[stage]
-        if key not in self.runs:
-            self.runs[key] = Run((*self.tasks(stage, Kind.F), *self.tasks(stage, Kind.B)), ())
-        return max(self.runs[key].busy(COMPUTE), self.runs[key].busy(COMM))
+        computing, sending = (sum(self.machine.busy[kind][i] for kind in self.kinds[stage]) for i in (0, 1))
+        return max(computing, sending)
 
 
 @dataclass(frozen=True)
@@ -225,19 +223,19 @@ class Training:
 def plan_training(program: Program, machine: Machine, setup: Setup, sizes: Sequence[int] = ()) -> Training:
     """A step. `sizes` places layers on stages; without it the stages are balanced. `DscError` where the numbers do not go together."""
     setup.check()
-    schedule = generate(setup.schedule, setup.stages, setup.microbatches, None if setup.schedule == "dualpipe" else setup.chunks)
+    schedule = scheduled(setup.schedule, setup.stages, setup.microbatches, None if setup.schedule == "dualpipe" else setup.chunks)
     stages = Stages(program, machine, sizes or placed(program, machine, schedule), machine.hop(program.boundary))
     return Training(setup, stages, schedule)
 
 
+scheduled = cache(generate)
+"""Schedules are the same for many meshes."""
+
+
 def placed(program: Program, machine: Machine, schedule: Schedule) -> tuple[int, ...]:
     """Layers on stages, ranks balanced by what a micro-batch takes of the busier stream, forward and backward."""
-    known: dict[str, float] = {}
-    for layer in program.layers:
-        if layer.kind not in known:
-            tasks = (*program.tasks([layer], (Phase.F,), machine, True), *program.tasks([layer], PHASES[Kind.B], machine, True))
-            known[layer.kind] = max(sum(t.seconds for t in tasks if t.stream == stream) for stream in (COMPUTE, COMM))
-    return balanced([known[layer.kind] for layer in program.layers], held_by(schedule))
+    layers = machine.busiest
+    return balanced([layers[layer.kind] for layer in program.layers], held_by(schedule))
 
 
 def held_by(schedule: Schedule) -> tuple[tuple[int, ...], ...]:

@@ -11,26 +11,35 @@ from ..ir.errors import require
 def balanced(costs: Sequence[float], ranks: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """How many of the layers each stage takes, `ranks` saying which stages a rank has: the busiest rank has as little as can be found.
 
-    Begins with `partition`, and moves boundaries by a layer while that makes the largest sum of a rank less, or the sum of squares.
+    Begins with `partition`, and lets layers wander from the stages of the busiest rank, or to them, over the stages between, while that
+    makes the largest sum of a rank less, or with it the sum of squares.
     """
     before = [0.0, *accumulate(costs)]
+    count = 1 + max(stage for stages in ranks for stage in stages)
+    cuts = [0, *accumulate(partition(costs, count))]
+    if all(len(stages) == 1 for stages in ranks):
+        return _sizes(cuts)
 
-    def score(cuts: Sequence[int]) -> tuple[float, float]:
+    def score(cuts: Sequence[int]) -> tuple[tuple[float, float], int]:
         own = [before[b] - before[a] for a, b in pairwise(cuts)]
         sums = [sum(own[stage] for stage in stages) for stages in ranks]
-        return max(sums), sum(x * x for x in (*sums, *own))
+        most = max(sums)
+        return (most, sum(x * x for x in (*sums, *own))), sums.index(most)
 
-    cuts = [0, *accumulate(partition(costs, 1 + max(stage for stages in ranks for stage in stages)))]
-    best = score(cuts)
+    best, busiest = score(cuts)
     improved = True
     while improved:
         improved = False
-        for first in range(1, len(cuts) - 1):  # a run of boundaries moves together: a layer wanders over several stages
-            for last in range(first, len(cuts) - 1):
-                for by in (1, -1):
-                    moved = [c + by if first <= i <= last else c for i, c in enumerate(cuts)]
-                    if all(a < b for a, b in pairwise(moved)) and (found := score(moved)) < best:
-                        cuts, best, improved = moved, found, True
+        for stage, other in ((s, o) for s in ranks[busiest] for o in range(count) if o != s):
+            first, last = min(stage, other) + 1, max(stage, other)
+            for by in (1, -1):
+                moved = [c + by if first <= i <= last else c for i, c in enumerate(cuts)]
+                if all(a < b for a, b in pairwise(moved[first - 1 : last + 2])) and (found := score(moved))[0] < best:
+                    cuts, (best, busiest), improved = moved, found, True
+    return _sizes(cuts)
+
+
+def _sizes(cuts: Sequence[int]) -> tuple[int, ...]:
     return tuple(b - a for a, b in pairwise(cuts))
 
 
