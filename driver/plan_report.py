@@ -117,7 +117,7 @@ def describe(
         f"exposed    {plan.exposed:.2f} s of communication; computation hides {plan.hidden:.1%} of it"
         + (" in overlapped pairs" if setup.schedule.startswith("dualpipe") else ""),
         f"limited by {limits(plan)}",
-        f"placement  {', '.join(map(str, plan.stages.sizes))} layers on the stages, embedding and heads counted",
+        f"placement  {', '.join(map(str, plan.stages.depths))} layers on the stages, beside embedding, norms, head and losses",
         "",
         table(
             ("where the time goes", "seconds", "share"),

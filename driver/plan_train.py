@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -21,6 +22,8 @@ from .plan_machine import Machine
 
 PHASES = {Kind.F: FORWARD, Kind.I: (Phase.I, Phase.R), Kind.W: (Phase.W,), Kind.B: BACKWARD}
 """What actions of a schedule run."""
+NUMBERED = re.compile(r"\blayers\.[0-9]+$")
+"""The names of a model's layers."""
 ADAMW = GRADIENT + 2 * (MASTER + MOMENTS) + 2
 """Bytes that an update reads and writes for each parameter: gradient, master weight and moments there and back, the BF16 weight."""
 
@@ -82,6 +85,11 @@ class Stages:
             found.append(self.program.layers[start : start + size])
             start += size
         return tuple(found)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many of the model's numbered layers each stage has, embedding, norms, head and losses apart."""
+        return tuple(sum(NUMBERED.search(layer.name) is not None for layer in layers) for layers in self.layers)
 
     @cached_property
     def kinds(self) -> tuple[tuple[str, ...], ...]:
