@@ -102,19 +102,23 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
         made = build(source, out, command=command, on_step=bar("compiling"), fuse=bool(targets), add=add, **options)
     seconds = time.perf_counter() - start
     from ..ir.sharding import whole_weights
+    from ..ir.stages import is_staged
     from ..ir.walk import parameters
+    from .inspect import held_by_stage, held_in_words
 
     counted = parameters(made.module, whole_weights(made.module)).values()
     total, active = sum(c.total for c in counted), sum(c.active for c in counted)
     held = sum(c.total for c in parameters(made.module).values())
+    stages = held_by_stage(made.module) if is_staged(made.module) else ()
     ops = made.manifest.passes[-1].ops
     if as_json:
-        sizes = {"parameters": total, "active": active, "parameters_of_a_rank": held}
+        own = {"parameters_of_a_rank_by_stage": stages} if stages else {"parameters_of_a_rank": held}
+        sizes = {"parameters": total, "active": active} | own
         numbers = {"seconds": seconds, **sizes} | ({"kernels": kernels} if targets else {})
         emit_json({"out": str(out), **numbers, **made.manifest.model_dump(mode="json")})
         return 0
     made_of = f"{plural(len(made.module.funcs), 'function')}, {plural(ops, 'op')}, {count(total)} parameters"
-    print(f"{source}: {made_of} ({f'{count(held)} on each rank, ' if held != total else ''}{count(active)} active per token)")
+    print(f"{source}: {made_of} ({f'{held_in_words(held, stages)}, ' if held != total or stages else ''}{count(active)} active per token)")
     rows = [(p.name, p.file if p.changed else "unchanged", f"{p.seconds:.2f} s", f"{p.ops:,}") for p in made.manifest.passes]
     print(table(("step", "result", "time", "ops"), rows, left=2))
     if kernels:

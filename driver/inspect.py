@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..ir.core import Module, Symbol
 from ..ir.ops.control import Call, Param
+from ..ir.stages import is_staged
 from ..ir.walk import flops, parameters
+from .memory import weights_by_stage
 from .run import result_names
 from .ui import count, plural, size, table
 
@@ -52,6 +55,25 @@ def parts(module: Module) -> list[Part]:
     return sorted((Part(name, *sums) for name, sums in found.items()), key=lambda p: -p.total)
 
 
+def held_by_stage(module: Module) -> tuple[int, ...]:
+    """Of a program that is cut into stages: parameters that a rank holds of each. What several stages read counts for each of them."""
+    counted = parameters(module)
+    return tuple(sum(counted[name].total for name in known if name in counted) for known in weights_by_stage(module))
+
+
+def held_in_words(held: int, by_stage: Sequence[int]) -> str:
+    """What a rank holds; of stages the least and the most."""
+    if not by_stage:
+        return f"{count(held)} on each rank"
+    least, most = count(min(by_stage)), count(max(by_stage))
+    return f"{least if least == most else f'{least} to {most}'} of each stage on a rank"
+
+
+def held_heading(module: Module) -> str:
+    """What stands over parameters that ranks hold, in a table of the whole model."""
+    return "on a rank, all stages" if is_staged(module) else "on each rank"
+
+
 def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
     """The parameter table, as JSON and as text."""
     rows = parts(module)
@@ -65,6 +87,9 @@ def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
         "held": held,
         "bytes": bytes,
     }
+    stages = held_by_stage(module) if is_staged(module) else ()
+    if stages:
+        value["held_by_stage"] = list(stages)
     every = [*rows, Part("total", total, active, held, bytes)]
     apart = f" ({count(inner)} without the input embedding)" if inner != active else ""
     summary = f"{count(total)} parameters, {count(active)} active per token{apart}"
@@ -72,8 +97,8 @@ def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
         cells = [(p.name, f"{p.total:,}", f"{p.active:,}", size(p.bytes)) for p in every]
         return value, f"{table(('part', 'parameters', 'active per token', 'bytes'), cells)}\n\n{summary}"
     ranked = [(p.name, f"{p.total:,}", f"{p.active:,}", f"{p.held:,}", size(p.bytes)) for p in every]
-    heads = ("part", "parameters", "active per token", "on each rank", "bytes there")
-    return value, f"{table(heads, ranked)}\n\n{summary}; {count(held)} on each rank"
+    heads = ("part", "parameters", "active per token", held_heading(module), "bytes there")
+    return value, f"{table(heads, ranked)}\n\n{summary}; {held_in_words(held, stages)}"
 
 
 def describe_program(module: Module) -> tuple[dict[str, Any], str]:

@@ -14,6 +14,7 @@ from ...ir.core import Module, called
 from ...ir.mesh import ATTRIBUTE, mesh_of
 from ...ir.walk import flops
 from ..artifact import REPORT, Artifact
+from ..inspect import held_heading, held_in_words
 from ..ui import count, plural, size
 from . import tree
 from .html import Child, Html, cards, code, el, facts, fold, section, share, table
@@ -55,7 +56,9 @@ def header(program: Artifact, module: Module, found: Numbers) -> Html:
         [(", " if i else "", code(f"{p.name}: {p.type}")) for i, p in enumerate(main.params[:3])],
         f" and {len(main.params) - 3:,} more." if len(main.params) > 3 else ".",
     ]
-    held = f"on each rank, of {count(found.parameters['held'])} parameters" if ranks > 1 else ", ".join(found.memory["weights"])
+    stages = found.parameters.get("held_by_stage", ())
+    own = held_in_words(found.parameters["held"], stages) if stages else f"on each rank, of {count(found.parameters['held'])} parameters"
+    held = own if ranks > 1 else ", ".join(found.memory["weights"])
     peak = at_once(found.memory)
     figures: list[tuple[str, str, Child]] = [
         ("parameters", count(total), f"{count(active)} active per token"),
@@ -197,7 +200,14 @@ def model(module: Module, found: Numbers) -> Html:
         "Layers that are alike are one entry, with the numbers of all of them. Active are the parameters that work on one token.",
         f" Bytes and FLOPs are those of one rank of the mesh {mesh_of(module)}." if sharded else None,
     ]
-    head = ("part", "parameters", "", "active per token", *(("on each rank",) if sharded else ()), "bytes")
+    head = (
+        "part",
+        "parameters",
+        "",
+        "active per token",
+        *((held_heading(module),) if sharded else ()),
+        "bytes",
+    )
 
     def row(part: Mapping[str, Any], name: str) -> tuple[Child, ...]:
         held = (f"{part['held']:,}",) if sharded else ()

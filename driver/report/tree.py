@@ -11,6 +11,7 @@ from ...ir.mesh import ATTRIBUTE
 from ...ir.ops.control import Call
 from ...ir.sharding import whole_weights
 from ...ir.walk import join, parameters, walk, weights
+from ..inspect import held_heading
 from ..ui import count, size
 from .html import Html, el, share
 
@@ -115,7 +116,13 @@ def render(module: Module) -> Html:
     """The tree as elements that fold."""
     root = tree(module)
     shown = Columns(root, ATTRIBUTE in module.attributes, root.own_flops[BACKWARD] > 0)
-    names = ["parameters", "", "active", *(["on each rank"] if shown.sharded else []), "bytes"]
+    names = [
+        "parameters",
+        "",
+        "active",
+        *([held_heading(module)] if shown.sharded else []),
+        "bytes",
+    ]
     names += ["FLOPs forward", *(["FLOPs backward"] if shown.backward else [])]
     head = el("div", el("span", "module"), [el("span", name, class_="n") for name in names], class_="row head")
     return el("div", head, _item(root, shown), class_="tree", style=f"--columns:{len(names) - 2}")

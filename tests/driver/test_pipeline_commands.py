@@ -117,3 +117,20 @@ def test_training_says_that_it_knows_no_pipeline(tmp_path: Path, refused: Any) -
         )
     )
     assert "training goes without a pipeline; pp=1 would fit" in said
+
+
+def test_a_rank_holds_the_parameters_of_its_stage(command: Any, tmp_path: Path) -> None:
+    """The 1,161,216 of experts lie on two ranks, and both stages read the embedding: the prediction of the token after the next as well."""
+    options = ("deepseek-v3-tiny", "-o", tmp_path / "out", "--mode", "train", "--seq", 4, "--mesh", "pp=2,dp=2,ep=2")
+    found = command("compile", *options, "--json").json
+    assert "parameters_of_a_rank" not in found
+    first, last = found["parameters_of_a_rank_by_stage"]
+    assert first + last == 1_775_184 - 1_161_216 // 2 + 320 * 144
+    stages = command("inspect", tmp_path / "out", "--memory", "--json").json["memory"]["stages"]
+    assert [sum(b["parameters"] for b in one["buckets"].values()) for one in stages] == [first, last]
+    said = command("compile", *options).out.splitlines()[0]
+    assert "1.78 M parameters (524.99 K to 715.66 K of each stage on a rank, 904.27 K active per token)" in said
+    shown = command("inspect", tmp_path / "out", "--params")
+    assert "on a rank, all stages" in shown.out
+    assert shown.out.splitlines()[-1].endswith("; 524.99 K to 715.66 K of each stage on a rank")
+    assert "524.99 K to 715.66 K of each stage on a rank" in (tmp_path / "out" / "report.html").read_text()
