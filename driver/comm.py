@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
-from ..backends.numpy_ref.run import FLOAT32
-from ..ir.core import Module, Value
+from ..ir.core import Module
 from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
-from ..ir.ops.moe import ChooseSlots, Route
-from ..ir.slots import slots_of
+from ..ir.routing import Routing, routing_by_gate
 from ..ir.stages import BACKWARD, END, FORWARD, INPUT, is_staged, stages_of
-from ..ir.types import DType, Tensor, bound
-from ..ir.walk import join, walk
+from ..ir.types import Tensor, bound
+from ..ir.walk import walk
 from ..schedule.actions import Schedule
 from .pipelining import schedule_for
 from .ui import plural, size, table
@@ -26,16 +22,13 @@ from .ui import plural, size, table
 HOPS = ("ep.node", "ep.local")
 """The axes of dispatch in two hops: over the network, then inside the node."""
 
-SEEN = 16384
-"""Tokens that are routed to learn how many nodes one reaches."""
-
 
 @dataclass(frozen=True)
 class Sent:
     """One collective of a step. Bytes are what a rank hands over, its own part included where rows are exchanged by expert, on average.
 
     In two hops a token's row is sent as often as its experts have nodes, and then ranks: as many as the gate's rule gives on average where
-    the scores of experts are independent (`reached`).
+    the scores of experts are independent (ir/routing.py), 3.954 of 8 nodes where DeepSeek-V3 chooses 8 of 256 experts in 4 of 8 groups.
     """
 
     func: str
@@ -54,12 +47,12 @@ def sent(module: Module) -> Iterator[Sent]:
     """Every collective, in the order in which a rank runs them. `DscError` where the program was not sharded."""
     require(ATTRIBUTE in module.attributes, "the program runs on one rank and sends nothing: compile it with --mesh")
     mesh = mesh_of(module)
-    gates = reached(module)
+    gates = routing_by_gate(module)
     for prefix, func, op in walk(module):
         if isinstance(op, Collective) and not isinstance(op, OwnPart):
             axis, ranks = op.along()
-            copies = gates.get(prefix, next(iter(gates.values()), {})).get(axis) if axis in HOPS else None
-            number = volume(op) if copies is None else _hop(mesh, op, copies)
+            routing = gates.get(prefix, next(iter(gates.values()), None)) if axis in HOPS else None
+            number = volume(op) if routing is None else _hop(mesh, op, routing)
             yield Sent(func.name, prefix, op.id, op.phase.name, op.name, axis, ranks, int(number), int(number * _leaving(mesh, axis, op)))
 
 
@@ -78,55 +71,13 @@ def volume(op: Collective) -> Fraction:
     return Fraction(0)
 
 
-def reached(module: Module) -> dict[str, dict[str, Fraction]]:
-    """How many nodes a token goes to on average, and to how many ranks, by the prefix of its gate and the axis of the hop.
-
-    The gate chooses for tokens whose experts have independent scores, without the bias: 3.954 of 8 nodes where DeepSeek-V3 chooses 8 of
-    256 experts in 4 of 8 groups, 5.295 where it chooses without groups.
-    """
-    mesh, found, known, slots = mesh_of(module), {}, {}, slots_of(module)
-    for prefix, _, op in walk(module):
-        if isinstance(op, Route):
-            experts = op.logits.shape[1]
-            held = next((h for stack, h in slots.held.items() if stack.startswith(join(prefix, ""))), ()) if slots else ()
-            rule = (experts, held, tuple(op.attributes.items()))
-            if rule not in known:
-                ids = _chosen(op)
-                known[rule] = _reached(mesh, _slots(ids, held, experts), len(held)) if held else _reached(mesh, ids, experts)
-            found[prefix] = known[rule]
-    return found
-
-
-def _slots(ids: Any, held: Sequence[int], experts: Any) -> Any:
-    """The slots that tokens go to, of which a shared expert may be one."""
-    if experts in held:
-        ids = np.concatenate([ids, np.full((len(ids), 1), experts, np.int32)], axis=1)
-    given = (Value(Tensor(DType.i32, ids.shape), "ids"), Value(Tensor(DType.i32, (len(held),)), "slots"))
-    return FLOAT32.evaluate(ChooseSlots(*given), (ids, np.array(held, np.int32)))[0]
-
-
-def _chosen(op: Route) -> Any:
-    """What the gate chooses for seeded tokens, whose scores are uniform between 0 and 1: ids [T, k]."""
-    experts = op.logits.shape[1]
-    assert isinstance(experts, int)
-    logits = Value(Tensor(DType.f32, (SEEN, experts)), "logits")
-    scores = np.random.default_rng(0).uniform(1e-6, 1 - 1e-6, (SEEN, experts))
-    return FLOAT32.evaluate(op.copy(logits=logits, bias=None), (np.log(scores / (1 - scores)).astype(np.float32),))[0]
-
-
-def _reached(mesh: Mesh, ids: Any, experts: Any) -> dict[str, Fraction]:
-    """Distinct owners among each token's ids, at both hops."""
-    owners = {"ep.node": mesh.size("ep.node"), "ep.local": mesh.ep}
-    return {axis: Fraction(sum(len(set(row)) for row in (ids // (experts // parts)).tolist()), len(ids)) for axis, parts in owners.items()}
-
-
-def _hop(mesh: Mesh, op: Collective, copies: Fraction) -> Fraction:
-    """Bytes of one hop: rows as often as `copies` says for each of the rank's tokens, which are what the larger bound counts."""
+def _hop(mesh: Mesh, op: Collective, routing: Routing) -> Fraction:
+    """Bytes of one hop: rows as often as the gate's rule says for each of the rank's tokens, which are what the larger bound counts."""
     if not isinstance(op, AllToAllRows):
         return volume(op)
     reach = mesh.size("ep.node") if op.axis == "ep.node" else mesh.ep
     tokens = max(bound(op.xs[0].shape[0]), bound(op.rows)) // reach
-    return sum(_row_bytes(x.tensor) for x in op.xs) * tokens * copies
+    return sum(_row_bytes(x.tensor) for x in op.xs) * tokens * Fraction(routing.distinct(reach))
 
 
 def _row_bytes(x: Tensor) -> int:

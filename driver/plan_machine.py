@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..hardware.cost import Cost, Costs
-from ..hardware.routing import routing_of
 from ..ir.core import Op, Value
 from ..ir.mesh import Mesh, mesh_of
 from ..ir.ops.collective import AllGather, ReduceScatter
+from ..ir.routing import routing_of
 from ..ir.types import DType, Tensor
 from ..schedule.streams import COMM, COMPUTE
 from .plan_inputs import Inputs

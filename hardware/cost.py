@@ -1,7 +1,7 @@
 """What an op costs: on one device (`seconds`), or as a rank of a cluster runs it (`Costs`), beside communication or alone.
 
-Computing is `kernels.py`, with `products.py` for matrix products; communication is `links.py`, with `routing.py` for what dispatch and
-combine carry. The coefficients are figures of the device and the cluster, each with its source.
+Computing is `kernels.py`, with `products.py` for matrix products; communication is `links.py`, with `ir/routing.py` for what dispatch
+and combine carry. The coefficients are figures of the device and the cluster, each with its source.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
 from ..ir.ops.control import Param
+from ..ir.routing import Routing, routing_of
 from ..ir.types import Ragged
 from .cluster import Cluster
 from .device import Device
 from .kernels import MATRIX, NOTHING, Compute, Cost, slower
 from .links import Group, Legs, exchanged, gathered, group, reduced, two_hop
 from .links import seconds as transfer
-from .routing import Routing, routing_of
 
 __all__ = ["MATRIX", "Cost", "Costs", "seconds"]
 
@@ -156,7 +156,7 @@ class Costs:
         row = sum(self._compute.bytes(x.type) / max(1.0, self._compute.extent(x.shape[0])) for x in op.xs)
         if self.routing is None or self.dispatch == "direct" or op.axis != "ep" or ranks.nodes == 1:
             return exchanged(ranks, number * row)
-        return two_hop(self.routing, ranks, number / self.routing.top_k, row)
+        return two_hop(self.routing, ranks, number / self.routing.choices, row)
 
 
 def of_weights(op: Op, known: dict[Op, bool]) -> bool:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log2
 
+from ..ir.routing import Routing
 from .cluster import Cluster, Link
-from .routing import Routing
 
 
 @dataclass(frozen=True)

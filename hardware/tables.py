@@ -15,13 +15,13 @@ from typing import Any
 from ..ir.core import Op, Phase, Value
 from ..ir.ops.attention import Attention, AttentionBackward
 from ..ir.ops.quant import GroupedScaledMatmul, ScaledMatmul, scale_shape
+from ..ir.routing import Routing
 from ..ir.types import DType, Tensor
 from .cluster import Cluster
 from .figures import provenance, read_toml
 from .kernels import Compute
 from .links import Group, exchanged, two_hop
 from .links import seconds as transfer
-from .routing import Routing
 
 TABLES = Path(__file__).with_name("tables")
 

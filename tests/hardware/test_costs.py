@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from dsc.hardware.cluster import cluster
 from dsc.hardware.cost import Costs, seconds
 from dsc.hardware.links import Group, exchanged, gathered, reduced, two_hop
-from dsc.hardware.routing import Routing
 from dsc.ir.core import Op, Phase, Value
 from dsc.ir.mesh import parse_mesh
 from dsc.ir.ops.attention import Attention
@@ -20,6 +19,7 @@ from dsc.ir.ops.linalg import Matmul
 from dsc.ir.ops.norm import RmsNorm
 from dsc.ir.ops.quant import Quantize, ScaledMatmul
 from dsc.ir.ops.shape import Reshape, Transpose
+from dsc.ir.routing import Routing
 from dsc.ir.types import DType, Ragged, Tensor
 
 SETTINGS = settings(max_examples=60, deadline=None, database=None, derandomize=True)

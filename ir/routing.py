@@ -6,16 +6,20 @@ are the volume of dispatch and combine. Scores of experts are taken as independe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from math import comb
 from random import Random
 from typing import Literal
 
-from ..ir.core import Module
-from ..ir.errors import require
-from ..ir.ops.moe import Dispatch, DispatchGroups, Route
+from .core import Func, Module, Value
+from .errors import require
+from .ops.moe import Dispatch, DispatchGroups, Route
+from .slots import slots_of
+from .types import Tensor
+from .walk import join, walk
 
 TOKENS = 4096
 """Tokens that a group-limited choice is sampled with: the mean is then within 0.01 nodes."""
@@ -25,7 +29,8 @@ TOKENS = 4096
 class Routing:
     """Each token goes to `top_k` of `experts`, chosen from the best `top_groups` of `groups` equal groups.
 
-    Groups are scored as in `route`, `top2` or `max`, or drawn at `random`.
+    Groups are scored as in `route`, `top2` or `max`, or drawn at `random`. `held` is the expert of each slot where popular ones have
+    several (`slots.py`), else empty; where one is `experts`, all tokens go to a shared expert as well.
     """
 
     experts: int
@@ -33,17 +38,30 @@ class Routing:
     groups: int = 1
     top_groups: int = 1
     score: Literal["top2", "max", "random"] = "top2"
+    held: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require(1 <= self.top_k <= self.experts, f"top_k is {self.top_k}, expected 1 to {self.experts}")
 
-    def distinct(self, places: int) -> float:
-        """How many of `places`, over which the experts are spread evenly and in order, a token reaches on average.
+    @property
+    def slots(self) -> int:
+        """What tokens go to: an expert each, or what holds them several times."""
+        return len(self.held) or self.experts
 
-        Where every group may be chosen it is places * (1 - C(E - E/places, k) / C(E, k)), and likewise within groups drawn at random; else
-        sampled with a fixed seed.
+    @property
+    def choices(self) -> int:
+        """How many slots a token goes to."""
+        return self.top_k + (self.experts in self.held)
+
+    def distinct(self, places: int) -> float:
+        """How many of `places`, over which the experts or their slots are spread evenly and in order, a token reaches on average.
+
+        Where every group may be chosen it is places * (1 - C(E - E/places, k) / C(E, k)), and likewise within groups drawn at random; else,
+        and of slots, sampled with a fixed seed.
         """
         require(places >= 1, f"experts lie in {places} places, expected 1 or more")
+        if self.held:
+            return _sampled(self, places)
         if self.top_groups >= self.groups:
             return spread(self.experts, self.top_k, places)
         if self.score == "random" and places % self.groups == 0:
@@ -68,9 +86,30 @@ def spread(experts: int, top_k: int, places: int) -> float:
 
 @cache
 def _sampled(routing: Routing, places: int) -> float:
-    random = Random(0)
-    reached = sum(len({e * places // routing.experts for e in _chosen(routing, random)}) for _ in range(TOKENS))
+    tokens = _tokens(replace(routing, held=()))
+    reached = sum(
+        len({slot * places // routing.slots for slot in slots}) for slots in (_taken(routing, tokens) if routing.held else tokens)
+    )
     return reached / TOKENS
+
+
+@cache
+def _tokens(routing: Routing) -> Sequence[Sequence[int]]:
+    """The experts of each token of the sample."""
+    random = Random(0)
+    return [list(_chosen(routing, random)) for _ in range(TOKENS)]
+
+
+def _taken(routing: Routing, tokens: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
+    """The slots of each token: those of an expert take turns, as `choose_slots` has it."""
+    places: dict[int, list[int]] = {}
+    for slot, expert in enumerate(routing.held):
+        places.setdefault(expert, []).append(slot)
+    shared = [routing.experts] if routing.experts in places else []
+    turns: Counter[int] = Counter()
+    for chosen in tokens:
+        yield [places[expert][turns[expert] % len(places[expert])] for expert in (*chosen, *shared)]
+        turns.update((*chosen, *shared))
 
 
 def _chosen(routing: Routing, random: Random) -> Iterator[int]:
@@ -98,9 +137,40 @@ def _descending(random: Random, size: int, wanted: int) -> list[float]:
 
 def routing_of(module: Module) -> Routing | None:
     """How the tokens of a module are routed: by its first `route` whose experts are dispatched to; None where there is none."""
+    slots = slots_of(module)
+    held = next(iter(slots.held.values()), ()) if slots else ()
     for func in module.funcs:
-        used = {op.ids.owner for op in func.ops if isinstance(op, Dispatch | DispatchGroups)}
+        used = _gates(func)
         for op in func.ops:
             if isinstance(op, Route) and (op in used or not used):
-                return Routing(int(op.logits.shape[1]), op.top_k, op.groups, op.top_groups, op.group_score)  # type: ignore[arg-type]
+                return _routing(op, held)
     return None
+
+
+def _gates(func: Func) -> set[Route]:
+    """The gates whose choices are dispatched, as they are or as slots, alone or with the shared expert's."""
+    ahead = [op.ids for op in func.ops if isinstance(op, Dispatch | DispatchGroups)]
+    found, seen = set[Route](), set[Value]()
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value.owner, Route):
+            found.add(value.owner)
+        elif value.owner and value not in seen:
+            seen.add(value)
+            ahead += (v for v in value.owner.operands if isinstance(v.type, Tensor) and not v.tensor.dtype.is_float)
+    return found
+
+
+def routing_by_gate(module: Module) -> dict[str, Routing]:
+    """How the tokens of a module are routed, by the prefix of each gate's weights."""
+    slots = slots_of(module)
+    by_stack = slots.held if slots else {}
+    found = {}
+    for prefix, _, op in walk(module):
+        if isinstance(op, Route):
+            found[prefix] = _routing(op, next((held for stack, held in by_stack.items() if stack.startswith(join(prefix, ""))), ()))
+    return found
+
+
+def _routing(op: Route, held: tuple[int, ...]) -> Routing:
+    return Routing(int(op.logits.shape[1]), op.top_k, op.groups, op.top_groups, op.group_score, held)  # type: ignore[arg-type]
