@@ -1,7 +1,8 @@
 """How large values with ragged dimensions are expected to be: of the rows that experts get a program knows the bound alone.
 
 The bound is what comes when every token chooses the same experts: at 64 ranks sixty-four times what comes when it is even. Buffers are
-sized by what is expected, times an imbalance.
+sized by what is expected, times an imbalance. In two hops a token's row goes once to each node that has one of its experts, and once to
+each rank: how many these are the gate's rule says (`routing.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from math import ceil
 from .core import Module
 from .ops.collective import AllToAllRows
 from .ops.moe import DispatchGroups
+from .routing import Routing, routing_of
 from .types import Bundle, Dim, Ragged, Tensor, Type, bound, landed
 
 IMBALANCE = Fraction(6, 5)
@@ -22,23 +24,33 @@ IMBALANCE = Fraction(6, 5)
 def mean_rows(module: Module) -> dict[Ragged, int]:
     """How many rows a ragged dimension has on average: as many come as a rank sends.
 
-    To groups of experts go at most as many as there are choices, of a rank's own tokens that is: others send it what it sends away.
+    To groups of experts a rank sends a row for each of its tokens and each group that the token reaches; it gets as many, to send
+    on. Where no gate says how many groups that is, it is all choices of a token, or all groups.
     """
-    rows: dict[Ragged, int] = {}
+    routing, rows, tokens = routing_of(module), dict[Ragged, int](), dict[Dim, int]()
     for func in module.funcs:
         for op in func.ops:
             match op:
-                case AllToAllRows(xs=(x, *_), rows=Ragged() as dim):
-                    rows[dim] = _mean(x.shape[0], 1, rows)
-                case DispatchGroups(xs=(x, *_), ids=ids):
-                    (groups,) = op.results[-1].shape
-                    if isinstance(groups, Ragged):
-                        rows[groups] = min(groups.bound, _mean(x.shape[0], bound(ids.shape[1]), rows))
+                case AllToAllRows(xs=(x, *_), rows=Ragged() as come):
+                    rows[come] = _mean(x.shape[0], rows)
+                    tokens[come] = tokens.get(x.shape[0], rows[come])
+                case DispatchGroups(xs=(x, *_)):
+                    (dim,) = op.results[-1].shape
+                    if isinstance(dim, Ragged):
+                        tokens[dim] = tokens.get(x.shape[0], _mean(x.shape[0], rows))
+                        rows[dim] = min(dim.bound, ceil(tokens[dim] * _copies(op, routing)))
     return rows
 
 
-def _mean(dim: Dim, choices: int, rows: Mapping[Ragged, int]) -> int:
-    return rows.get(dim, dim.bound) if isinstance(dim, Ragged) else dim * choices
+def _copies(op: DispatchGroups, routing: Routing | None) -> float:
+    """How often a token of the rank's own is sent: groups are places of equal size among all experts, of which this hop sees some."""
+    if routing is None or routing.slots % op.size:
+        return bound(op.ids.shape[1])
+    return routing.distinct(routing.slots // op.size)
+
+
+def _mean(dim: Dim, rows: Mapping[Ragged, int]) -> int:
+    return rows.get(dim, dim.bound) if isinstance(dim, Ragged) else dim
 
 
 def expected_bytes(module: Module) -> Callable[[Type], int]:

@@ -1,16 +1,18 @@
-"""How many nodes and ranks tokens reach, against what the interpreter's gate chooses."""
+"""How many nodes and ranks tokens reach, against what the interpreter's gate chooses, and how many rows that makes of each hop."""
 
 from __future__ import annotations
 
-from math import comb
+from math import ceil, comb
 
 import numpy as np
 import pytest
 
+import dsc
 from dsc.backends.numpy_ref.run import FLOAT32
 from dsc.ir.core import Value
+from dsc.ir.expected import mean_rows
 from dsc.ir.ops.moe import ChooseSlots, Route
-from dsc.ir.routing import TOKENS, Routing
+from dsc.ir.routing import TOKENS, Routing, routing_by_gate, routing_of
 from dsc.ir.types import DType, Tensor
 
 SEEN = 8192
@@ -54,3 +56,30 @@ def test_a_slot_for_each_expert_is_no_slots() -> None:
     limited = Routing(64, 6, 8, 4)
     assert Routing(64, 6, 8, 4, held=tuple(range(64))).distinct(8) == limited.distinct(8)
     assert Routing(64, 6, held=tuple(range(64))).distinct(8) == pytest.approx(8 * (1 - comb(56, 6) / comb(64, 6)), abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dsc.Module:
+    """One MoE layer of DeepSeek-V3: each rank has 4096 tokens, of which each goes to 8 of 256 experts in 4 of 8 groups."""
+    shape = ["num_hidden_layers=1", "first_k_dense_replace=0", "num_nextn_predict_layers=0"]
+    return dsc.trace("deepseek-v3", batch=64, seq=4096, overrides=shape)
+
+
+def test_rows_of_each_hop_follow_the_gate(whole: dsc.Module) -> None:
+    """A row for each of 3.954 nodes of 8, then for each of 7.49 ranks of 64, in the end for each of 8 experts; bounds are 8, 64 and 256."""
+    made = dsc.apply(whole, 'simplify,shard-experts{mesh="dp=64,ep=64,node=8"}')
+    rows = {dim.name: (dim.bound / 4096, mean / 4096) for dim, mean in mean_rows(made).items()}
+    for name, most, copies in (("to_nodes", 8, 3.954), ("entered", 8, 3.954), ("to_ranks", 64, 7.49), ("arrived", 64, 7.49)):
+        assert rows[name] == (most, pytest.approx(copies, abs=0.01))
+    assert rows["rows"] == (256, 8)
+
+
+def test_rows_follow_the_slots(whole: dsc.Module) -> None:
+    made = dsc.apply(whole, 'simplify,place-experts{replicas=320,ranks=64},shard-experts{mesh="dp=64,ep=64,node=8"}')
+    routing = routing_of(made)
+    assert routing is not None
+    assert list(routing_by_gate(made).values()) == [routing]
+    assert (len(routing.held), routing.slots, routing.choices) == (320, 320, 8)
+    rows = {dim.name: mean for dim, mean in mean_rows(made).items()}
+    assert [rows["to_nodes"], rows["to_ranks"]] == [ceil(4096 * routing.distinct(8)), ceil(4096 * routing.distinct(64))]
+    assert rows["to_nodes"] < rows["to_ranks"] < rows["rows"] == 4096 * 8
