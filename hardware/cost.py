@@ -65,10 +65,10 @@ class Costs:
 
     @classmethod
     def of(cls, module: Module, cluster: Cluster, **options: object) -> Costs:
-        """Costs for a module by its own mesh and routing."""
+        """Costs for a module by its own mesh and routing. What leaves a domain is the cluster's to say, how hops go is the mesh's."""
         found: dict[str, object] = {"routing": routing_of(module)}
         if ATTRIBUTE in module.attributes:
-            found["mesh"] = replace(mesh_of(module), node=cluster.node)
+            found["mesh"] = mesh_of(module)
         return cls(cluster, **(found | options))  # type: ignore[arg-type]
 
     @property

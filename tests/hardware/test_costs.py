@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dsc
 from dsc.hardware.cluster import cluster
 from dsc.hardware.cost import Costs, seconds
 from dsc.hardware.links import Group, exchanged, gathered, reduced, two_hop
@@ -174,3 +175,15 @@ def test_a_hop_of_the_pipeline_takes_bytes_by_bandwidth() -> None:
     assert Costs(H800).send(sent) > Costs(ideal).send(sent)
     assert Costs(H800, overlap=True).send(sent) > Costs(H800).send(sent)
     assert Costs(H800).send(0) == 0
+
+
+def test_two_hops_follow_the_mesh_whatever_a_domain_is() -> None:
+    """A program for nodes of two ranks, on a cluster whose domains have eight: both hops are inside one."""
+    source = dsc.trace("deepseek-v3-tiny", seq=16, batch=4)
+    module = dsc.apply(source, 'simplify,shard-experts{mesh="dp=4,ep=4,node=2"}')
+    costs = Costs.of(module, H800)
+    found = {op.axis: costs.cost(op) for func in module.funcs for op in func.ops if isinstance(op, AllToAllRows)}
+    assert found.keys() == {"ep.node", "ep.local"}
+    assert all(cost.seconds > 0 for cost in found.values())
+    made = dsc.apply(module, "overlap{microbatches=2}")
+    assert made.stage == "scheduled"
