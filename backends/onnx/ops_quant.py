@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...ir.core import Value as DscValue
+from ...ir.errors import require
 from ...ir.ops import quant as ops
 from ...ir.ops.rules import static
 from ...ir.quantization import Accumulation, ScaleRule
@@ -124,6 +125,7 @@ def dequantized(
     g: Emitter, type: Tensor, tile: Tile, codes: Value, scales: Value, counts: Value | None = None, wide: DType = DType.f32
 ) -> Value:
     """codes * scale of their tile."""
+    require(type.is_static, f"values with scales need a static shape, found {type}")
     *_, rows, columns = (d for d in type.shape if isinstance(d, int))
     row_of = None if counts is None or tile[0] == 1 else _tile_rows(g, counts, rows, _extent(scales), tile[0])[0]
     linear = type.dtype in FP8 and wide is DType.f32

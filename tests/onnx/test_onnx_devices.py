@@ -71,6 +71,13 @@ def test_each_rank_holds_what_the_annotations_say(plain: dsc.ir.core.Module, tmp
             assert mine == part(split, shape, ranks, rank), (name, rank)
 
 
+def test_a_quantised_program_of_ragged_rows_names_what_has_no_mapping(plain: dsc.ir.core.Module, tmp_path: Path) -> None:
+    module = apply(plain, 'simplify,quantize-fp8{recipe=deepseek-v3},shard-experts{mesh="dp=4,ep=4"}')
+    with pytest.raises(dsc.DscError, match=r"grouped_scaled_matmul \(.*static shape, found f8e4m3\[rows<="):
+        export(module, tmp_path / "m.onnx")
+    export(module, tmp_path / "m.onnx", opaque=True)
+
+
 def test_checker_runtime_and_library_keep_them(tmp_path: Path) -> None:
     """A program whose ranks need nothing of each other runs as it is; onnx_ir reads and writes the annotations."""
     text = """module { stage=sharded, mesh={pp=1, dp=2, ep=1, tp=2, node=8}, inputs=[["dp"]], results=[["dp", "tp"]] }
