@@ -89,6 +89,7 @@ def plan(
     dsc plan deepseek-v2-lite --cluster my.toml --gpus 64 --plot plan.svg -o plan
     """
     from ..hardware.cluster import cluster, clusters
+    from ..passes.manager import parse_pipeline
     from ..schedule.generate import NAMES
     from .artifact import check_target
     from .plan_flops import model_flops
@@ -100,7 +101,8 @@ def plan(
     from .run import check_writable
 
     micro = MICRO[mode] if micro is None else micro
-    require(gpus > 0 and micro > 0, f"--gpus is {gpus} and --micro {micro}, expected 1 or more")
+    for option, number in {"gpus": gpus, "batch": batch, "micro": micro, "seq": seq}.items():
+        require(number is None or number > 0, f"--{option} is {number}, expected 1 or more")
     require(schedule in ("auto", *NAMES), f"unknown schedule {schedule}, expected auto or one of {', '.join(NAMES)}")
     if plot:
         require(plot.suffix in (".svg", ".png"), f"{plot}: expected a name that ends in .svg or .png")
@@ -113,7 +115,9 @@ def plan(
     if mode != "train":
         return _serving(source, inputs, config, gpus, mode, mesh, micro, seq, recipe, overrides, tornado, as_json)
     batch = batch or BATCH.get(source) or 8 * gpus * micro
-    compiler = Compiler(source, None if recipe == "none" else recipe, seq, "" if recompute == "none" else recompute, overrides)
+    recompute = "" if recompute == "none" else recompute
+    parse_pipeline(recompute)  # a wrong name is said before meshes are tried
+    compiler = Compiler(source, None if recipe == "none" else recipe, seq, recompute, overrides)
     planner = Planner(compiler, inputs)
     names = NAMES if schedule == "auto" else (schedule,)
     best, *rest = _found(planner, config, gpus, mesh, names, batch, seq, micro)
@@ -221,5 +225,6 @@ def _found(
         best = found or best
         if found and found[0].fits:
             break
-    require(bool(best), f"no schedule of {', '.join(names)} exists for {gpus} GPUs on mesh {mesh} with a batch of {batch}")
+    why = f": {planner.refusal}" if planner.refusal else ""
+    require(bool(best), f"no schedule of {', '.join(names)} exists for {gpus} GPUs on mesh {mesh} with a batch of {batch}{why}")
     return best

@@ -25,6 +25,7 @@ class Planner:
     compiler: Compiler
     inputs: Inputs
     machines: dict[tuple[int, Mesh], Machine] = field(default_factory=dict)
+    refusal: str = ""  # why the last setup that cannot be cannot
 
     def plan(self, setup: Setup, inputs: Inputs | None = None, sizes: Sequence[int] = ()) -> Training:
         """One step."""
@@ -43,8 +44,8 @@ class Planner:
             for name, chunks in ((n, c) for n in (names if mesh.pp > 1 else ("1f1b",)) for c in CHUNKS[n]):
                 try:
                     yield self.plan(Setup(mesh, name, chunks, batch, seq, micro))
-                except DscError:  # no such form for these numbers
-                    continue
+                except DscError as error:  # no such form for these numbers
+                    self.refusal = str(error)
 
     def effects(self, plan: Training, on_step: Callable[[str], None] = lambda step: None) -> list[Effect]:
         """What each assumption that has a range does to GPU-hours, the layers staying where they are."""
