@@ -100,18 +100,31 @@ def expert_weights(module: Module) -> dict[str, tuple[int, int]]:
     """The stacks of experts by full name: to how many experts a token goes, and of how many."""
     found: dict[str, tuple[int, int]] = {}
     sent: dict[Value, tuple[int, int] | None] = {}
+    handed = _handed(module)
     for prefix, _, op in walk(module):
         if isinstance(op, GroupedMatmul | GroupedScaledMatmul) and (owner := _weight(op.w)):
             if op.counts not in sent:  # once, however often the function runs
-                sent[op.counts] = _chosen(op.counts)
+                sent[op.counts] = _chosen(op.counts, handed)
             if chosen := sent[op.counts]:
                 found[join(prefix, owner.path)] = chosen
     return found
 
 
-def _chosen(counts: Value) -> tuple[int, int] | None:
+def _handed(module: Module) -> dict[Value, Value]:
+    """Where values that cross a call come from: a parameter from its argument (of the first call), a call's result from its function's."""
+    found: dict[Value, Value] = {}
+    for op in (op for func in module.funcs for op in func.ops):
+        if isinstance(op, Call):
+            callee = module[op.callee]
+            for param, given in zip(callee.params, op.operands, strict=True):
+                found.setdefault(param, given)
+            found.update(zip(op.results, callee.results, strict=True))
+    return found
+
+
+def _chosen(counts: Value, handed: Mapping[Value, Value]) -> tuple[int, int] | None:
     """To how many experts a token goes whose rows `counts` counts, and of how many."""
-    match _dispatch(counts):
+    match _dispatch(counts, handed):
         case Dispatch(ids=ids, experts=experts):
             return bound(ids.shape[1]), experts
         case DispatchGroups(ids=ids, groups=groups, size=size):
@@ -119,18 +132,23 @@ def _chosen(counts: Value) -> tuple[int, int] | None:
     return None
 
 
-def _dispatch(counts: Value) -> Dispatch | DispatchGroups | None:
-    """The dispatch whose rows `counts` counts, exchanged between ranks as they may be; of hops the first, which knows all experts."""
+def _dispatch(counts: Value, handed: Mapping[Value, Value]) -> Dispatch | DispatchGroups | None:
+    """The dispatch whose rows `counts` counts, exchanged between ranks as they may be; of hops the first, which knows all experts.
+
+    Only integers lead there: behind the scores that chose the experts lie the layers before.
+    """
     seen, ahead = set[Value](), [counts]
     while ahead:
         value = ahead.pop()
+        while value in handed:
+            value = handed[value]
         if isinstance(value.owner, Dispatch):
             return value.owner
         if isinstance(value.owner, DispatchGroups):
-            return _dispatch(value.owner.ids) or value.owner
+            return _dispatch(value.owner.ids, handed) or value.owner
         if value.owner and value not in seen:
             seen.add(value)
-            ahead += value.owner.operands
+            ahead += [v for v in value.owner.operands if not (isinstance(v.type, Tensor) and v.dtype.is_float)]
     return None
 
 

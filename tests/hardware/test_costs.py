@@ -22,6 +22,7 @@ from dsc.ir.ops.quant import Quantize, ScaledMatmul
 from dsc.ir.ops.shape import Reshape, Transpose
 from dsc.ir.routing import Routing
 from dsc.ir.types import DType, Ragged, Tensor
+from dsc.ir.walk import parameters
 
 SETTINGS = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 H800 = cluster("h800")
@@ -187,3 +188,4 @@ def test_two_hops_follow_the_mesh_whatever_a_domain_is() -> None:
     assert all(cost.seconds > 0 for cost in found.values())
     made = dsc.apply(module, "overlap{microbatches=2}")
     assert made.stage == "scheduled"
+    assert parameters(made) == parameters(module)  # hops in two functions, now: a token goes to as many of as many experts
