@@ -65,17 +65,18 @@ class Overlap(Pass):
     requires: ClassVar[str] = "sharded.."
     ensures: ClassVar[str | None] = "scheduled"
     cluster: str = "h800"
-    memory_gb: float = inf
+    memory_gb: float | None = None
     microbatches: int = 1
 
     def __post_init__(self) -> None:
         cluster(self.cluster)
-        require(self.memory_gb > 0, f"memory-gb is {self.memory_gb}, expected more than 0")
+        require(self.memory_gb is None or self.memory_gb > 0, f"memory-gb is {self.memory_gb}, expected more than 0")
         require(self.microbatches in (1, 2), f"microbatches is {self.microbatches}, expected 1 or 2")
 
     def __call__(self, module: Module) -> Module:
         require(self.microbatches == 1 or not is_staged(module), "microbatches=2 is for a program that is not cut into stages")
-        made = overlapped(module, costing_of(module, self.cluster), self.memory_gb * GB, self.microbatches)
+        cap = inf if self.memory_gb is None else self.memory_gb * GB
+        made = overlapped(module, costing_of(module, self.cluster), cap, self.microbatches)
         for func, over in made.over.items():
             self.decline(made.module[func], made.module[func].ops[0], f"no order was found that keeps under memory-gb, by {over} bytes")
         return made.module
