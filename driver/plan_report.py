@@ -90,6 +90,11 @@ def mfu(plan: Training, flops: Flops, peak: float) -> tuple[float, float]:
     return flops.causal * rate, flops.full * rate
 
 
+def unit_of(seconds: float) -> tuple[float, str]:
+    """The largest unit of time of which `seconds` makes one or more, and its name."""
+    return next(((scale, name) for scale, name in ((1.0, "s"), (1e-3, "ms")) if seconds >= scale), (1e-6, "us"))
+
+
 def describe(
     name: str, plan: Training, flops: Flops, inputs: Inputs, effects: Sequence[Effect], others: Sequence[tuple[str, Training]]
 ) -> str:
@@ -101,34 +106,35 @@ def describe(
     share = {n: f"{100 * s / plan.step:.1f}%" for n, s in parts(plan).items()}
     total = sum(parts(plan).values())
     micro = plural(setup.micro, "sequence")
+    scale, unit = unit_of(plan.step)
+    least, most = (float(f(plan.timeline.bubbles)) / scale for f in (min, max))
     lines = [
         f"{name} on {mesh.world:,} {cluster.name}: {mesh}, {setup.schedule}, "
         f"{setup.microbatches} micro-batches of {micro} of {setup.seq} tokens",
         "",
-        f"step       {plan.step:.2f} s for {count(setup.tokens)} tokens: {count(plan.tokens_per_second)} tokens/s, "
+        f"step       {plan.step / scale:.2f} {unit} for {count(setup.tokens)} tokens: {count(plan.tokens_per_second)} tokens/s, "
         f"{plan.tokens_per_second / mesh.world:,.0f} on each GPU",
         f"cost       {count(plan.gpu_hours)} GPU-hours per trillion tokens ({count(low)} to {count(high)}), "
         f"{count(plan.gpu_hours * price)} USD at {price:g} USD an hour",
-        f"MFU        {causal:.1%} causal, {full:.1%} non-causal: {flops.causal / 1e9:.1f} and {flops.full / 1e9:.1f} GFLOP a token "
+        f"MFU        {causal:.1%} causal, {full:.1%} non-causal: {flops.causal / 1e9:.4g} and {flops.full / 1e9:.4g} GFLOP a token "
         f"(three times the products of the",
         f"           forward pass; {flops.left_out}) by the peak of {peak / 1e12:.0f} TFLOP/s in BF16",
-        f"bubble     {float(min(plan.timeline.bubbles)):.2f} to {float(max(plan.timeline.bubbles)):.2f} s, "
-        f"{plan.bubble:.1%} of the pipeline's time",
-        f"exposed    {plan.exposed:.2f} s of communication; computation hides {plan.hidden:.1%} of it"
+        f"bubble     {least:.2f} to {most:.2f} {unit}, {plan.bubble:.1%} of the pipeline's time",
+        f"exposed    {plan.exposed / scale:.2f} {unit} of communication; computation hides {plan.hidden:.1%} of it"
         + (" in overlapped pairs" if setup.schedule.startswith("dualpipe") else ""),
         f"limited by {limits(plan)}",
         f"placement  {', '.join(map(str, plan.stages.depths))} layers on the stages, beside embedding, norms, head and losses",
         "",
         table(
-            ("where the time goes", "seconds", "share"),
-            [[n, f"{s:.2f}", share[n]] for n, s in parts(plan).items()] + [["step", f"{total:.2f}", ""]],
+            (f"where the time of a middle rank goes [{unit}]", "time", "share"),
+            [[n, f"{s / scale:.2f}", share[n]] for n, s in parts(plan).items()] + [["step", f"{total / scale:.2f}", ""]],
         ),
         "",
         memory_table(plan),
     ]
     if others:
         rows = [
-            [label, f"{o.step:.2f} s", count(o.gpu_hours), f"{o.bubble:.1%}", size(o.peak.total), "yes" if o.fits else "no"]
+            [label, f"{o.step / scale:.2f} {unit}", count(o.gpu_hours), f"{o.bubble:.1%}", size(o.peak.total), "yes" if o.fits else "no"]
             for label, o in others
         ]
         lines += ["", table(("instead", "step", "GPU-hours", "bubble", "fullest rank", "fits"), rows)]
