@@ -39,7 +39,11 @@ def refusal(sample: Sample) -> str | None:
     if sample.cls in GAPS:
         return GAPS[sample.cls].reason
     model = sample.attributes.get("accumulation")
-    return f"it accumulates as {model.arithmetic!r} says" if model and model.arithmetic != "float32" else None
+    return (
+        f"it accumulates as {model.arithmetic!r} says, bit by bit, which no op of ONNX does"
+        if model and model.arithmetic != "float32"
+        else None
+    )
 
 
 MAPPED = [s for s in SAMPLES if not refusal(s)]

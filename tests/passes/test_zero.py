@@ -111,7 +111,7 @@ def stepped(made: Programs, rounds: int = 2) -> tuple[dict[str, Any], dict[str, 
     found: list[dict[str, Any]] = []
     for _ in range(rounds):
         given = list(values.values())
-        if mesh is None:
+        if mesh.world == 1:
             results = FLOAT64.run(update, no_weights, given)
         else:
             splits = input_splits(update)
@@ -128,8 +128,6 @@ def stepped(made: Programs, rounds: int = 2) -> tuple[dict[str, Any], dict[str, 
 
 def whole_types(made: Programs) -> list[Tensor]:
     types = [p.tensor for p in made.update.main.params]
-    if made.mesh is None:
-        return types
     return [whole(t, s, made.mesh) for t, s in zip(types, input_splits(made.update), strict=True)]  # type: ignore[misc]
 
 
@@ -141,7 +139,7 @@ def same_as_one_rank(alone: Programs, made: Programs) -> None:
     """Every result of two updates, bit for bit; the norm to the rounding of its parts."""
     for one, many in zip(stepped(alone), stepped(made), strict=True):
         assert list(one) == list(many)
-        parts = 2 + (made.mesh.world if made.mesh else 0)  # a rounding for each rank's sum, of their sum and of the root
+        parts = 2 + made.mesh.world  # a rounding for each rank's sum, of their sum and of the root
         assert float(many.pop("norm")) == pytest.approx(float(one.pop("norm")), rel=parts * 2.0**-24)
         differing = [name for name in one if not np.array_equal(one[name], many[name])]
         assert not differing

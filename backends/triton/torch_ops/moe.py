@@ -1,11 +1,14 @@
-"""The gate, and the way to the experts and back. Nothing waits for the GPU but where the number of rows is known at run time only."""
+"""The gate, and the way to the experts and back. Nothing waits for the GPU but sums over rows of groups.
+
+Where the number of rows is known at run time only, there are as many as there can be, and those beyond are zeros.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from ....ir.ops import moe as ops
-from ....ir.types import DType
+from ....ir.types import DType, bound
 from ..tensors import rounded, widen
 from .registry import torch_op
 from .shape import plain
@@ -105,13 +108,19 @@ def dispatch_groups(op: ops.DispatchGroups, *operands: Tensor) -> tuple[Tensor, 
     *xs, ids = operands
     group = torch.where(ids < 0, op.groups, ids // op.size).to(torch.int64)
     chosen = torch.zeros((len(ids), op.groups + 1), dtype=torch.bool, device=ids.device).scatter(1, group, True)[:, :-1].T
-    groups, tokens = chosen.nonzero(as_tuple=True)  # its extent is the number of rows: here the host waits
-    inside = torch.where(group[tokens] == groups[:, None], ids[tokens] - groups[:, None] * op.size, -1)
-    rows = (plain(x).index_select(0, tokens).view(x.dtype) for x in xs)
-    return *rows, inside.to(torch.int32), chosen.sum(1, dtype=torch.int32), tokens.to(torch.int32)
+    counts = chosen.sum(1, dtype=torch.int32)
+    most = bound(op.results[0].shape[0])
+    place = torch.sort((~chosen).reshape(-1).to(torch.uint8), stable=True).indices[:most]  # what is chosen comes first, in its order
+    place = torch.nn.functional.pad(place, (0, most - len(place)))
+    within = torch.arange(len(place), device=ids.device) < counts.sum()
+    groups, tokens = place // max(1, len(ids)), torch.where(within, place % max(1, len(ids)), 0)
+    here = (group[tokens] == groups[:, None]) & within[:, None]
+    inside = torch.where(here, ids[tokens] - groups[:, None] * op.size, -1)
+    rows = (plain(x).index_select(0, tokens).masked_fill(~within[:, None], 0).view(x.dtype) for x in xs)
+    return *rows, inside.to(torch.int32), counts, tokens.to(torch.int32)
 
 
-@torch_op(ops.CombineGroups)
+@torch_op(ops.CombineGroups, waits=True)
 def combine_groups(op: ops.CombineGroups, rows: Tensor, tokens: Tensor, ids: Tensor, weights: Tensor | None = None) -> Tensor:
     wide = torch.float64 if op.rows.dtype is DType.f64 else torch.float32
     terms = widen(rows, wide) if weights is None else widen(rows, wide) * widen(weights, wide)
