@@ -21,22 +21,14 @@ def mean(g: Emitter, op: ops.Mean, x: Value) -> Value:
 
 
 @onnx(ops.Max, "carried")
-def max_(g: Emitter, op: ops.Max, x: Value) -> Value:
+@onnx(ops.Any, "carried")
+def max_(g: Emitter, op: ops.Max | ops.Any, x: Value) -> Value:
     return g.ReduceMax(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
 
 
 @onnx(ops.Min, "carried")
-def min_(g: Emitter, op: ops.Min, x: Value) -> Value:
-    return g.ReduceMin(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
-
-
-@onnx(ops.Any, "carried")
-def any_(g: Emitter, op: ops.Any, x: Value) -> Value:
-    return g.ReduceMax(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
-
-
 @onnx(ops.All, "carried")
-def all_(g: Emitter, op: ops.All, x: Value) -> Value:
+def min_(g: Emitter, op: ops.Min | ops.All, x: Value) -> Value:
     return g.ReduceMin(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
 
 

@@ -57,9 +57,9 @@ class Min(Extreme):
     """Smallest element over axes; NaN if there is one."""
 
 
-@op("any")
-class Any(Op):
-    """Whether some element over axes is true."""
+@family
+class Quantified(Op):
+    """A truth over `axes`, which go away, or stay as 1 with keepdims."""
 
     x: Value
     axes: tuple[int, ...]
@@ -68,19 +68,16 @@ class Any(Op):
     def infer(self) -> tuple[Type, ...]:
         require_bool(self.x)
         return reduced(self.x, self.axes, self.keepdims, DType.bool)
+
+
+@op("any")
+class Any(Quantified):
+    """Whether some element over axes is true."""
 
 
 @op("all")
-class All(Op):
+class All(Quantified):
     """Whether every element over axes is true."""
-
-    x: Value
-    axes: tuple[int, ...]
-    keepdims: bool = False
-
-    def infer(self) -> tuple[Type, ...]:
-        require_bool(self.x)
-        return reduced(self.x, self.axes, self.keepdims, DType.bool)
 
 
 @op("argmax")
