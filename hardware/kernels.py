@@ -7,7 +7,9 @@ attention         FLOPs, of the tiles on and below the diagonal where causal, at
 all else          FLOPs at the peak of the vector units, bytes at the share `rows` of the bandwidth
 
 A view, a weight on its way to its reader and a bundle move nothing. FP8 codes that are turned before a product are copied, since tensor
-cores take FP8 operands along K alone (report, section 3.5.2): such a transpose is not a view here.
+cores take FP8 operands along K alone (report, section 3.5.2): such a transpose is not a view here. An op reads what lies in memory: of a
+value that is stretched its original, of a value and a part of it the value, of a table the rows that are taken. A cache is
+extended where it lies, as `updates` of a program allow.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..ir.ops.control import Call
 from ..ir.ops.fused import Fused
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
-from ..ir.ops.shape import Transpose
+from ..ir.ops.shape import Broadcast, CacheAppend, Gather, Reshape, Slice, Take, Transpose
 from ..ir.types import Bundle, DType, Ragged, Tensor, Type, bound, landed
 from .device import Device
 from .products import Product, loop_seconds
@@ -107,7 +109,30 @@ class Compute:
         if isinstance(op, Quantize) and "fused-cast" in self.features:
             wider = (op.x.dtype.bits - op.dtype.bits) / 8  # the product that reads it reads the original instead
             return max(0.0, wider) * self.size(op.x.type)
-        return sum(self.bytes(v.type) for v in dict.fromkeys((*op.operands, *op.results)))
+        match op:
+            case Take() | Gather():
+                return 2 * self.bytes(op.result.type) + self._stored(op.indices)
+            case CacheAppend():
+                return 2 * self._stored(op.new) + self._stored(op.positions)
+        read = dict.fromkeys(map(self._all_of, op.operands))
+        apart = (v for v in read if read.keys().isdisjoint(self._behind(v)[1:]))
+        return sum(map(self._stored, apart)) + sum(self.bytes(r.type) for r in op.results)
+
+    def _behind(self, value: Value) -> list[Value]:
+        """The value, and what it is a view of, up to what lies in memory."""
+        found = [value]
+        while isinstance(owner := found[-1].owner, Reshape | Transpose | Broadcast | Slice) and self.free(owner):
+            found.append(owner.x)
+        return found
+
+    def _all_of(self, value: Value) -> Value:
+        """The first that was made of those that have the elements of `value` and no others."""
+        size = self.size(value.type)
+        return [v for v in self._behind(value) if self.size(v.type) == size][-1]
+
+    def _stored(self, value: Value) -> float:
+        """Bytes in memory of what an op reads of a value."""
+        return min(self.bytes(v.type) for v in self._behind(value))
 
     def extent(self, dim: int | Ragged) -> float:
         """How long a dimension is."""

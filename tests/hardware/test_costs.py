@@ -14,12 +14,12 @@ from dsc.hardware.cost import Costs, seconds
 from dsc.hardware.links import Group, exchanged, gathered, reduced, two_hop
 from dsc.ir.core import Op, Phase, Value
 from dsc.ir.mesh import parse_mesh
-from dsc.ir.ops.attention import Attention
+from dsc.ir.ops.attention import Attention, AttentionDecode
 from dsc.ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
 from dsc.ir.ops.linalg import Matmul
 from dsc.ir.ops.norm import RmsNorm
 from dsc.ir.ops.quant import Quantize, ScaledMatmul
-from dsc.ir.ops.shape import Reshape, Transpose
+from dsc.ir.ops.shape import Broadcast, CacheAppend, Concat, Gather, Reshape, Slice, Take, Transpose
 from dsc.ir.routing import Routing
 from dsc.ir.types import DType, Ragged, Tensor
 from dsc.ir.walk import parameters
@@ -75,6 +75,38 @@ def test_what_moves_nothing_is_free() -> None:
     turned = Transpose(codes, (1, 0))
     assert Costs(H800).cost(turned).bytes == 2 * 4096 * 7168
     assert Costs(cluster("h800-transposed-reads")).seconds(turned) == 0
+
+
+def test_what_an_op_reads_is_what_lies_in_memory() -> None:
+    """Rows that are taken, the place that is written, an original however often it is stretched, and a value once with its parts."""
+    ids, positions = value(DType.i64, 64), value(DType.i64, 64)
+    assert Costs(H800).cost(Take(value(DType.bf16, 129280, 7168), ids)).bytes == 2 * 64 * 7168 * 2 + 64 * 8
+    last = Broadcast(Reshape(positions, (64, 1, 1)).result, (64, 1, 7168)).result
+    assert Costs(H800).cost(Gather(value(DType.bf16, 64, 4096, 7168), last, 1)).bytes == 2 * 64 * 7168 * 2 + 64 * 8
+    cache = CacheAppend(value(DType.bf16, 64, 4096, 576), value(DType.bf16, 64, 576), positions)
+    assert Costs(H800).cost(cache).bytes == 2 * 64 * 576 * 2 + 64 * 8
+    one = value(DType.bf16, 4096, 1, 64)
+    key = Concat((value(DType.bf16, 4096, 128, 128), Broadcast(one, (4096, 128, 64)).result), 2)
+    assert Costs(H800).cost(key).bytes == 4096 * 2 * (128 * 128 + 64 + 128 * 192)
+    twice = Concat((Reshape(one, (4096, 64)).result, Reshape(one, (4096, 64)).result), 1)
+    assert Costs(H800).cost(twice).bytes == 4096 * 2 * (64 + 128)
+
+
+@pytest.mark.parametrize(("heads", "bound"), [(16, "memory"), (128, "matrix")])
+def test_decoding_reads_the_latents_once_and_reaches_what_flashmla_does(heads: int, bound: str) -> None:
+    """H800: 3000 GB/s where few heads read a cache, 580 and 660 TFLOP/s where 128 do (FlashMLA, README and docs/20250422)."""
+    q = value(DType.bf16, 64, heads, 576)
+    keys = Reshape(value(DType.bf16, 64, 4096, 576), (64, 4096, 1, 576)).result
+    op = AttentionDecode(q, keys, Slice(keys, 3, 0, 512).result, value(DType.i64, 64), 0.1)
+    cost = Costs(H800).cost(op)
+    took = cost.seconds - H800.launch.mid
+    assert cost.bytes == 64 * (4096 * 576 * 2 + heads * (576 + 512) * 2 + 8)
+    assert cost.flops == 2 * 64 * heads * 4096 * (576 + 512)
+    assert cost.bound == bound
+    if bound == "memory":
+        assert cost.bytes / took == pytest.approx(3000e9, rel=1e-3)
+    else:
+        assert 580e12 <= cost.flops / took <= 660e12
 
 
 def test_distinct_places_by_hand_and_by_deepseeks_rule() -> None:
