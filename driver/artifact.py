@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ir.core import Module
-from ..ir.errors import DscError, require
+from ..ir.errors import DscError, faults, require
 from .interrupt import check
 
 SCHEMA = 1
@@ -178,8 +178,7 @@ def load(path: str | Path) -> Artifact:
     except json.JSONDecodeError as error:
         raise DscError(f"{file}: not JSON: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DscError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise DscError(f"{file}: {faults(error.errors())}") from None
 
 
 def check_target(path: Path) -> None:

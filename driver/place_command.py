@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ POLICIES = ("balanced", "eplb-hierarchical", "eplb-global")
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--gpus", type=int, required=True, help="GPUs that hold the experts of a layer.")
 @click.option("--replicas", type=int, required=True, help="Slots for experts in all, redundant ones included.")
-@click.option("--nodes", type=int, default=1, show_default=True, help="Nodes that the GPUs are in.")
-@click.option("--policy", type=click.Choice(POLICIES), default=POLICIES[0], show_default=True, help="Whose placement -o writes.")
+@click.option("--nodes", type=int, default=1, help="Nodes that the GPUs are in. Default: 1.")
+@click.option("--policy", type=click.Choice(POLICIES), default=POLICIES[0], help="Whose placement -o writes. Default: balanced.")
+@click.option(
+    "--shared-expert",
+    "shared",
+    type=click.Choice(["apart", "routed"]),
+    default="apart",
+    help="The shared expert on every GPU, or as one more routed expert, which every token goes to. Default: apart.",
+)
 @click.option("--previous", type=click.Path(path_type=Path), metavar="FILE", help="A placement in use: what would have to be copied?")
 @click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the placement.")
 @json_option
-def place(file: Path, gpus: int, replicas: int, nodes: int, policy: str, previous: Path | None, out: Path | None, as_json: bool) -> int:
+def place(
+    file: Path, gpus: int, replicas: int, nodes: int, policy: str, shared: str, previous: Path | None, out: Path | None, as_json: bool
+) -> int:
     """Place experts on GPUs by how many tokens they got.
 
     FILE is a routing histogram that dsc run --routing-stats wrote. Balancedness is the mean load of a GPU over that of the fullest,
@@ -34,31 +44,32 @@ def place(file: Path, gpus: int, replicas: int, nodes: int, policy: str, previou
     dsc run out --routing-stats routing.json
     dsc place routing.json --gpus 32 --replicas 288 --nodes 4 -o placement.json
     """
+    from ..passes.place_experts import read as read_placement
     from ..passes.placement import Placement, balanced, balancedness, best_balancedness, cross_node_copies, eplb_global, hierarchical, moved
-    from .routing_stats import PlacementFile, RoutingStats, read, write
+    from .routing_stats import read, write
     from .run import check_writable
 
     if out:
         check_writable(out)
-    stats = read(file, RoutingStats)
+    stats = read(file)
     rule = stats.rule
-    experts, groups = rule["experts"], rule["groups"]
-    loads = [layer.counts for layer in stats.layers.values()]
-    before = read(previous, PlacementFile) if previous else None
-    require(before is None or list(before.layers) == list(stats.layers), f"{previous}: places other layers than {file} counts")
-    old = before.placement if before else None
+    groups, more = rule["groups"], int(shared == "routed")
+    loads = [(*layer.counts, *[layer.tokens] * more) for layer in stats.layers.values()]
+    require(not (more and policy == "eplb-hierarchical"), "eplb-hierarchical places groups of experts, and the shared one is in none")
+    old, placed = read_placement(previous) if previous else (None, stats.layers)
+    require(list(placed) == list(stats.layers), f"{previous} places other layers than {file} counts")
     makers: dict[str, Callable[[], Placement]] = {
         "balanced": lambda: balanced(loads, replicas, gpus, nodes, old),
         "eplb-hierarchical": lambda: hierarchical(loads, replicas, gpus, nodes, groups),
         "eplb-global": lambda: eplb_global(loads, replicas, gpus, nodes),
     }
-    if groups % nodes and policy != "eplb-hierarchical":
+    if more or (groups % nodes and policy != "eplb-hierarchical"):
         del makers["eplb-hierarchical"]
     made = {name: make() for name, make in makers.items()}
 
     def score(placement: Placement) -> dict[str, Any]:
         even = balancedness(loads, placement)
-        copies = cross_node_copies(loads, placement, rule["top_k"], groups, rule["top_groups"])
+        copies = cross_node_copies(loads, placement, rule["top_k"], groups, rule["top_groups"], bool(more))
         found = {
             "balancedness": sum(even) / len(even),
             "worst": min(even),
@@ -74,7 +85,8 @@ def place(file: Path, gpus: int, replicas: int, nodes: int, policy: str, previou
     chosen = made[policy]
     if out:
         slots = dict(zip(stats.layers, chosen.slots, strict=True))
-        write(out, PlacementFile(policy=policy, experts=experts, gpus=gpus, nodes=nodes, layers=slots))
+        sizes = {"experts": chosen.experts, "gpus": gpus, "nodes": nodes}
+        write(out, json.dumps({"format": "dsc-placement", "version": 1, "policy": policy, **sizes, "layers": slots}))
     if as_json:
         layers = {
             name: {"balancedness": even, "bound": best, "slots": chosen.slots[i]}
@@ -84,7 +96,8 @@ def place(file: Path, gpus: int, replicas: int, nodes: int, policy: str, previou
         return 0
     tokens = max(layer.tokens for layer in stats.layers.values())
     on = f"{replicas:,} replicas on {plural(gpus, 'GPU')} in {plural(nodes, 'node')}"
-    print(f"{plural(len(loads), 'layer')} of {experts} experts, {plural(tokens, 'token')}; {on}\n")
+    beside = " and the shared one" if more else ""
+    print(f"{plural(len(loads), 'layer')} of {rule['experts']} experts{beside}, {plural(tokens, 'token')}; {on}\n")
     head = ["policy", "balancedness", "worst layer", "copies to other nodes", "duplicates", *(["experts to copy", "bytes"] if old else [])]
     rows = []
     for name, s in scores.items():

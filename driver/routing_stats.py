@@ -1,6 +1,6 @@
-"""The files of expert placement: how many tokens each expert got (`dsc run --routing-stats`), and which GPU holds which (`dsc place -o`).
+"""The histogram of `dsc run --routing-stats`, how many tokens each expert got: JSON with a format and a version.
 
-Both are JSON with a format and a version. A histogram adds up: a run adds its counts to what the file has.
+It adds up: a run adds its counts to what the file has. The placement that `dsc place` makes of it passes/place_experts.py reads.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ..backends import Site
 from ..ir.core import Module, Op, users
-from ..ir.errors import DscError, require
+from ..ir.errors import DscError, faults, require
 from ..ir.ops.moe import Dispatch, Route
 from ..ir.types import bound
 from ..ir.walk import weights as weights_of
-from ..passes.placement import Placement
+
+FORMAT: Final = "dsc-routing-stats"
 
 
 class Record(BaseModel):
@@ -58,7 +59,7 @@ class LayerStats(Record):
 class RoutingStats(Record):
     """The histogram, by the prefix of the layer's weight names."""
 
-    format: Literal["dsc-routing-stats"] = "dsc-routing-stats"
+    format: Literal["dsc-routing-stats"] = FORMAT
     version: Literal[1] = 1
     layers: dict[str, LayerStats]
 
@@ -73,43 +74,25 @@ class RoutingStats(Record):
         return rules[first]
 
 
-class PlacementFile(Record):
-    """A placement: the expert in each slot, by layer; slots of GPU 0 first. `policy` is how it was made."""
-
-    format: Literal["dsc-placement"] = "dsc-placement"
-    version: Literal[1] = 1
-    policy: str
-    experts: PositiveInt
-    gpus: PositiveInt
-    nodes: PositiveInt
-    layers: dict[str, tuple[int, ...]]
-
-    @property
-    def placement(self) -> Placement:
-        """The placement itself, checked."""
-        return Placement(tuple(self.layers.values()), self.experts, self.gpus, self.nodes)
-
-
-AnyRecord = TypeVar("AnyRecord", bound=Record)
-
-
-def read(file: Path, kind: type[AnyRecord]) -> AnyRecord:
-    """The record in `file`. `DscError` with one line where it is none of this kind and version."""
+def read(file: Path) -> RoutingStats:
+    """The histogram in `file`. `DscError` with one line where it is none of this version."""
+    wanted = f"expected a routing histogram as dsc run --routing-stats {file.name} writes it"
     try:
-        return kind.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        form = raw.get("format") if isinstance(raw, dict) else None
+        require(form == FORMAT, f"{file}: {wanted}, found {f'one of format {form}' if form else 'other JSON'}")
+        return RoutingStats.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DscError(f"{file}: {f'{where}: ' if where else ''}{first['msg']}") from None
+        raise DscError(f"{file}: {faults(error.errors())}") from None
     except ValueError as error:  # of json and of the decoder
-        raise DscError(f"{file}: not JSON: {error}") from None
+        raise DscError(f"{file}: {wanted}, found no JSON: {error}") from None
 
 
-def write(file: Path, record: Record) -> None:
+def write(file: Path, text: str) -> None:
     """Write beside and rename: a reader never sees half a file."""
     draft = file.with_name(f".{file.name}.partial")
     try:
-        draft.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        draft.write_text(f"{text}\n", encoding="utf-8")
         draft.replace(file)
     except OSError as error:
         draft.unlink(missing_ok=True)
@@ -138,7 +121,7 @@ class Recorder:
             bool(self._gates),
             "--routing-stats counts where gates send tokens, but no route op leads to a dispatch (raise-moe lifts imports)",
         )
-        self.earlier = read(self.file, RoutingStats).layers if self.file.exists() else {}
+        self.earlier = read(self.file).layers if self.file.exists() else {}
         self._found: dict[str, tuple[Route, np.ndarray]] = {}
 
     def __call__(self, site: Site, op: Op, operands: Any, results: Any) -> None:
@@ -164,7 +147,7 @@ class Recorder:
                 counts=tuple(counts.tolist()),
             )
             layers[name] = _sum(name, [*([layers[name]] if name in layers else []), found])
-        write(self.file, RoutingStats(layers=layers))
+        write(self.file, RoutingStats(layers=layers).model_dump_json(indent=1))
 
 
 def _sum(name: str, parts: Iterable[LayerStats]) -> LayerStats:

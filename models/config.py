@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from ..ir.errors import DscError, require
+from ..ir.errors import DscError, faults, require
 
 _SHIPPED = Path(__file__).with_name("configs")
 
@@ -310,7 +310,7 @@ def _validate(fields: dict[str, Any], where: str) -> ModelConfig:
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
-        raise DscError(f"{where}: {'; '.join(_describe(item) for item in error.errors())}") from None
+        raise DscError(f"{where}: {faults(error.errors())}") from None
 
 
 def _default_head_dim(fields: Mapping[str, Any], where: str) -> Any:
@@ -322,14 +322,3 @@ def _default_head_dim(fields: Mapping[str, Any], where: str) -> Any:
         return 1  # the wrong field itself is reported by its own type rule
     require(hidden % heads == 0, f"{where}: hidden_size = {hidden} is not divisible by num_attention_heads = {heads}, and no head_dim")
     return hidden // heads
-
-
-def _describe(error: Mapping[str, Any]) -> str:
-    if not error["loc"]:
-        return error["msg"].removeprefix("Value error, ")
-    field, found = ".".join(map(str, error["loc"])), error["input"]
-    if error["type"] == "missing":
-        return f"{field} is missing"
-    if error["type"] == "extra_forbidden":
-        return f"{field} is not supported"
-    return f"{field} = {json.dumps(found, default=str)}: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -101,7 +101,8 @@ class PlaceExperts(Pass):
         if self.placement is not None:
             placement, named = read(Path(self.placement))
             own = [prefix or name for prefix, name in layers]
-            require(placement.experts == every, f"{self.placement} places {placement.experts} experts, the program has {every}")
+            hint = ": place the shared expert as compile takes it, apart or routed" if abs(placement.experts - every) == 1 else ""
+            require(placement.experts == every, f"{self.placement} places {placement.experts} experts, the program has {every}{hint}")
             lacking = [name for name in own if name not in named]
             require(not lacking, f"{self.placement} places no layer {lacking[:1]}; it has {', '.join(named)}")
             return [named[name] for name in own], placement.gpus

@@ -149,38 +149,46 @@ def moved(placement: Placement, previous: Placement) -> list[int]:
     ]
 
 
-def cross_node_copies(loads: Loads, placement: Placement, top_k: int, groups: int = 1, top_groups: int = 1) -> list[float]:
+def cross_node_copies(
+    loads: Loads, placement: Placement, top_k: int, groups: int = 1, top_groups: int = 1, shared: bool = False
+) -> list[float]:
     """How many other nodes a token is expected to be sent to, for each layer; a node that it is sent to gets one copy.
 
     A histogram does not say which experts are chosen together. Assumed is that a token takes `top_groups` of the groups and `top_k`
     experts in them, each such choice as likely as the product of its experts' loads, that any replica of an expert may serve it, and that
     tokens start on all nodes alike. For equal loads this is the expectation under uniform routing: 256 experts on 8 nodes give 3.629
-    nodes where 4 of 8 groups are taken, 5.295 without groups, the token's own among them.
+    nodes where 4 of 8 groups are taken, 5.295 without groups, the token's own among them. With `shared` the last expert is one that every
+    token goes to beside its `top_k`.
     """
-    experts, nodes = placement.experts, placement.nodes
+    experts, nodes = placement.experts - shared, placement.nodes
     require(
         experts % groups == 0 and top_k <= top_groups * (experts // groups) and top_groups <= groups,
         f"top {top_k} of {experts} experts in {top_groups} of {groups} groups is no choice of experts",
     )
     found = []
     for i, load in enumerate(loads):
-        counts, mean = placement.replicas(i), sum(load) / experts
-        weight = [w / mean if mean else 1.0 for w in load]
+        counts, mean = placement.replicas(i), sum(load[:experts]) / experts
+        weight = [w / mean if mean else 1.0 for w in load[:experts]]
         every = _choices(weight, top_k, groups, top_groups)
         require(every > 0, f"layer {i}: no {top_k} experts in {top_groups} of {groups} groups have a load")
         reached = 0.0
         for held in placement.on_nodes(i):
-            elsewhere = weight.copy()
+            elsewhere = [*weight, 1.0]
             for expert in held:
-                elsewhere[expert] -= weight[expert] / counts[expert]
-            reached += 1 - _choices(elsewhere, top_k, groups, top_groups) / every
+                elsewhere[expert] -= (weight[expert] if expert < experts else 1.0) / counts[expert]
+            reached += 1 - elsewhere.pop() * _choices(elsewhere, top_k, groups, top_groups) / every
         found.append(reached * (1 - 1 / nodes))
     return found
 
 
 def _check_shares(replicas: int, gpus: int, nodes: int) -> None:
-    require(gpus > 0 and replicas > 0 and replicas % gpus == 0, f"{replicas} replicas do not make equal shares for {gpus} GPUs")
-    require(nodes > 0 and gpus % nodes == 0, f"{gpus} GPUs do not make equal shares for {nodes} nodes")
+    for what, number in (("replicas", replicas), ("GPUs", gpus), ("nodes", nodes)):
+        require(number > 0, f"{number} {what}: expected 1 or more")
+    below = replicas // gpus * gpus
+    near = f"{below} or {below + gpus}" if below else str(gpus)
+    require(replicas % gpus == 0, f"{replicas} replicas do not make equal shares for {gpus} GPUs: {near} would")
+    fits = [str(n) for n in range(1, gpus + 1) if gpus % n == 0]
+    require(gpus % nodes == 0, f"{gpus} GPUs do not make equal shares for {nodes} nodes: {', '.join(fits)} would")
 
 
 def _check(loads: Loads, replicas: int, gpus: int, nodes: int) -> int:
@@ -188,7 +196,7 @@ def _check(loads: Loads, replicas: int, gpus: int, nodes: int) -> int:
     _check_shares(replicas, gpus, nodes)
     sizes = sorted({len(load) for load in loads})
     require(len(sizes) == 1, f"expected as many experts in every layer, found {', '.join(map(str, sizes)) or 'no layer'}")
-    require(replicas >= sizes[0] > 0, f"{replicas} replicas cannot hold {sizes[0]} experts")
+    require(replicas >= sizes[0] > 0, f"{replicas} replicas cannot hold {sizes[0]} experts: {-(-sizes[0] // gpus) * gpus} or more would")
     for i, load in enumerate(loads):
         require(all(0 <= w < float("inf") for w in load), f"layer {i}: expected loads of 0 or more, found {min(load)} to {max(load)}")
     return sizes[0]

@@ -74,13 +74,24 @@ def test_place_compares_the_policies_and_writes_one(command: Callable[..., Any],
     assert {name: layer["slots"] for name, layer in found["layers"].items()} == json.loads(out.read_text())["layers"]
 
 
+WANTED = "expected a routing histogram as dsc run --routing-stats routing.json writes it"
+LAYER = '{"format": "dsc-routing-stats", "layers": {"a": {"top_k": 2, "groups": 2, "top_groups": 2, "expert_bytes": 0, "counts": [1, 0]}}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ": not JSON: Expecting value: line 1 column 1 (char 0)"),
-        ("[]", ": Input should be a valid dictionary or instance of RoutingStats"),
-        ('{"layers": {}, "version": 2}', ": version: Input should be 1"),
-        ('{"layers": {}}', "the routing histogram has no layers"),
+        ("", f": {WANTED}, found no JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("[]", f": {WANTED}, found other JSON"),
+        ('{"layers": {}}', f": {WANTED}, found other JSON"),
+        ('{"format": "dsc-placement"}', f": {WANTED}, found one of format dsc-placement"),
+        ('{"format": "dsc-routing-stats", "layers": {}, "version": 2}', ": version is 2, expected 1"),
+        ('{"format": "dsc-routing-stats", "layers": [], "x": 1}', ": layers is a list, expected an object; x is not supported"),
+        ('{"format": "dsc-routing-stats", "layers": {}}', "the routing histogram has no layers"),
+        (LAYER.replace("1", "-1"), ": layers.a.counts.0 is -1, expected 0 or more"),
+        (LAYER.replace("1", '"some"'), ': layers.a.counts.0 is "some", expected a whole number'),
+        (LAYER, ": layers.a: 1 choices of 2 experts: expected a multiple of top_k and of groups"),
+        (LAYER.replace("1, ", ""), ": layers.a: 0 choices of 1 experts: expected a multiple of top_k and of groups"),
     ],
 )
 def test_a_file_that_is_no_histogram(refused: Callable[..., list[str]], tmp_path: Path, text: str, message: str) -> None:
@@ -90,12 +101,35 @@ def test_a_file_that_is_no_histogram(refused: Callable[..., list[str]], tmp_path
     assert line.removeprefix(str(file)) == message
 
 
+def test_the_shared_expert_is_placed_and_compiled(command: Callable[..., Any], stats: Path, tmp_path: Path, refused: Any) -> None:
+    """It is the last one, which all tokens go to: none has more slots."""
+    out = tmp_path / "placement.json"
+    arguments = ("place", stats, "--gpus", 4, "--replicas", 24, "--nodes", 2, "--shared-expert", "routed", "-o", out)
+    ended = command(*arguments)
+    assert ended.out.splitlines()[0] == "2 layers of 16 experts and the shared one, 16 tokens; 24 replicas on 4 GPUs in 2 nodes"
+    assert "hierarchical" not in ended.out
+    placed = json.loads(out.read_text())
+    assert placed["experts"] == 17
+    for name, slots in placed["layers"].items():
+        assert slots.count(16) == max(map(slots.count, range(17))) > 1, name
+    asked = ("compile", "deepseek-v3-tiny", "-o", tmp_path / "out", "--seq", 16, "--mesh", "dp=4,ep=4", "--placement", out)
+    assert refused(*asked) == [
+        f"place-experts: {out} places 17 experts, the program has 16: place the shared expert as compile takes it, apart or routed"
+    ]
+    assert command(*asked, "--shared-expert", "routed").code == 0
+
+
 def test_what_cannot_be_placed_or_counted(refused: Callable[..., list[str]], stats: Path, tmp_path: Path, tiny: Path, scale: Path) -> None:
     place = ("place", stats, "--gpus", 4)
-    assert refused(*place, "--replicas", 21) == ["21 replicas do not make equal shares for 4 GPUs"]
-    assert refused(*place, "--replicas", 12) == ["12 replicas cannot hold 16 experts"]
-    assert refused(*place, "--replicas", 20, "--nodes", 3) == ["4 GPUs do not make equal shares for 3 nodes"]
-    assert refused(*place, "--replicas", 20, "--previous", stats)[0].startswith(f"{stats}: ")
+    assert refused(*place, "--replicas", 21) == ["21 replicas do not make equal shares for 4 GPUs: 20 or 24 would"]
+    assert refused(*place, "--replicas", 12) == ["12 replicas cannot hold 16 experts: 16 or more would"]
+    assert refused(*place, "--replicas", 20, "--nodes", 3) == ["4 GPUs do not make equal shares for 3 nodes: 1, 2, 4 would"]
+    assert refused("place", stats, "--gpus", 0, "--replicas", 20) == ["0 GPUs: expected 1 or more"]
+    assert refused(*place, "--replicas", 20, "--nodes", -1) == ["-1 nodes: expected 1 or more"]
+    assert refused(*place, "--replicas", 20, "--policy", "eplb-hierarchical", "--shared-expert", "routed") == [
+        "eplb-hierarchical places groups of experts, and the shared one is in none"
+    ]
+    assert refused(*place, "--replicas", 20, "--previous", stats) == [f"{stats}: expected a placement as dsc place -o writes it"]
     assert refused(*place, "--replicas", 20, "-o", tmp_path) == [f"{tmp_path} is a folder, expected a file to write"]
     assert refused("place", tmp_path / "no.json", "--gpus", 4, "--replicas", 20) == [f"{tmp_path / 'no.json'}: No such file or directory"]
     dsc.compile(str(scale), out=tmp_path / "scale")

@@ -114,12 +114,12 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "partial_rotary_factor = 0.5 is not supported, expected 1",
     ),
-    ({"hidden_size": "144"}, 'hidden_size = "144": input should be a valid integer'),
-    ({"hidden_size": 144.5}, "hidden_size = 144.5: input should be a valid integer"),
-    ({"hidden_size": -1}, "hidden_size = -1: input should be greater than 0"),
-    ({"norm_topk_prob": 1}, "norm_topk_prob = 1: input should be a valid boolean"),
-    ({"scoring_func": "tanh"}, "scoring_func = \"tanh\": input should be 'sigmoid' or 'softmax'"),
-    ({"torch_dtype": "int8"}, 'dtype = "int8"'),
+    ({"hidden_size": "144"}, 'hidden_size is "144", expected a whole number'),
+    ({"hidden_size": 144.5}, "hidden_size is 144.5, expected a whole number"),
+    ({"hidden_size": -1}, "hidden_size is -1, expected more than 0"),
+    ({"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+    ({"scoring_func": "tanh"}, "scoring_func is \"tanh\", expected 'sigmoid' or 'softmax'"),
+    ({"torch_dtype": "int8"}, 'dtype is "int8"'),
     ({"torch_dtype": "float32", "dtype": "bfloat16"}, "contradicts dtype"),
 ]
 
@@ -187,7 +187,7 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
         ("xyzzy=4", 'unknown configuration field "xyzzy"'),
         ("hidden_size", 'override "hidden_size": expected KEY=VALUE'),
         ("=4", 'override "=4": expected KEY=VALUE'),
-        ("hidden_size=wide", 'hidden_size = "wide": input should be a valid integer'),
+        ("hidden_size=wide", 'hidden_size is "wide", expected a whole number'),
         ("n_group=7", "n_routed_experts = 16 is not divisible by n_group = 7"),
     ],
 )

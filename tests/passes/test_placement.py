@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import combinations, combinations_with_replacement
+from itertools import combinations, combinations_with_replacement, product
 
 import pytest
 from hypothesis import given
@@ -204,19 +204,23 @@ def test_copies_are_those_of_uniform_routing() -> None:
     assert grouped / (1 - 1 / 8) == pytest.approx(3.629, abs=5e-4)
 
 
-def test_copies_against_all_choices() -> None:
+@pytest.mark.parametrize("shared", [(), (6,)])
+def test_copies_against_all_choices(shared: tuple[int, ...]) -> None:
     """A small layer: every choice of groups and experts, weighted by its loads, every choice of replicas, counted one by one."""
     load, top_k, groups, top_groups = [3.0, 1.0, 2.0, 5.0, 0.5, 1.5], 2, 3, 2
-    placement = Placement(((0, 3, 1, 2, 3, 4, 5, 0),), 6, 4, 2)
-    homes = [[node for node, held in enumerate(placement.on_nodes(0)) for e in held if e == expert] for expert in range(6)]
+    slots = (0, 3, 1, 2, 3, 4, 6, 5, 0, 6, 6, 2) if shared else (0, 3, 1, 2, 3, 4, 5, 0)
+    placement = Placement((slots,), 6 + len(shared), 4, 2)
+    homes = [[node for node, held in enumerate(placement.on_nodes(0)) for e in held if e == expert] for expert in range(7)]
     total = reached = 0.0
     for taken in combinations(range(groups), top_groups):
         for chosen in combinations([e for e in range(6) if e // 2 in taken], top_k):
             weight = math.prod(load[e] for e in chosen)
-            served = [{a, b} for a in homes[chosen[0]] for b in homes[chosen[1]]]
+            served = [set(nodes) for nodes in product(*(homes[e] for e in (*chosen, *shared)))]
             total += weight
             reached += weight * sum(map(len, served)) / len(served)
-    assert cross_node_copies([load], placement, top_k, groups, top_groups)[0] == pytest.approx(reached / total / 2, rel=1e-12)
+    every = [*load, *(0.0 for _ in shared)]  # what the shared expert's load is does not matter
+    found = cross_node_copies([every], placement, top_k, groups, top_groups, bool(shared))
+    assert found[0] == pytest.approx(reached / total / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,7 @@ def test_copies_against_all_choices() -> None:
     [
         ((0, 1, 2, 2), "placement, layer 0: expert [3] of 4 has no slot"),
         ((0, 1, 2, 4), "placement, layer 0: there is no expert [4], expected 0 to 3"),
-        ((0, 1, 2), "3 replicas do not make equal shares for 2 GPUs"),
+        ((0, 1, 2), "3 replicas do not make equal shares for 2 GPUs: 2 or 4 would"),
     ],
 )
 def test_faulty_placements_are_refused(slots: tuple[int, ...], message: str) -> None:
@@ -236,8 +240,8 @@ def test_faulty_placements_are_refused(slots: tuple[int, ...], message: str) -> 
 def test_what_cannot_be_placed_is_refused() -> None:
     loads = [[1.0] * 8]
     for call, message in (
-        (lambda: balanced(loads, 9, 2), "9 replicas do not make equal shares for 2 GPUs"),
-        (lambda: balanced(loads, 6, 2), "6 replicas cannot hold 8 experts"),
+        (lambda: balanced(loads, 9, 2), "9 replicas do not make equal shares for 2 GPUs: 8 or 10 would"),
+        (lambda: balanced(loads, 6, 2), "6 replicas cannot hold 8 experts: 8 or more would"),
         (lambda: balanced(loads, 18, 2), "18 replicas of 8 experts: at most 16 differ on 2 GPUs"),
         (lambda: balanced([[1.0], [1.0, 2.0]], 2, 2), "expected as many experts in every layer, found 1, 2"),
         (lambda: balanced([[1.0, float("nan")]], 2, 2), "layer 0: expected loads of 0 or more, found 1.0 to 1.0"),
@@ -245,7 +249,7 @@ def test_what_cannot_be_placed_is_refused() -> None:
             lambda: hierarchical(loads, 8, 4, 2, 3),
             "3 expert groups of 8 experts over 2 nodes: expected equal groups, equally many on each node",
         ),
-        (lambda: eplb_global(loads, 8, 4, 3), "4 GPUs do not make equal shares for 3 nodes"),
+        (lambda: eplb_global(loads, 8, 4, 3), "4 GPUs do not make equal shares for 3 nodes: 1, 2, 4 would"),
     ):
         with pytest.raises(DscError) as error:
             call()
