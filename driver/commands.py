@@ -43,15 +43,15 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
     type=click.Choice(["auto", "direct", "two-hop"]),
     default="auto",
     help="How tokens reach experts on other nodes: once for each expert, or once for each node and on from there. "
-    "Default: two-hop where ep spans nodes, direct in decode mode.",
+    "Default: auto, two-hop where ep spans nodes, direct in decode mode.",
 )
 @click.option(
     "--schedule",
     metavar="NAME|auto|FILE.csv",
-    help="With pp in the mesh: the pipeline's schedule (see dsc schedule). Default: 1f1b in training.",
+    help="With pp in the mesh: the pipeline's schedule (see dsc schedule). Default: 1f1b, in inference forward.",
 )
 @click.option("--microbatches", type=int, help="Micro-batches of a step of the pipeline. Default: two for each stage.")
-@click.option("--chunks", type=int, help="Stages of a rank, for interleaved (default 2), zb1p and forward (1).")
+@click.option("--chunks", type=int, help="Stages of a rank, for interleaved, zb1p and forward. Default: 1, of interleaved 2.")
 @click.option("--replicas", type=int, metavar="N", help="Slots for experts in all, more than experts: evenly popular ones, over ep.")
 @click.option("--placement", metavar="FILE.json", help="Slots for experts as dsc place -o wrote them.")
 @click.option(
@@ -59,10 +59,12 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
     "shared",
     type=click.Choice(["apart", "routed"]),
     default="apart",
-    help="With slots: the shared expert on every rank (default), or as one more routed expert.",
+    help="With slots: the shared expert on every rank, or as one more routed expert. Default: apart.",
 )
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
-@click.option("--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run will use; a folder is checked now.")
+@click.option(
+    "--weights", default="none", metavar="none|DIR|random:SEED", help="What dsc run takes; a folder is checked now. Default: none."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
 @click.option("--target", metavar="sm_90,gfx942,...", help="Also compile the kernels for these GPUs, none of which need be here.")
 @click.option("--allow-dequant", is_flag=True, help="For a target without FP8: kernels that widen FP8 to BF16.")
@@ -155,7 +157,7 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
 @click.option(
     "--timeout", type=float, default=600.0, metavar="SECONDS", help="Under torchrun: how long a rank waits for others. Default: 600."
 )
-@click.option("--schedule", metavar="NAME|FILE.csv", help="Of a pipeline: another schedule than the one it was compiled with.")
+@click.option("--schedule", metavar="NAME|auto|FILE.csv", help="Of a pipeline: its schedule (see dsc schedule). Default: as compiled.")
 @click.option("--microbatches", type=int, help="Of a pipeline: how many micro-batches. Default: as compiled.")
 @json_option
 def run(

@@ -15,7 +15,9 @@ from .ui import emit_json, progress
 @cli.command()
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path), required=False)
-@click.option("--backends", default="numpy", metavar="NAME[,NAME]", help="One backend for both, or two to compare on one artifact.")
+@click.option(
+    "--backends", default="numpy", metavar="NAME[,NAME]", help="One backend for both, or two to compare on one artifact. Default: numpy."
+)
 @weights_option
 @inputs_option
 @click.option(

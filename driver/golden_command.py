@@ -19,9 +19,9 @@ SHOWN = 10
 @cli.command()
 @click.argument("op", required=False)
 @click.option("-o", "--out", default="golden", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to write. Default: golden.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the numbers.")
-@click.option("--samples", type=int, default=1, show_default=True, help="How often each call is drawn, with other numbers.")
-@click.option("--format", default="npz", show_default=True, metavar="npz|safetensors", help="What a case is written as.")
+@click.option("--seed", type=int, default=0, help="Of the numbers. Default: 0.")
+@click.option("--samples", type=int, default=1, help="How often each call is drawn, with other numbers. Default: 1.")
+@click.option("--format", default="npz", metavar="npz|safetensors", help="What a case is written as. Default: npz.")
 @click.option(
     "--check", nargs=2, type=click.Path(path_type=Path), metavar="FOLDER RESULTS", help="Hold the results of a device against FOLDER."
 )

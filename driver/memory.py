@@ -159,28 +159,28 @@ def describe_memory(module: Module) -> tuple[dict[str, Any], str]:
     """Weights, the state of training and live values by function, as JSON and as text."""
     value = memory(module)
     held = ", ".join(f"{size(number)} in {dtype}" for dtype, number in value["weights"].items()) or "none"
-    lines = [f"weights  {size(value['weight_bytes'])} ({held})", f"inputs   {size(value['input_bytes'])}"]
-    if "stages" in value:
-        lines += ["", f"Of {len(value['stages'])} stages the fullest is stage {value['fullest_stage']}, and weights are its:"]
-    lines += [*_bucket_lines(value["buckets"]), ""] if ATTRIBUTE in module.attributes else []
+    whose = f" of stage {value['fullest_stage']}" if "stages" in value else ""
+    fullest = f"{whose}, the fullest of {len(value['stages'])}" if whose else ""
+    lines = [f"weights  {size(value['weight_bytes'])} ({held}){fullest}", f"inputs   {size(value['input_bytes'])}"]
+    lines += [*_bucket_lines(value["buckets"], whose), ""] if ATTRIBUTE in module.attributes else []
     lines += [*_stage_lines(value["stages"]), ""] if "stages" in value else []
     if "training" in value:
         return value, "\n".join([*lines, *_training_lines(value["training"])])
     rows = [(f"@{name}", f"{f['ops']:,}", size(f["peak_bytes"]), f["at"]) for name, f in value["functions"].items()]
     lines += [
         f"results  {size(value['output_bytes'])}",
-        f"in all   {size(value['total_bytes'])} (weights, inputs, and the peak of @{module.main.name})",
+        f"in all   {size(value['total_bytes'])} (weights{whose}, inputs, and the peak of @{module.main.name})",
         "",
         table(("function", "ops", "peak of live values", "reached at"), rows),
     ]
     return value, "\n".join(lines)
 
 
-def _bucket_lines(found: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _bucket_lines(found: Mapping[str, Mapping[str, int]], whose: str) -> list[str]:
     """What a rank of a mesh holds, bucket by bucket; of a program without gradients the weights alone."""
     rows = {BUCKETS[key]: bucket for key, bucket in found.items() if bucket["weight_bytes"]}
     rows["in all"] = {key: sum(bucket[key] for bucket in found.values()) for key in next(iter(found.values()))}
-    heads: tuple[str, ...] = ("on each rank", "parameters", "weights")
+    heads: tuple[str, ...] = (f"on each rank{whose}", "parameters", "weights")
     cells = [[name, count(b["parameters"]), size(b["weight_bytes"])] for name, b in rows.items()]
     if rows["in all"]["gradient_bytes"]:
         heads = (*heads, "gradients", "optimiser", "of its share", "together")

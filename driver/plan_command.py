@@ -32,17 +32,17 @@ SHOWN = 4
 @click.option("--cluster", "cluster_name", default="h800", metavar="FILE|NAME", help="A cluster by name or as a .toml file. Default: h800.")
 @click.option("--gpus", type=int, required=True, help="How many GPUs there are.")
 @click.option(
-    "--mode", type=click.Choice(["train", "prefill", "decode"]), default="train", show_default=True, help="A training step, or serving."
+    "--mode", type=click.Choice(["train", "prefill", "decode"]), default="train", help="A training step, or serving. Default: train."
 )
 @click.option("--mesh", default="auto", metavar="pp=16,ep=64|auto", help="How ranks are laid out. Default: auto, the best that is found.")
 @click.option(
-    "--schedule", default="auto", metavar="NAME|auto", help="1f1b, interleaved, zb1p, dualpipe, dualpipev. Default: auto, the best of them."
+    "--schedule", default="auto", metavar="NAME|auto", help="The pipeline's schedule (see dsc schedule). Default: auto, the best of them."
 )
 @click.option("--batch", type=int, help="Sequences of an optimiser's step. Default: 15360 for deepseek-v3, else 8 for each GPU.")
 @click.option("--micro", type=int, help="Sequences of a micro-batch on each rank along dp. Default: 1; in prefill 2, in decode 64.")
 @click.option("--seq", type=int, help="Tokens of a sequence. Default: 4096, or what the model takes if that is less.")
-@click.option("--recipe", metavar="NAME|none", default="deepseek-v3", show_default=True, help="How products are quantised.")
-@click.option("--recompute", metavar="PASS", default="recompute", show_default=True, help="The pass that says what runs again, or none.")
+@click.option("--recipe", metavar="NAME|none", default="deepseek-v3", help="How products are quantised. Default: deepseek-v3.")
+@click.option("--recompute", metavar="PASS", default="recompute", help="The pass that says what runs again, or none. Default: recompute.")
 @click.option("--assume", multiple=True, metavar="KEY=NUMBER", help="Another value for an assumption, in its unit without prefix.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the model's configuration.")
 @click.option("--tornado/--no-tornado", default=True, help="What each assumption does to the total. Default: yes.")

@@ -256,7 +256,9 @@ def _claimed(run: Path, settings: Mapping[str, Any], programs: Programs, note: C
             if found:
                 config = differences(found.pop("config", {}), programs.config)
                 differing = [*config, *differences(found, settings)]
-                require(not differing, "\n".join(f"{run}: {line}" for line in differing))
+                further = "".join(f"; or begin another run with {last}: dsc train {last} -o ..." for last in checkpoints(run)[-1:])
+                hint = f"  --resume goes on with a run as it was begun: leave these settings as they are there{further}"
+                require(not differing, "\n".join([*(f"{run}: {line}" for line in differing), hint]))
             if not found or before != mesh:
                 draft = run / DRAFT
                 record = {**settings, "mesh": mesh, "config": dict(programs.config)}

@@ -106,8 +106,8 @@ def find(name: str, folder: Path, what: str) -> Path:
     key = name.lower().replace(" ", "-")
     found = known.get(key) or known.get(key.replace("-", ""))
     if found is None:
-        near = ", ".join(get_close_matches(key, known, 3)) or ", ".join(known)
-        raise DscError(f"unknown {what} {name}; expected a .toml file or one of: {near}")
+        near = ", ".join(get_close_matches(key, known, 5, 0.5) or known)  # h801 is half h800-all
+        raise DscError(f"unknown {what} {name}; expected a .toml file or one of: {near} (dsc devices lists all)")
     return found
 
 

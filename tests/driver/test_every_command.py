@@ -120,6 +120,23 @@ def test_options_are_named_alike() -> None:
 
 
 @every_command
+def test_defaults_are_said_in_one_way(name: str) -> None:
+    """As `Default: X.`, the last sentence of the help, with what the code has; and a schedule is asked for in the same words everywhere."""
+    for param in COMMANDS[name].params:
+        if not isinstance(param, click.Option):
+            continue
+        text, default = (param.help or "").replace("the default pipeline", ""), param.to_info_dict()["default"]
+        assert not param.show_default, f"{param.opts}: click would say it in its own way"
+        assert re.fullmatch(r"((?!default).)*( Default: ((?!default).)+\.)?", text, re.IGNORECASE), text
+        if not param.is_flag and default not in (None, "", [], ()):
+            said = text.partition(" Default: ")[2].removesuffix(".").partition(",")[0]
+            assert said == str(default) or float(said) == default, f"{param.opts} takes {default}, and its help says {said}"
+        if param.name == "schedule":
+            assert "schedule (see dsc schedule). Default: " in text
+            assert str(param.metavar).startswith("NAME|auto")
+
+
+@every_command
 def test_json_is_offered(name: str) -> None:
     has = any("--json" in param.opts for param in COMMANDS[name].params)
     assert has != (name in WITHOUT_JSON)

@@ -126,6 +126,9 @@ def test_a_rank_holds_the_parameters_of_its_stage(command: Any, tmp_path: Path) 
     assert "parameters_of_a_rank" not in found
     first, last = found["parameters_of_a_rank_by_stage"]
     assert first + last == 1_775_184 - 1_161_216 // 2 + 320 * 144
+    lines = command("inspect", tmp_path / "out", "--memory").out.splitlines()
+    assert lines[0].endswith(" of stage 1, the fullest of 2"), "whose weights these are"
+    assert lines[3].startswith("on each rank of stage 1 ")
     stages = command("inspect", tmp_path / "out", "--memory", "--json").json["memory"]["stages"]
     assert [sum(b["parameters"] for b in one["buckets"].values()) for one in stages] == [first, last]
     said = command("compile", *options).out.splitlines()[0]

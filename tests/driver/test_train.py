@@ -309,19 +309,23 @@ def test_what_is_refused(short: Train, tmp_path: Path) -> None:
     run = tmp_path / "run"
     short(steps=2)
     assert refused(lambda: short(steps=2)) == f"{run} holds a run; --resume goes on with it"
-    assert refused(lambda: short(steps=3, resume=True)) == f"{run}: steps is 2 there, but 3 was asked for"
+    (folder,) = checkpoints(run)
+    hint = (
+        "  --resume goes on with a run as it was begun: leave these settings as they are there; "
+        f"or begin another run with {folder}: dsc train {folder} -o ..."
+    )
+    assert refused(lambda: short(steps=3, resume=True)).splitlines() == [f"{run}: steps is 2 there, but 3 was asked for", hint]
     assert refused(lambda: short(steps=2, resume=True, seed=4, fim=0.2)).splitlines() == [
         f"{run}: seed is 0 there, but 4 was asked for",
         f"{run}: fim is 0.1 there, but 0.2 was asked for",
+        hint,
     ]
     other = (*SMALL, "moe_intermediate_size=32")
-    assert (
-        refused(lambda: short(steps=2, resume=True, overrides=other)) == f"{run}: moe_intermediate_size is 24 there, but 32 was asked for"
-    )
+    message = refused(lambda: short(steps=2, resume=True, overrides=other))
+    assert message.splitlines() == [f"{run}: moe_intermediate_size is 24 there, but 32 was asked for", hint]
     (run / "settings.json").write_text(
         (run / "settings.json").read_text().replace('"moe_intermediate_size": 24', '"moe_intermediate_size": 32')
     )
-    (folder,) = checkpoints(run)
     message = refused(lambda: short(steps=2, resume=True, overrides=other))
     assert message == f"{folder}: moe_intermediate_size is 24 there, but 32 was asked for"
     (tmp_path / "mine").mkdir()
