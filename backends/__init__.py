@@ -18,7 +18,7 @@ from ..ir.errors import DscError, require
 if TYPE_CHECKING:
     from ..distributed.world import Program
     from ..ir.core import Module, Op, Value
-    from ..ir.types import Tensor
+    from ..ir.types import Tensor, Type
     from .arrays import Array, Data
 
 Weights = Callable[[str, "Tensor"], "Array"]
@@ -54,7 +54,7 @@ class Runner(Protocol):
     - `prepares(module) -> str`: the pipeline that a module should go through before it is run here, such as "fuse"; "" for none.
     - `declines(op) -> str`: why it cannot run an op; "" where it can. The conformance suite lists such ops instead of failing on them.
     - `with_kernels(folder) -> Runner`: the backend that takes machine code from an artifact's `kernels/`.
-    - `program(...)`, where it can be one rank of many: see `RankRunner`.
+    - `program(...)`, where it can be one rank of many: see `RankRunner`; and `ResidentRunner`, where its arrays lie on a device.
     """
 
     def run(self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None) -> tuple[Data, ...]:
@@ -73,6 +73,24 @@ class RankRunner(Runner, Protocol):
         self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None
     ) -> Program[tuple[Data, ...]]:
         """`run` as a program that stops at each collective until the other ranks are there (`distributed/world.py`)."""
+        ...
+
+
+class ResidentRunner(RankRunner, Protocol):
+    """A backend whose arrays lie on a device, where the stages of a pipeline leave what they hand on."""
+
+    def resident(
+        self, module: Module, weights: Weights, inputs: Sequence[Any], observe: Observer | None = None
+    ) -> Program[tuple[Any, ...]]:
+        """`program` whose results stay on the device, in memory of their own; inputs may lie there, too."""
+        ...
+
+    def empty(self, type: Type) -> Any:
+        """Room for a value on the device."""
+        ...
+
+    def fetched(self, held: Any, type: Type) -> Data:
+        """A result of `resident` on the host."""
         ...
 
 

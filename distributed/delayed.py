@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .world import Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Start, T, Ticket, Wait
+from .world import Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Settle, Start, T, Ticket, Wait
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Delayed:
             answer = yield from self.served(asked)
 
     def served(self, asked: Asked) -> Program[Any]:
-        if isinstance(asked, Index):
+        if isinstance(asked, Index | Settle):
             return (yield asked)
         if isinstance(asked, Wait):
             return (yield from self.landed(asked.ticket))

@@ -1,8 +1,8 @@
 """All ranks of a mesh in one process, in lockstep: a rank runs until it needs others, and goes on when they have come to the same op.
 
-Nothing is copied, and the order is the same in every run. A request that was only started is answered when everybody has come to it; until
-somebody waits for it ranks go on. Where ranks wait for each other for ever, or meet with different ops, the error is a table of who waits
-for what.
+Nothing is copied but what is only lent, and the order is the same in every run. A request that was only started is answered when everybody
+has come to it; until somebody waits for it ranks go on. Where ranks wait for each other for ever, or meet with different ops, the error is
+a table of who waits for what.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh
-from .world import Asked, Exchange, Gather, Index, Placed, Receive, Request, Send, Start, T, Wait, ranks_text, where
+from .world import Exchange, Gather, Index, Placed, Receive, Request, Send, Settle, Start, T, Wait, ranks_text, where
 
 
 @dataclass(eq=False)
@@ -46,6 +46,8 @@ def run(mesh: Mesh, program: Placed[T]) -> list[T]:
             rank, answer = ready.popleft()
             try:
                 asked = programs[rank].send(answer)
+                while isinstance(asked, Settle):
+                    asked = programs[rank].send(None)
                 posted = _posted(mesh, rank, asked)
             except StopIteration as done:
                 results[rank] = done.value
@@ -72,7 +74,7 @@ def run(mesh: Mesh, program: Placed[T]) -> list[T]:
     return [results[rank] for rank in range(mesh.world)]
 
 
-def _posted(mesh: Mesh, rank: int, asked: Asked) -> _Posted:
+def _posted(mesh: Mesh, rank: int, asked: Request | Start | Wait) -> _Posted:
     """What a rank asks, with those who take part; what it waits for as it was posted."""
     if isinstance(asked, Wait):
         ticket: _Posted = asked.ticket
@@ -124,7 +126,7 @@ def _answers(met: tuple[_Posted, ...]) -> list[Any]:
             sent, wanted = (" and ".join(map(_type, arrays)) for arrays in (xs, likes))
             if sent != wanted:
                 raise DscError(f"rank {partners[0]} sends {sent}, but rank {partners[1]} expects {wanted}: {where(given)}")
-            return [None, xs]
+            return [None, _handed(given, xs)]
     if len({(type(r), r.op) for r in requests}) > 1:
         raise DscError(f"ranks meet along {given.axis} with different ops:\n{_rows((one.rank, where(one.request)) for one in met)}")
     if isinstance(given, Gather):
@@ -132,7 +134,7 @@ def _answers(met: tuple[_Posted, ...]) -> list[Any]:
         if len({_type(x) for x in found}) > 1:
             rows = _rows((rank, _type(x)) for rank, x in zip(partners, found, strict=True))
             raise DscError(f"ranks gather arrays of different types along {given.axis}, {where(given)}:\n{rows}")
-        return [tuple(found)] * len(partners)
+        return [_handed(given, tuple(found))] * len(partners)
     exchanges = [r for r in requests if isinstance(r, Exchange)]
     answers = [tuple(r.messages[j] for r in exchanges) for j in range(len(partners))]
     for receiver, request, answer in zip(partners, exchanges, answers, strict=True):
@@ -140,7 +142,16 @@ def _answers(met: tuple[_Posted, ...]) -> list[Any]:
             shapes = tuple(tuple(x.shape) for x in message)
             if shapes != expected:
                 raise DscError(f"rank {sender} sends {_shapes(shapes)}, but rank {receiver} expects {_shapes(expected)}: {where(request)}")
-    return answers
+    return [_handed(given, answer) for answer in answers]
+
+
+def _handed(request: Request, arrays: Any) -> Any:
+    """The arrays as whoever gets them may keep them."""
+    if not request.lent:
+        return arrays
+    if isinstance(arrays, tuple):
+        return tuple(_handed(request, x) for x in arrays)
+    return arrays.clone() if hasattr(arrays, "clone") else arrays.copy()
 
 
 def _type(x: Any) -> str:

@@ -1,8 +1,10 @@
 """One process per rank, started by torchrun: torch.distributed carries the bytes, over NCCL on GPUs and gloo on CPUs.
 
-Everything goes as bytes, for gloo refuses FP8. What is only started is carried by gloo's threads, or NCCL's stream, while a rank computes.
-A group is made when an axis is first used, by its members alone. Where a rank dies or hangs, every other one ends within the time-out: each
-that waits says so in the store which torchrun keeps, and the lowest of them names the ranks that did not.
+Everything goes as bytes, for gloo refuses FP8. What is only started is carried by gloo's threads while a rank computes. Over NCCL the host
+waits for nothing that stays on the GPU: an answer is there for what the stream that was current runs afterwards, and `Settle`, or an array
+that comes to the host, waits for all before. A group is made when an axis is first used, by its members alone. Where a rank dies or hangs,
+every other one ends within the time-out: each that waits says so in the store which torchrun keeps, and the lowest of them names the ranks
+that did not.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,10 +28,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..ir.errors import DscError
 from ..ir.mesh import Mesh
-from .world import Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Start, T, Wait, ranks_text, where
+from .world import Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Settle, Start, T, Wait, ranks_text, where
 
 CONNECT = 300.0
 """Seconds within which all ranks have to be there: on a busy machine one may import for long. A longer `timeout` holds here, too."""
+
+POLL = 50e-6
+"""Seconds between two looks at whether NCCL has brought something."""
 
 GRACE = 2.0
 """Seconds within which ranks that lost a partner hear of one another."""
@@ -54,6 +60,10 @@ class TorchWorld:
     rank: int = field(init=False)
     _groups: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict)
     _waiting: bool = field(init=False, default=True)
+    _told: bool = field(init=False, default=False)
+    """Whether torchrun wants this rank to end."""
+    _promised: deque[_Promise] = field(init=False, default_factory=deque)
+    """What NCCL has been given and may not have brought yet."""
 
     def __post_init__(self) -> None:
         ranks = int(os.environ.get("WORLD_SIZE", "0"))
@@ -64,7 +74,7 @@ class TorchWorld:
         gpus = torch.cuda.is_available()
         self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpus else torch.device("cpu")
         if gpus:
-            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a time-out becomes an exception, not the end of the process
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # a time-out is found here, and does not end the process
             torch.cuda.set_device(self._device)
         seconds = max(self.timeout, CONNECT)
         limit = timedelta(seconds=seconds)
@@ -93,17 +103,8 @@ class TorchWorld:
 
         Where several ranks fail of one cause the error of all but one is empty: who prints them prints it once.
         """
-        answer: Any = None
         try:
-            while True:
-                self._waiting = False
-                asked = program.send(answer)
-                self._waiting = True
-                answer = self._served(asked)
-        except StopIteration as done:
-            self._waiting = True
-            result: T = done.value
-            return result
+            return self._driven(program)
         except _Lost as lost:
             raise self._diagnosed(lost) from None
         except DscError as error:
@@ -113,7 +114,23 @@ class TorchWorld:
         except _Ended:
             raise DscError("") from None
 
+    def _driven(self, program: Program[T]) -> T:
+        answer: Any = None
+        while True:
+            self._waiting = False
+            try:
+                asked = program.send(answer)
+            except StopIteration as done:
+                self._waiting = True
+                self._settle()  # what was sent last has left
+                result: T = done.value
+                return result
+            self._waiting = True
+            answer = self._served(asked)
+
     def _served(self, asked: Asked) -> Any:
+        if isinstance(asked, Settle):
+            return self._settle()
         if isinstance(asked, Wait):
             return self._ended(asked.ticket)
         request = asked.request if isinstance(asked, Start) else asked
@@ -138,7 +155,27 @@ class TorchWorld:
             flight.work.wait()
         except RuntimeError as error:
             raise _Lost(flight.request, flight.members, time.monotonic() - flight.start, _first(error)) from None
+        if self._device.type == "cuda":  # what `wait` made wait is the stream
+            self._promised.append(_Promise(flight.request, flight.members, flight.work))
+            self._drop_what_came()
+            if any(map(_is_on_host, _expected(flight.request))):
+                self._settle()
         return flight.answer()
+
+    def _drop_what_came(self) -> None:
+        while self._promised and self._promised[0].came():
+            self._promised.popleft()
+
+    def _settle(self) -> None:
+        """Wait until NCCL has brought everything that it was given."""
+        start = time.monotonic()
+        self._drop_what_came()
+        while self._promised:
+            seconds, late = time.monotonic() - start, self._promised[0]
+            if self._told or seconds > self.timeout:
+                raise _Lost(late.request, late.members, seconds, "torchrun ends this rank" if self._told else "no answer")
+            time.sleep(POLL)
+            self._drop_what_came()
 
     def _carried(self, request: Request, members: tuple[int, ...]) -> tuple[Any, Callable[[], Any], tuple[torch.Tensor, ...]]:
         """What torch.distributed has begun, what the answer is made of when it has ended, and the bytes that are sent until then."""
@@ -185,7 +222,7 @@ class TorchWorld:
 
     def _bytes(self, x: Array) -> torch.Tensor:
         if isinstance(x, torch.Tensor):
-            return x.reshape(-1).view(torch.uint8)
+            return x.reshape(-1).view(torch.uint8).to(self._device)
         flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
         return torch.from_numpy(flat if flat.flags.writeable else flat.copy()).to(self._device)
 
@@ -193,6 +230,7 @@ class TorchWorld:
 
     def _terminated(self, number: int, frame: object) -> None:
         """SIGTERM. A rank that waits will hear of the loss by itself, and say what it waited for; one that computes just ends."""
+        self._told = True
         if not self._waiting:
             raise _Ended
 
@@ -230,12 +268,45 @@ class _Flight:
     held: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class _Promise:
+    """What NCCL has been given: without the memory of it, which whoever waits on a stream keeps no longer than that."""
+
+    request: Request
+    members: tuple[int, ...]
+    work: Any
+
+    def came(self) -> bool:
+        """Whether it is there. `_Lost` where it never will be."""
+        if not self.work.is_completed():
+            return False
+        if (error := self.work.exception()) is not None:
+            raise _Lost(self.request, self.members, 0.0, _first(error))
+        return True
+
+
 class _Lost(Exception):
     """A partner did not answer."""
 
     def __init__(self, request: Request, members: tuple[int, ...], seconds: float, reason: str) -> None:
         super().__init__(reason)
         self.request, self.members, self.seconds, self.reason = request, members, seconds, reason
+
+
+def _expected(request: Request) -> Sequence[Array]:
+    """Arrays of the kind of those that come."""
+    match request:
+        case Gather(x=x):
+            return (x,)
+        case Exchange(messages=messages):
+            return messages[0]
+        case Receive(likes=likes):
+            return likes
+    return ()
+
+
+def _is_on_host(x: Array) -> bool:
+    return not isinstance(x, torch.Tensor) or x.device.type == "cpu"
 
 
 def _first(error: Exception) -> str:
@@ -251,5 +322,5 @@ def _like(found: torch.Tensor, like: Array, shape: tuple[int, ...]) -> Array:
     """Bytes as an array of the kind and dtype of `like`; torch wants them to begin at a multiple of an element's size."""
     if isinstance(like, torch.Tensor):
         aligned = found if found.storage_offset() % like.dtype.itemsize == 0 else found.clone()
-        return aligned.view(like.dtype).reshape(shape)
+        return aligned.view(like.dtype).reshape(shape).to(like.device)
     return found.cpu().numpy().view(like.dtype).reshape(shape)

@@ -10,6 +10,9 @@ order of the ranks: a library's own reduction would add in the order of its ring
 
 A rank that has something to compute meanwhile yields a request in `Start`, is given a ticket at once, and yields `Wait` with it later. What
 the ranks of an axis do together they do in the order in which each of them began it; so it is with what one rank sends to another.
+
+An answer on a GPU may be a promise: the stream that was current where it was asked for keeps it, and the host goes on. Who reads values on
+the host yields `Settle` before, so that a rank whose partner is gone finds out, and does not hang in a copy.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh
 
 Array: TypeAlias = Any
-"""A NumPy array or a torch tensor; a world hands on what it was given, and nobody writes to it afterwards."""
+"""A NumPy array or a torch tensor; a world may hand on what it was given, and nobody writes to it afterwards, unless it is `lent`."""
 
 Message: TypeAlias = tuple[Array, ...]
 """What goes from one rank to another at once: arrays that travel together, such as codes and their scales."""
@@ -38,6 +41,8 @@ class Request:
     """The op with its attributes and types: the same on every rank that takes part."""
     site: str = field(default="", kw_only=True)
     """Where in the program it stands."""
+    lent: bool = field(default=False, kw_only=True)
+    """Whether the arrays change once the request is over: a world that would hand them on as they are copies them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +102,12 @@ class Wait:
     ticket: Ticket
 
 
-Asked: TypeAlias = Request | Start | Wait
+@dataclass(frozen=True, eq=False)
+class Settle:
+    """The answer is None, once all that was answered before is there. `DscError` where it does not come in time."""
+
+
+Asked: TypeAlias = Request | Start | Wait | Settle
 """What a program yields."""
 
 T = TypeVar("T")
@@ -133,6 +143,8 @@ def alone(program: Program[T]) -> T:
                 answer = _answer_of_one(request)
             case Wait(ticket):
                 answer = ticket
+            case Settle():
+                answer = None
             case _:
                 answer = _answer_of_one(asked)
 

@@ -12,12 +12,12 @@ from typing import Literal, cast
 
 import numpy as np
 
-from ..backends import Observer, RankRunner, Runner
+from ..backends import Observer, RankRunner, ResidentRunner, Runner
 from ..backends.arrays import STORAGE, Data
 from ..distributed import local
 from ..distributed.pipeline import Pipeline, leaves, pipeline, rebuilt
 from ..distributed.pipeline import program as along_pp
-from ..distributed.world import Placed, Program, Receive, Send
+from ..distributed.world import Placed, Program, Receive, Send, Settle
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh, mesh_of
@@ -87,21 +87,35 @@ def rank_program(
     """The program of each rank, and the pipeline that ranks form, if they do. With `keep` they share the memory of weights."""
     mesh = mesh_of(module)
     if not hasattr(runner, "program"):
-        raise DscError("this backend does not run on many ranks; numpy and numpy-f64 do")
+        raise DscError("this backend does not run on many ranks; numpy, numpy-f64 and triton do")
     plan = pipeline(module, schedule) if schedule else None
     given = RankWeights(weights, module, "all" if keep else "own" if plan else "none")
     on_ranks = cast(RankRunner, runner)
+    on_device = cast(ResidentRunner, runner) if hasattr(runner, "resident") else None
+    enter, room = (on_device.resident, on_device.empty) if on_device else (on_ranks.program, empty)
     entered = {func.name: _from(module, func.name) for func in module.funcs}
 
     def program(rank: int) -> Program[Held]:
-        def run(name: str, arguments: Sequence[Data]) -> Program[tuple[Data, ...]]:
-            return on_ranks.program(entered[name], lambda name, _: given.get(rank, name), arguments, observe)
+        def own(name: str, type: Tensor) -> np.ndarray:  # one function, since a backend keeps for it what it has prepared
+            return given.get(rank, name)
 
-        if plan:
-            return along_pp(plan, mesh.index("pp", rank), run, lambda m: inputs_of(module, inputs, rank, m), empty)
-        return _plain(on_ranks.program(module, lambda name, _: given.get(rank, name), inputs_of(module, inputs, rank), observe))
+        if plan is None:
+            return _plain(on_ranks.program(module, own, inputs_of(module, inputs, rank), observe))
+
+        def run(name: str, arguments: Sequence[Data]) -> Program[tuple[Data, ...]]:
+            return enter(entered[name], own, arguments, observe)
+
+        found = along_pp(plan, mesh.index("pp", rank), run, lambda m: inputs_of(module, inputs, rank, m), room)
+        return _fetched(found, module, on_device) if on_device else found
 
     return program, plan
+
+
+def _fetched(program: Program[Held], module: Module, runner: ResidentRunner) -> Program[Held]:
+    """The results of a rank of a pipeline, on the host."""
+    found = yield from program
+    yield Settle()
+    return {(index, m): runner.fetched(data, module.main.results[index].type) for (index, m), data in found.items()}
 
 
 def _plain(program: Program[tuple[Data, ...]]) -> Program[Held]:

@@ -93,7 +93,7 @@ def check_team(mesh: Mesh, ranks: Ranks | None, runner: Runner, backend: str) ->
     if mesh.world > 1:
         hint = f'give --ranks local (ranks="local"), or start them with torchrun --nproc-per-node {mesh.world}'
         require(ranks is not None, f"mesh {mesh} is {mesh.world} ranks: {hint}")
-        require(hasattr(runner, "program"), f"backend {backend} does not run on many ranks; numpy and numpy-f64 do")
+        require(hasattr(runner, "program"), f"backend {backend} does not run on many ranks; numpy, numpy-f64 and triton do")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A program made ready to run again and again: buffers bound, weights where the kernels read them, launches prepared.
 
-`Walk` goes through a plan once and turns every op into actions, functions without arguments. Without an observer they are collected into
-a `Prepared`, whose run is nothing but those actions; with one each is done at once, and the observer sees it.
+`Walk` goes through a plan once and turns every op into actions, functions without arguments, or programs that ask other ranks. Without
+an observer they are collected into a `Prepared`, whose run is nothing but those; with one each is done at once, and the observer sees it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from ...distributed.world import Program, alone
 from ...ir.core import Module, Op, Value
 from ...ir.errors import DscError, require
+from ...ir.ops.collective import Collective, Done, Transfer
 from ...ir.ops.control import Constant, Param
 from ...ir.types import Bundle, Type
 from ...ir.walk import join
@@ -27,8 +29,10 @@ from . import torch_ops
 from .launch import Action, Load, Scratch, bind
 from .program import Buffer, FunctionPlan, Step, flat
 from .registry import Slot
+from .streams import Streams
 from .targets import Target
 from .tensors import Held, from_numpy, to_numpy
+from .together import Ask, Together
 from .torch_ops.registry import INTO
 from .torch_ops.shape import plain
 
@@ -49,7 +53,7 @@ class Prepared:
     types: tuple[Type, ...]
     inputs: tuple[Held, ...]
     results: tuple[Held, ...]
-    actions: list[Action]
+    actions: list[Action | Ask]
     labels: list[str]
     scratch: Scratch
     graphed: bool
@@ -58,30 +62,46 @@ class Prepared:
     graph: Any = None
     runs: int = 0
 
-    def __call__(self, inputs: Sequence[Data]) -> tuple[Data, ...]:
-        """The results for `inputs`, which have the types of the parameters and the shapes that were prepared for."""
+    def take(self, inputs: Sequence[Data]) -> None:
+        """Bring in `inputs`, which have the types of the parameters and the shapes that were prepared for."""
         for param, held, given in zip(self.params, self.inputs, inputs, strict=True):
-            copy_in(held, from_numpy(given, param.type, torch.device("cpu")))
+            copy_in(held, from_numpy(given, param.type))
+
+    def __call__(self, inputs: Sequence[Data]) -> tuple[Data, ...]:
+        """The results for `inputs`, on one rank."""
+        self.take(inputs)
         self.execute()
         return tuple(to_numpy(held, type) for held, type in zip(self.results, self.types, strict=True))
 
     def execute(self) -> None:
-        """Run on what lies in `inputs`, and leave the results in `results`. On a GPU it returns before they are there."""
+        """`program` on one rank."""
+        alone(self.program())
+
+    def program(self) -> Program[None]:
+        """Run on what lies in `inputs`, and leave the results in `results`. On a GPU it ends before they are there."""
         if self.graphed and self.runs == 1:  # the first run has loaded machine code and made the vendor's workspaces
             self._record()
         self.runs += 1
         if self.graph is not None:
             self.graph.replay()
         else:
-            self.launch()
+            yield from self.steps()
 
     def launch(self) -> None:
+        """`steps` on one rank."""
+        alone(self.steps())
+
+    def steps(self) -> Program[None]:
         """The actions one after the other. `DscError` names the op whose action failed."""
         self.scratch.use()
         at = 0
         try:
             for at, action in enumerate(self.actions):  # noqa: B007 - read where an action fails
-                action()
+                if isinstance(action, Ask):
+                    yield from action.program()
+                    self.scratch.use()  # another rank may have computed meanwhile
+                else:
+                    action()
         except (DscError, RuntimeError, IndexError) as error:
             raise DscError(f"{self.labels[at]}: {error}") from None
 
@@ -114,16 +134,19 @@ class Walk:
     target: Target
     load: Load
     scratch: Scratch
+    streams: Streams
     arena: torch.Tensor
     poison: bool
     inputs: tuple[Held, ...]
-    actions: list[Action] = field(default_factory=list)
+    actions: list[Action | Ask] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     bound: dict[tuple[int, int, tuple[int, ...]], tuple[torch.Tensor, ...]] = field(default_factory=dict)
     """The buffers of a plan as tensors, by where its arena and what it returns lie: the same for every layer of a model."""
     constants: dict[Op, torch.Tensor] = field(default_factory=dict)
     fetched: dict[str, torch.Tensor] = field(default_factory=dict)
     """Weights by full name."""
+    flights: dict[Op, Together] = field(default_factory=dict)
+    """Collectives that are started and not done."""
     runs: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often each function ran with each prefix of weights."""
 
@@ -137,7 +160,9 @@ class Walk:
     def tensor(self, buffer: Buffer, offset: int) -> torch.Tensor:
         return self.arena[offset : offset + buffer.bytes].view(buffer.dtype).view(buffer.shape)
 
-    def call(self, plan: FunctionPlan, prefix: str, arguments: Sequence[Held], base: int, returned: tuple[int, ...]) -> tuple[Held, ...]:
+    def call(
+        self, plan: FunctionPlan, prefix: str, arguments: Sequence[Held], base: int, returned: tuple[int, ...]
+    ) -> Program[tuple[Held, ...]]:
         """The results of a function; the arena of its own buffers begins at `base`, those that it returns at `returned`."""
         buffers = self.bind(plan, base, returned)
         self.runs[plan.func.name, prefix] += 1
@@ -148,22 +173,22 @@ class Walk:
             if step.callee is not None:
                 inside = join(prefix, step.op.attributes["weights"])
                 space, *given = (_offset(buffers[i]) for i in (*step.workspace, *step.results))
-                results = self.call(step.callee, inside, operands, space, tuple(given))
+                results = yield from self.call(step.callee, inside, operands, space, tuple(given))
             else:
-                results = self.step(Site(plan.func.name, prefix, step.op.id, run), step, operands, buffers)
+                results = yield from self.step(Site(plan.func.name, prefix, step.op.id, run), step, operands, buffers)
             values.update(zip(step.op.results, results, strict=True))
             if self.poison:
                 dead = [buffers[i] for i in plan.offsets if plan.buffers[i].stop == index]
-                self.do(f"end of {step.op.id}", [partial(x.view(-1).view(torch.uint8).fill_, 0xFF) for x in dead])
+                yield from self.do(f"end of {step.op.id}", [partial(x.view(-1).view(torch.uint8).fill_, 0xFF) for x in dead])
         return tuple(values[v] for v in plan.func.results)
 
-    def step(self, site: Site, step: Step, operands: tuple[Held, ...], buffers: tuple[torch.Tensor, ...]) -> tuple[Held, ...]:
+    def step(self, site: Site, step: Step, operands: tuple[Held, ...], buffers: tuple[torch.Tensor, ...]) -> Program[tuple[Held, ...]]:
         """The results of one op, as the observer leaves them."""
         label = f"{site}: {step.op.name}"
         with _named(label):
-            results, actions = self.prepare(site.weights, step, operands, buffers)
-            self.do(label, actions)
-        if self.observe is None:
+            results, actions = self.prepare(site, step, operands, buffers)
+            yield from self.do(label, actions)
+        if self.observe is None or (isinstance(step.op, Transfer) and step.op.start):  # what is on its way is seen at its end
             return results
         shown = tuple(to_numpy(x, v.type) for x, v in zip(operands, step.op.operands, strict=True))
         found = tuple(to_numpy(x, v.type) for x, v in zip(results, step.op.results, strict=True))
@@ -174,26 +199,33 @@ class Walk:
             require(fits(given, value.type), f"%{value.name}: expected {value.type}, found {describe(given)}")
         return tuple(from_numpy(x, v.type, self.device) for x, v in zip(replaced, step.op.results, strict=True))
 
-    def do(self, label: str, actions: Sequence[Action]) -> None:
+    def do(self, label: str, actions: Sequence[Action | Ask]) -> Program[None]:
         """Collect the actions, or do them now where an observer is to see what they did."""
         if self.observe is not None:
             self.scratch.use()
             for action in actions:
-                action()
+                if isinstance(action, Ask):
+                    yield from action.program()
+                else:
+                    action()
         else:
             self.actions.extend(actions)
             self.labels.extend([label] * len(actions))
 
     def prepare(
-        self, prefix: str, step: Step, operands: tuple[Held, ...], buffers: tuple[torch.Tensor, ...]
-    ) -> tuple[tuple[Held, ...], list[Action]]:
+        self, site: Site, step: Step, operands: tuple[Held, ...], buffers: tuple[torch.Tensor, ...]
+    ) -> tuple[tuple[Held, ...], list[Action | Ask]]:
         """Where the results of an op are going to lie, and what computes them there."""
         if step.how == "source":
-            return (self.source(prefix, step.op),), []
+            return (self.source(site.weights, step.op),), []
+        if step.how == "done":
+            assert isinstance(step.op, Done)
+            started = step.op.started  # None where it stands by itself
+            return operands, [Ask(self.flights.pop(started).done)] if started else []
         if step.how == "view":
             return torch_ops.run(step.op, operands), []
         places = [buffers[i] for i in step.results]
-        actions: list[Action] = []
+        actions: list[Action | Ask] = []
         if step.how == "kernel":
             tensors = list(flat(operands))
             for i, copy in step.copies:
@@ -207,6 +239,13 @@ class Walk:
             actions += [bind(launch, tensor, self.target, step.op.name, self.load) for launch in step.launches]
             if self.observe is not None and any(tensors[slot.index].stride() != slot.strides for slot in _operand_slots(step)):
                 actions = [partial(_run_torch, step.op, operands, places)]  # an observer's value lies otherwise than what was planned for
+        elif isinstance(step.op, Collective):
+            together = Together(step.op, str(site), operands, tuple(places), self.streams)
+            if isinstance(step.op, Transfer) and step.op.start:
+                self.flights[step.op] = together
+                actions.append(Ask(together.start))
+            else:
+                actions.append(Ask(together.whole))
         else:
             into = INTO.get(type(step.op))
             at_once = into(step.op, *operands, *places) if into else None

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ...ir.core import Func, Module, Op, Value
-from ...ir.ops.collective import Done, reads
+from ...ir.ops.collective import Collective, Done, reads
 from ...ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
 from ...ir.ops.fused import Fused
 from ...ir.ops.shape import Reshape
@@ -72,7 +72,7 @@ class Buffer:
 class Step:
     """How one op runs.
 
-    how         "view" | "source" (weights and constants) | "call" | "kernel" | "torch"
+    how         "view" | "source" (weights and constants) | "call" | "kernel" | "torch" | "together" (with other ranks) | "done"
     results     the buffer of each result tensor, bundles field by field; for a call those of what the callee returns
     launches    of a kernel
     copies      operand tensors (by number) that the kernel wants contiguous, and the buffers for them
@@ -217,7 +217,7 @@ class _Planner:
             return Step(op, "source")
         if isinstance(op, Done):
             self.values.update(zip(op.results, operands, strict=True))
-            return Step(op, "view")
+            return Step(op, "done")
         if isinstance(op, Pack | Unpack):
             self.values.update(zip(op.results, (operands,) if isinstance(op, Pack) else operands[0], strict=True))
             return Step(op, "view")
@@ -229,6 +229,8 @@ class _Planner:
         known = len(self.buffers)
         made = tuple(self.results(v.type, index) for v in op.results)
         self.values.update(zip(op.results, made, strict=True))
+        if isinstance(op, Collective):
+            return Step(op, "together", tuple(planned.root for planned in flat(made)))
         step = self.compute(op, operands, made, index)
         if isinstance(op, Fused) and step.how != "kernel":
             del self.buffers[known:]

@@ -1,12 +1,14 @@
 """The executor: runs a module as its plan says, each op as a kernel, a torch function or a view, in one arena.
 
-On a machine without a GPU the kernels run in Triton's interpreter, on tensors in host memory, and otherwise nothing differs.
+On a machine without a GPU the kernels run in Triton's interpreter, on tensors in host memory, and otherwise nothing differs. On one rank of
+many the run is a program (`distributed/world.py`) that asks the others with tensors where they lie.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -15,9 +17,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ...distributed.world import Program, Settle, alone
 from ...ir.core import Func, Module, Op
 from ...ir.errors import DscError, require
-from ...ir.types import Tensor
+from ...ir.types import Tensor, Type
 from .. import Observer, Weights
 from ..arrays import Array, Data, describe, fits
 from . import INTERPRET, torch_ops
@@ -27,8 +30,9 @@ from .machine_code import MachineCode
 from .memory import aligned
 from .prepared import Prepared, Walk
 from .program import FunctionPlan, Plans, plan_function, total_bytes
+from .streams import Streams, streams_here
 from .targets import INTERPRETED, Target, this_gpu
-from .tensors import Held, from_numpy, to_numpy
+from .tensors import Held, copied, empty, from_numpy, is_held, to_numpy
 from .torch_ops.registry import WAITS
 from .tuned import tuned_here
 
@@ -37,7 +41,8 @@ from .tuned import tuned_here
 def machine() -> tuple[Target, torch.device]:
     """What kernels are planned for here, and where tensors lie. Says so where they are interpreted."""
     if INTERPRET:
-        print("dsc: no GPU: Triton kernels run in its interpreter, on the CPU", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("dsc: no GPU: Triton kernels run in its interpreter, on the CPU", file=sys.stderr)
         return INTERPRETED, torch.device("cpu")
     return replace(this_gpu(), tuned=tuned_here()), torch.device("cuda")
 
@@ -49,16 +54,18 @@ class Executor:
     poison  overwrite a buffer after its last use, so that a read of dead memory shows
     graphs  on a GPU, replay a prepared program as a CUDA graph from its second run on, where no op waits for the host
     tuned   tiles in place of those chosen by shape, and of those that a file gives (tune.py)
+    streams what orders computation and communication, of each program that is prepared
     code    machine code for the GPU
-    kept    what `run` has prepared, for as long as both the weights and the module are in use elsewhere
+    kept    what has been prepared and does not run, for as long as both the weights and the module are in use elsewhere
     """
 
     poison: bool = False
     graphs: bool = True
     tuned: Mapping[str, Any] | None = None
+    streams: Callable[[], Streams] = streams_here
     code: MachineCode = field(default_factory=MachineCode, compare=False, repr=False)
     plans: WeakKeyDictionary[Module, Plans] = field(default_factory=WeakKeyDictionary, compare=False, repr=False)
-    kept: WeakKeyDictionary[Weights, WeakKeyDictionary[Module, dict[Any, Prepared]]] = field(
+    kept: WeakKeyDictionary[Weights, WeakKeyDictionary[Module, dict[Any, list[Prepared]]]] = field(
         default_factory=WeakKeyDictionary, compare=False, repr=False
     )
 
@@ -76,21 +83,58 @@ class Executor:
         A function `weights` stands for the same arrays as long as it lives: with the same one, the same module and the same shapes again,
         the weights and buffers that are on the device already are used, unless an observer is to see the ops.
         """
+        return alone(self.program(module, weights, inputs, observe))
+
+    def program(
+        self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None
+    ) -> Program[tuple[Data, ...]]:
+        """`run` on one rank of many: a program that asks the others where a collective stands."""
+        return (yield from self._program(module, weights, inputs, observe, to_numpy))
+
+    def resident(
+        self, module: Module, weights: Weights, inputs: Sequence[Held], observe: Observer | None = None
+    ) -> Program[tuple[Held, ...]]:
+        """`program` that leaves its results on the device, in memory of their own, and takes inputs that lie there."""
+        return (yield from self._program(module, weights, inputs, observe, lambda held, type: copied(held)))
+
+    def empty(self, type: Type) -> Held:
+        """Memory on the device for what `resident` takes."""
+        return empty(type, machine()[1])
+
+    def fetched(self, held: Held, type: Type) -> Data:
+        """What `resident` returned, on the host."""
+        return to_numpy(held, type)
+
+    def _program(
+        self,
+        module: Module,
+        weights: Weights,
+        inputs: Sequence[Any],
+        observe: Observer | None,
+        given: Callable[[Held, Type], Any],
+    ) -> Program[tuple[Any, ...]]:
         _check(module, inputs)
+        prepared, idle = None, list[Prepared]()
         if observe is not None:
-            _, _, results = self._walk(module, weights, inputs, observe)
-            return tuple(to_numpy(x, v.type) for x, v in zip(results, module.main.results, strict=True))
-        known = self.kept.setdefault(weights, WeakKeyDictionary()).setdefault(module, {})
-        shapes = tuple(_shape(given) for given in inputs)
-        if shapes not in known:
-            known[shapes] = self.prepare(module, weights, inputs)
-        return known[shapes](inputs)
+            _, _, results = yield from self._walk(module, weights, inputs, observe)
+        else:
+            known = self.kept.setdefault(weights, WeakKeyDictionary()).setdefault(module, {})
+            idle = known.setdefault(tuple(map(_shape, inputs)), [])
+            prepared = idle.pop() if idle else self.prepare(module, weights, inputs)  # ranks in lockstep run one program at a time each
+            prepared.take(inputs)
+            yield from prepared.program()
+            results = prepared.results
+        yield Settle()
+        found = tuple(given(x, v.type) for x, v in zip(results, module.main.results, strict=True))
+        if prepared is not None:
+            idle.append(prepared)
+        return found
 
     def prepare(self, module: Module, weights: Weights, inputs: Sequence[Data]) -> Prepared:
         """The module made ready to run on inputs of the shapes of these: kernels compiled, weights and one arena on the device."""
         _check(module, inputs)
-        plan, walk, results = self._walk(module, weights, inputs, None)
-        waits = any(step.how == "torch" and type(step.op) in WAITS for step in plan.all_steps())
+        plan, walk, results = alone(self._walk(module, weights, inputs, None))
+        waits = any(step.how == "together" or (step.how == "torch" and type(step.op) in WAITS) for step in plan.all_steps())
         return Prepared(
             module.main.params,
             tuple(v.type for v in module.main.results),
@@ -113,7 +157,7 @@ class Executor:
 
     def _walk(
         self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None
-    ) -> tuple[FunctionPlan, Walk, tuple[Held, ...]]:
+    ) -> Program[tuple[FunctionPlan, Walk, tuple[Held, ...]]]:
         """The plan, the way through it, and the results: computed with an observer, else where they are going to lie."""
         target, device = machine()
         if self.tuned is not None:
@@ -129,8 +173,9 @@ class Executor:
         for i in plan.returned:
             returned.append(offset)
             offset += aligned(plan.buffers[i].bytes)
-        walk = Walk(module, weights, observe, device, target, self.code.load, Scratch(device), arena, self.poison, held)
-        return plan, walk, walk.call(plan, "", held, 0, tuple(returned))
+        scratch = Scratch(device)
+        walk = Walk(module, weights, observe, device, target, self.code.load, scratch, self.streams(), arena, self.poison, held)
+        return plan, walk, (yield from walk.call(plan, "", held, 0, tuple(returned)))
 
 
 TRITON = Executor()
@@ -145,7 +190,10 @@ def _check(module: Module, inputs: Sequence[Data]) -> None:
     takes = f"@{main.name} takes {len(main.params)} inputs"
     require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
     for param, given in zip(main.params, inputs, strict=True):
-        require(fits(given, param.type), f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
+        require(
+            fits(given, param.type) or is_held(given, param.type),
+            f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}",
+        )
 
 
 def _shape(given: Data) -> Any:

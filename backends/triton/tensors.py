@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ...ir.types import Bundle, DType, Tensor, Type, landed
+from ...ir.types import Bundle, DType, Tensor, Type, bound, landed
 from ..arrays import STORAGE, Data
 
 Held: TypeAlias = Any
@@ -34,18 +34,21 @@ DTYPES: dict[DType, torch.dtype] = {
 _SAME_BITS = {2: (np.dtype(np.int16), torch.int16), 1: (np.dtype(np.uint8), torch.uint8)}
 
 
-def from_numpy(array: Data, type: Type, device: torch.device) -> Held:
-    """`array` (for a bundle a tuple) on `device`. On the CPU it shares its memory, which must not change while in use."""
+def from_numpy(array: Data | Held, type: Type, device: torch.device | None = None) -> Held:
+    """`array` (for a bundle a tuple) on `device`, or where it is; a tensor, too. On the CPU it shares its memory, which must not change."""
     type = landed(type)
     if isinstance(type, Bundle):
         return tuple(from_numpy(a, t, device) for a, t in zip(array, type.fields, strict=True))
+    if isinstance(array, torch.Tensor):
+        return array if device is None else array.to(device, non_blocking=True)
     target = DTYPES[type.dtype]
     plain = np.ascontiguousarray(array).reshape(array.shape)
     if plain.dtype.isbuiltin != 1:
         plain = plain.view(_SAME_BITS[plain.dtype.itemsize][0])
     if not plain.flags.writeable:
         plain = _writable_alias(plain)
-    return torch.from_numpy(plain).view(target).to(device, non_blocking=True)
+    made = torch.from_numpy(plain).view(target)
+    return made if device is None else made.to(device, non_blocking=True)
 
 
 def _writable_alias(array: np.ndarray) -> np.ndarray:
@@ -70,6 +73,29 @@ def to_numpy(tensor: Held, type: Type) -> Data:
     if storage.isbuiltin == 1:
         return host.numpy()
     return host.view(_SAME_BITS[storage.itemsize][1]).numpy().view(storage)
+
+
+def is_held(value: Held, type: Type) -> bool:
+    """Whether `value` is what `from_numpy` makes for `type`, a ragged extent being what it is or its bound."""
+    type = landed(type)
+    if isinstance(type, Bundle):
+        return isinstance(value, tuple) and len(value) == len(type.fields) and all(map(is_held, value, type.fields))
+    if not isinstance(value, torch.Tensor) or value.dtype != DTYPES[type.dtype] or value.ndim != type.rank:
+        return False
+    return all(found == d if isinstance(d, int) else found <= d.bound for found, d in zip(value.shape, type.shape, strict=True))
+
+
+def copied(held: Held) -> Held:
+    """The same in memory of its own, on the same device."""
+    return tuple(map(copied, held)) if isinstance(held, tuple) else held.clone()
+
+
+def empty(type: Type, device: torch.device) -> Held:
+    """Memory for a value of `type`, ragged dimensions at their bound."""
+    type = landed(type)
+    if isinstance(type, Bundle):
+        return tuple(empty(field, device) for field in type.fields)
+    return torch.empty([bound(d) for d in type.shape], dtype=DTYPES[type.dtype], device=device)
 
 
 def widen(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -90,7 +90,7 @@ def test_weights_are_fetched_once_for_as_long_as_their_source_lives() -> None:
 def test_nothing_is_kept_when_the_weights_or_the_module_are_gone(dropped: str) -> None:
     module, executor, weights = mlp(), Executor(), Weights()
     executor.run(module, weights, (random(0, ROWS, WIDTH),))
-    (prepared,) = executor.kept[weights][module].values()
+    ((prepared,),) = executor.kept[weights][module].values()
     watched = weakref.ref(prepared)
     del prepared
     if dropped == "weights":

@@ -1,35 +1,24 @@
 """Collectives in torch, on tensors that stay where they are: what a rank sends, and what it makes of what comes.
 
 Reductions add up in the order of the ranks, in float32, and round once. Each is a program that asks the other ranks
-(`distributed/world.py`); here it runs on one rank, which is its own partner.
+(`distributed/world.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from ....distributed.world import Exchange, Gather, Index, Program, alone
+from ....distributed.world import Exchange, Gather, Index, Program, Settle
 from ....ir.errors import require
 from ....ir.ops import collective as ops
 from ..tensors import rounded, widen
-from .registry import compute_dtype, torch_op
+from .registry import collective, compute_dtype, torch_op
 from .shape import plain
 
 Tensor = torch.Tensor
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def collective(cls: type[ops.Collective]) -> Callable[[Function], Function]:
-    """Make the program below, of the op and its operands as stored, what `cls` does."""
-
-    def attach(program: Function) -> Function:
-        torch_op(cls)(lambda op, *operands: alone(program(op, *operands)))
-        return program
-
-    return attach
 
 
 def _concat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -87,8 +76,13 @@ def all_to_all(op: ops.AllToAll, x: Tensor) -> Program[Tensor]:
 
 @collective(ops.AllToAllRows)
 def all_to_all_rows(op: ops.AllToAllRows, *operands: Tensor) -> Program[Any]:
-    """A result has all the rows that `rows` has room for, those that did not arrive zero: here a ragged value always has its bound's."""
+    """A result has all the rows that `rows` has room for, those that did not arrive zero: here a ragged value always has its bound's.
+
+    How many rows go where the host has to know, and so it waits for the counts: no library takes them from the device.
+    """
     *xs, given, taken = operands
+    if given.is_cuda:
+        yield Settle()
     send, recv = given.tolist(), taken.tolist()
     room = op.rows if isinstance(op.rows, int) else op.rows.bound
     require(min(send) >= 0 and min(recv) >= 0, f"send is {send} and recv {recv}, expected no negative number")

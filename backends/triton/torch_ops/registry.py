@@ -12,7 +12,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from ....distributed.world import Program, alone
 from ....ir.core import Op
+from ....ir.ops.collective import Collective
 from ....ir.types import Bundle, DType, landed, tensors
 from ..tensors import DTYPES, Held, rounded, widen
 
@@ -20,6 +22,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 TORCH: dict[type[Op], Callable[..., Any]] = {}
 """Every op's function, under `torch_op`. `param`, `constant` and `call` have none: they need the module."""
+
+COLLECTIVES: dict[type[Op], Callable[..., Program[Any]]] = {}
+"""The program of each collective on one rank of many: of the op and its operands as stored."""
 
 INTO: dict[type[Op], Callable[..., Callable[[], object] | None]] = {}
 """Of some ops a function of op, operands and the place of the result: what computes it there without memory of its own, or None."""
@@ -43,6 +48,17 @@ def torch_op(*classes: type[Op], operands: Literal["wide", "stored"] = "stored",
             if waits:
                 WAITS.add(cls)
         return function
+
+    return attach
+
+
+def collective(cls: type[Collective]) -> Callable[[Function], Function]:
+    """Make the program below what `cls` does on one rank. By itself the op is that of one rank, which is its own partner."""
+
+    def attach(program: Function) -> Function:
+        COLLECTIVES[cls] = program
+        torch_op(cls)(lambda op, *operands: alone(program(op, *operands)))
+        return program
 
     return attach
 
