@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,10 +16,18 @@ from dsc.distributed.world import Program
 from dsc.driver.inputs import prepare
 from dsc.driver.ranks import RankWeights, assembled, cut
 from dsc.driver.run import array_types, open_weights
-from dsc.ir.core import Module
+from dsc.ir.core import Builder, Module, Op
 from dsc.ir.mesh import mesh_of
+from dsc.ir.ops.collective import AllGather, AllReduce, AllToAll, ReduceScatter, Transfer
+from dsc.ir.ops.elementwise import Add, Mul, Neg
+from dsc.ir.ops.linalg import Matmul
 from dsc.ir.sharding import input_splits
+from dsc.ir.types import DType, Tensor
+from dsc.ir.verify import verify
 from dsc.models.random_weights import RandomWeights
+from dsc.passes.overlapping.emit import emit
+from dsc.passes.overlapping.order import listed
+from dsc.passes.overlapping.tasks import tasks_of
 
 Run = Callable[..., dict[str, Any]]
 
@@ -74,3 +83,51 @@ def named(module: Module, results: tuple[Any, ...]) -> dict[str, Any]:
 
 def _flat(values: Any) -> list[Any]:
     return [leaf for value in values for leaf in _flat(value)] if isinstance(values, tuple) else [values]
+
+
+# ---- random programs that communicate
+
+SQUARE = Tensor(DType.f32, (4, 4))
+
+
+def draw(random: Random) -> Module:
+    """Matrices that are computed and exchanged along two axes."""
+    b = Builder("main", "main")
+    values = [b.param(f"x{i}", SQUARE) for i in range(2)]
+    for _ in range(random.randint(3, 25)):
+        x, y = random.choices(values, k=2)
+        axis = random.choice(("ep", "tp"))
+        made: Op = random.choice(
+            [Neg(x), Add(x, y), Mul(x, y), Matmul(x, y), AllToAll(x, axis, 2), AllReduce(x, axis, 2, "sum"), AllToAll(y, axis, 2)]
+        )
+        if random.random() < 0.1:
+            made = ReduceScatter(b.emit(AllGather(x, axis, 2)).result, axis, 2)
+        values.append(b.emit(made).result)
+    return verify(Module((b.finish(random.choices(values, k=3)),), "sharded", {"mesh": {"pp": 1, "dp": 2, "ep": 2, "tp": 2, "node": 8}}))
+
+
+class Drawn:
+    """Durations that have nothing to do with the ops."""
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.known: dict[str, float] = {}
+
+    def seconds(self, op: Op) -> float:
+        return self.known.setdefault(op.id, self.random.choice((0.0, 1.0, 3.0, 10.0)))
+
+    def stream(self, op: Op) -> Any:
+        return "comm" if isinstance(op, Transfer) else "compute"
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[[Random], tuple[Module, Module]]:
+    """A program that is drawn, and the same in an order of list scheduling, its collectives in flight."""
+
+    def make(random: Random) -> tuple[Module, Module]:
+        module = draw(random)
+        tasks = tasks_of(module, module.main, Drawn(random))
+        func = emit(module, module.main, tasks, listed(tasks, [random.random() for _ in tasks]))
+        return module, module.replace(funcs=(func,), stage="scheduled")
+
+    return make

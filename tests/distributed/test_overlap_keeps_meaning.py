@@ -22,9 +22,9 @@ from dsc.ir.diagnostics import IRError
 from dsc.ir.flight import differences
 from dsc.ir.liveness import live_bytes
 from dsc.ir.mesh import mesh_of
-from dsc.ir.ops.collective import AllGather, AllReduce, AllToAll, Done, ReduceScatter, Transfer
+from dsc.ir.ops.collective import AllToAll, Done, Transfer
 from dsc.ir.ops.control import Call
-from dsc.ir.ops.elementwise import Add, Mul, Neg
+from dsc.ir.ops.elementwise import Add, Neg
 from dsc.ir.ops.linalg import Matmul
 from dsc.ir.sharding import input_splits
 from dsc.ir.types import DType, Tensor
@@ -33,13 +33,11 @@ from dsc.models.random_weights import RandomWeights
 from dsc.passes.manager import run_pipeline
 from dsc.passes.overlap import Overlap, costing_of
 from dsc.passes.overlapping.chunks import BACKWARD, together
-from dsc.passes.overlapping.emit import emit
 from dsc.passes.overlapping.merge import Groups
-from dsc.passes.overlapping.order import listed
 from dsc.passes.overlapping.schedule import ordered
-from dsc.passes.overlapping.tasks import tasks_of
 
 Make = Callable[..., Module]
+Draw = Callable[[Random], tuple[Module, Module]]
 
 
 QUICK = """
@@ -205,46 +203,13 @@ def call(b: Builder, func: Func, args: Sequence[Value]) -> tuple[Value, ...]:
 SQUARE = Tensor(DType.f32, (4, 4))
 
 
-def draw(random: Random) -> Module:
-    """Matrices that are computed and exchanged along two axes."""
-    b = Builder("main", "main")
-    values = [b.param(f"x{i}", SQUARE) for i in range(2)]
-    for _ in range(random.randint(3, 25)):
-        x, y = random.choices(values, k=2)
-        axis = random.choice(("ep", "tp"))
-        made: Op = random.choice(
-            [Neg(x), Add(x, y), Mul(x, y), Matmul(x, y), AllToAll(x, axis, 2), AllReduce(x, axis, 2, "sum"), AllToAll(y, axis, 2)]
-        )
-        if random.random() < 0.1:
-            made = ReduceScatter(b.emit(AllGather(x, axis, 2)).result, axis, 2)
-        values.append(b.emit(made).result)
-    return verify(Module((b.finish(random.choices(values, k=3)),), "sharded", {"mesh": {"pp": 1, "dp": 2, "ep": 2, "tp": 2, "node": 8}}))
-
-
-class Drawn:
-    """Durations that have nothing to do with the ops."""
-
-    def __init__(self, random: Random) -> None:
-        self.random = random
-        self.known: dict[str, float] = {}
-
-    def seconds(self, op: Op) -> float:
-        return self.known.setdefault(op.id, self.random.choice((0.0, 1.0, 3.0, 10.0)))
-
-    def stream(self, op: Op) -> Any:
-        return "comm" if isinstance(op, Transfer) else "compute"
-
-
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_random_programs_in_random_orders(random: Random) -> None:
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+def test_random_programs_in_random_orders(drawn: Draw, random: Random) -> None:
     """Any order of list scheduling is a program that the verifier takes, of the same bits, and of the time that the tasks say."""
-    module, durations = draw(random), Drawn(random)
-    tasks = tasks_of(module, module.main, durations)
-    order = listed(tasks, [random.random() for _ in tasks])
-    func = emit(module, module.main, tasks, order)
-    made = verify(module.replace(funcs=(func,), stage="scheduled"))
-    assert not list(differences(module.main, func))
+    module, made = drawn(random)
+    verify(made)
+    assert not list(differences(module.main, made.main))
     assert dsc.parse(str(made)) == made
     rng = np.random.default_rng(0)
     inputs = [rng.standard_normal((4, 4)).astype(np.float32) for _ in range(2)]
@@ -253,13 +218,8 @@ def test_random_programs_in_random_orders(random: Random) -> None:
     assert same(leaves(found[0]), leaves(found[1]))
 
 
-def test_the_random_programs_are_worth_it() -> None:
-    flights = 0
-    for seed in range(40):
-        module, durations = draw(Random(seed)), Drawn(Random(seed))
-        tasks = tasks_of(module, module.main, durations)
-        flights += in_flight(module.replace(funcs=(emit(module, module.main, tasks, listed(tasks, [0.0] * len(tasks))),)))
-    assert flights > 40
+def test_the_random_programs_are_worth_it(drawn: Draw) -> None:
+    assert sum(in_flight(drawn(Random(seed))[1]) for seed in range(40)) > 40
 
 
 # ---- memory
