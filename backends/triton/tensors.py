@@ -31,6 +31,8 @@ DTYPES: dict[DType, torch.dtype] = {
 }
 """E5M6 is held as float16 values on its grid."""
 
+_OF_USERS = 256
+"""The numbers of dtypes that NumPy does not know itself begin here; `isbuiltin` is other than 1 of what was pickled, too."""
 _SAME_BITS = {2: (np.dtype(np.int16), torch.int16), 1: (np.dtype(np.uint8), torch.uint8)}
 
 
@@ -43,7 +45,7 @@ def from_numpy(array: Data | Held, type: Type, device: torch.device | None = Non
         return array if device is None else array.to(device, non_blocking=True)
     target = DTYPES[type.dtype]
     plain = np.ascontiguousarray(array).reshape(array.shape)
-    if plain.dtype.isbuiltin != 1:
+    if plain.dtype.num >= _OF_USERS:
         plain = plain.view(_SAME_BITS[plain.dtype.itemsize][0])
     if not plain.flags.writeable:
         plain = _writable_alias(plain)

@@ -1,13 +1,14 @@
 """One rank of a pool, for test_torch_world.py: takes cases from standard input and answers each on standard output, both pickled.
 
 A case is (text of a module, the inputs of every rank). The answer is the results under `TorchWorld`, and what is wrong with them by
-torch.distributed's own collectives.
+torch.distributed's own collectives, or with those of the Triton backend beside them.
 """
 
 from __future__ import annotations
 
 import pickle
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,13 @@ from dsc.distributed.world import Program, Receive, Send
 from dsc.ir.mesh import mesh_of
 from dsc.ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, ReduceScatter
 from dsc.testing.bounds import FLOAT32, permitted
+
+TRITON: Any = backends.get("triton") if find_spec("triton") else None
+
+
+def no_weights(name: str, type: Any) -> Any:
+    raise AssertionError(name)
+
 
 GROUPS: dict[tuple[int, ...], Any] = {}
 
@@ -71,6 +79,12 @@ def verdict(op: Collective, group: Any, operands: list[np.ndarray], results: tup
     return "" if same else f"{op.signature} differs from torch.distributed along {axis}"
 
 
+def beside(expected: tuple[np.ndarray, ...], found: tuple[np.ndarray, ...]) -> str:
+    """What differs in the bits of the Triton backend, where a ragged value has all the rows that there is room for."""
+    same = all(x.tobytes() == y[: len(x)].tobytes() for x, y in zip(expected, found, strict=True))
+    return "" if same else "Triton differs from the reference"
+
+
 def stages(world: TorchWorld, x: np.ndarray) -> Program[np.ndarray]:
     """x goes down the pipeline, each stage adding 1, and back up."""
     size, index = world.mesh.size("pp"), world.mesh.index("pp", world.rank)
@@ -106,7 +120,9 @@ def main() -> None:
             results = world.run(backends.get("numpy").program(module, None, inputs[world.rank]))
             if members not in GROUPS:
                 GROUPS[members] = dist.new_group(list(members), use_local_synchronization=True)
-            answer = (results, verdict(op, GROUPS[members], list(inputs[world.rank]), results))
+            on_triton = world.run(TRITON.program(module, no_weights, inputs[world.rank])) if TRITON else results
+            wrong = verdict(op, GROUPS[members], list(inputs[world.rank]), results)
+            answer = (results, wrong or beside(results, on_triton))
         pickle.dump(answer, answers)
         answers.flush()
     if world is not None:
