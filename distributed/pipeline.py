@@ -85,6 +85,9 @@ def pipeline(module: Module, schedule: Schedule) -> Pipeline:
     made = Pipeline(module, schedule if schedule.lowered else lower(simulate(schedule)))
     for value in made.joined if any(reverse for _, reverse in schedule.home) else ():
         raise DscError(f"{name} sends micro-batches both ways, but each of them has its own part of %{value.name}")
+    from .order import check_order  # which runs the programs below
+
+    check_order(made)
     return made
 
 
