@@ -6,6 +6,9 @@ is handed the first run's results, so that only what the op itself does differen
 Two programs are *the same* when every op that both have gives the same bits, or differs by no more than the tolerance asked for.
 Two backends are the same when every op's local difference stays within the bound that its sums and roundings allow
 (`dsc.testing.bounds`).
+
+A program of many ranks has other ops than that of one, and each rank has a part of every value. Where there is one, all ranks of each run
+in this process, and the whole results are compared, gradients among them.
 """
 
 from __future__ import annotations
@@ -20,17 +23,21 @@ import numpy as np
 from ..backends import Site
 from ..backends.arrays import Data, rounded
 from ..ir.core import Module, Op
-from ..ir.errors import require
+from ..ir.errors import DscError, require
+from ..ir.mesh import ATTRIBUTE, mesh_of
 from ..ir.ops.moe import Dispatch, Route
 from ..ir.ops.quant import Quantize
-from ..ir.types import Tensor
+from ..ir.types import Tensor, bound
+from ..models.weights import DTYPE_NAMES
 from .align import align
 from .artifact import Artifact
-from .inputs import Inputs, prepare
+from .inputs import Inputs, prepare, whole_inputs
 from .measure import Measures, flat, measure, real, same_bits
 from .quantstats import QuantizationStats, stats_of
+from .ranks import Ranks
 from .routing import Gate, Tokens
-from .run import Fetch, array_types, open_weights, own_weights, unpack
+from .run import Fetch, array_types, chosen_schedule, open_weights, own_weights, run, unpack
+from .ui import plural
 
 Step = Callable[[str], None]
 
@@ -53,7 +60,7 @@ class OpDiff:
 
 @dataclass(frozen=True)
 class Report:
-    """What `dsc diff` prints."""
+    """What `dsc diff` prints. Of programs of many ranks `ops` are their results."""
 
     a: str
     b: str
@@ -135,7 +142,8 @@ def diff(
 ) -> Report:
     """Run two programs, or one under two backends, on the same weights and inputs, and compare them op by op.
 
-    `tolerance` is the relative L2 difference that still counts as the same between two programs.
+    Where a program is that of many ranks, all of them run, and results are compared in place of ops. `tolerance` is the relative L2
+    difference that still counts as the same between two programs.
 
     >>> dsc.diff(dsc.trace("deepseek-v3-tiny"), backends=("numpy", "numpy-f64")).same
     True
@@ -148,6 +156,9 @@ def diff(
     b = a if b is None else b
     given = own_weights([a, b]) if weights is None else [weights, weights]
     _check_inputs(a, b)
+    if _world(a) * _world(b) > 1:
+        require(not two_backends, f"{_name(a)} runs on {_world(a)} ranks, whose ops are not compared: expected one backend")
+        return _by_results((a, b), backends[0], given, inputs, tolerance, on_step)
     first = _side(a, backends[0], given[0], inputs)
     second = _side(b, backends[-1], given[1], first.inputs if inputs is None else inputs)
     recorded = _Record(first.module, second.module, on_step)
@@ -175,7 +186,7 @@ def diff(
         a=first.label,
         b=second.label,
         same=comparable and not different and (two_backends or not any(map(differs, outputs))),
-        criterion="local difference within its bound" if two_backends else f"relative L2 <= {tolerance:g}" if tolerance else "equal bits",
+        criterion="local difference within its bound" if two_backends else _criterion(tolerance),
         first=different[0] if different else None,
         worst=worst.site if worst else None,
         ops=ops,
@@ -190,19 +201,78 @@ def diff(
 
 def _check_inputs(a: Module | Artifact, b: Module | Artifact) -> None:
     """Refuse two programs that cannot be given the same inputs."""
-    mains = [unpack(program)[0].main for program in (a, b)]
-    shapes = [[p.tensor.shape for p in main.params] for main in mains]
-    texts = [", ".join(f"{p.name}: {p.type}" for p in main.params) for main in mains]
-    require(shapes[0] == shapes[1], f"a takes ({texts[0]}), but b takes ({texts[1]}): expected the same inputs")
+    modules = [unpack(program)[0] for program in (a, b)]
+    times = [order.microbatches if _world(p) > 1 and (order := chosen_schedule(p)) else 1 for p in (a, b)]
+    taken = [whole_inputs(module, n) for module, n in zip(modules, times, strict=True)]
+    if [t.shape for t in taken[0]] == [t.shape for t in taken[1]]:
+        return
+    said = [", ".join(f"{p.name}: {t}" for p, t in zip(m.main.params, found, strict=True)) for m, found in zip(modules, taken, strict=True)]
+    hint = ""
+    if [t.shape[1:] for t in taken[0]] == [t.shape[1:] for t in taken[1]] and all(t.rank for t in taken[0]):
+        rows = [bound(found[0].shape[0]) for found in taken]
+        few = rows.index(min(rows))
+        hint = f", as with {_name((a, b)[few])} compiled with --batch {max(rows) // times[few]}" if max(rows) % times[few] == 0 else ""
+    raise DscError(f"{_name(a)} takes ({said[0]}), but {_name(b)} takes ({said[1]}): expected the same inputs{hint}")
+
+
+def _name(program: Module | Artifact) -> str:
+    module = unpack(program)[0]
+    return str(program.path) if isinstance(program, Artifact) else str(module.attributes.get("model", f"@{module.main.name}"))
+
+
+def _world(program: Module | Artifact) -> int:
+    """How many ranks run it."""
+    module = unpack(program)[0]
+    return mesh_of(module).world if ATTRIBUTE in module.attributes else 1
+
+
+def _by_results(
+    programs: Sequence[Module | Artifact], backend: str, weights: Sequence[Any], inputs: Inputs, tolerance: float, on_step: Step
+) -> Report:
+    """Two programs, at least one of many ranks, by what they return."""
+    found: list[dict[str, np.ndarray]] = []
+    for program, spec in zip(programs, weights, strict=True):
+        ranks: Ranks | None = "local" if _world(program) > 1 else None
+        results = flat(run(program, spec, inputs, backend, lambda site, *_: on_step(str(site)), ranks))
+        found.append(dict(zip(array_types(unpack(program)[0]), results, strict=True)))
+    a, b = found
+    both = [name for name in a if name in b and a[name].shape == b[name].shape]
+    entries = tuple(_op_diff(n, "result", _type_of(a[n]), same_bits(a[n], b[n]), [(a[n], b[n])], None) for n in both)
+    different = [e for e in entries if not e.equal and not e.accumulated.relative_l2 <= tolerance]
+    only = [tuple(name for name in side if name not in both) for side in found]
+    on = [f"{plural(n, 'rank')}, " if n > 1 else "" for n in map(_world, programs)]
+    worst = max((e for e in entries if not e.equal), key=lambda e: _rank(e.accumulated), default=None)
+    return Report(
+        a=f"{_name(programs[0])} ({on[0]}{backend})",
+        b=f"{_name(programs[1])} ({on[1]}{backend})",
+        same=not different and bool(entries) and not any(only),
+        criterion=_criterion(tolerance),
+        first=different[0].site if different else None,
+        worst=worst.site if worst else None,
+        ops=entries,
+        only_in_a=only[0],
+        only_in_b=only[1],
+        routing=(),
+        quantization=(),
+        outputs=(),
+        outputs_forced=(),
+    )
+
+
+def _type_of(x: np.ndarray) -> str:
+    return f"{DTYPE_NAMES[x.dtype]}{list(x.shape)}"
+
+
+def _criterion(tolerance: float) -> str:
+    return f"relative L2 <= {tolerance:g}" if tolerance else "equal bits"
 
 
 def _side(program: Module | Artifact, backend: str, weights: Any, inputs: Inputs) -> _Side:
     from .. import backends
 
     module, spec, config = unpack(program, weights)
-    own = str(module.attributes.get("model", f"@{module.main.name}"))
-    name = str(program.path) if isinstance(program, Artifact) else own
-    return _Side(f"{name} ({backend})", module, backends.get(backend), open_weights(spec, module, config), prepare(module, inputs))
+    label = f"{_name(program)} ({backend})"
+    return _Side(label, module, backends.get(backend), open_weights(spec, module, config), prepare(module, inputs))
 
 
 class _Free:

@@ -45,12 +45,15 @@ def diff(
 ) -> int:
     """Compare two artifacts, or one under two backends, op by op.
 
+    With one that is sharded its results are compared, from all ranks in this process.
+
     Exit code 0 the same, 1 different, 2 an error. Two artifacts are the same when every op gives the same bits (or
     differs by at most --tolerance); two backends when each op, on the same operands, stays within its rounding bound.
 
     \b
     dsc diff out out --backends numpy,numpy-f64
     dsc diff bf16 f32 --tolerance 0.01
+    dsc diff out sharded --tolerance 0.01
     dsc diff out --sweep recipe --plot sqnr.png
     """
     from ..ir.walk import executed

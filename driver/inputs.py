@@ -46,7 +46,7 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0, microbatches: int = 1
         inputs = [inputs[name] for name in names]
     require(len(inputs) == len(params), f"@main takes {plural(len(params), 'input')} ({', '.join(names)}), found {len(inputs)}")
     fitted, faults = [], []
-    for param, tensor, array in zip(params, _wholes(module, microbatches), inputs, strict=True):
+    for param, tensor, array in zip(params, whole_inputs(module, microbatches), inputs, strict=True):
         try:
             fitted.append(_fit(param.name, tensor, array))
         except DscError as error:
@@ -57,11 +57,11 @@ def prepare(module: Module, inputs: Inputs, seed: int = 0, microbatches: int = 1
 
 def seeded(module: Module, seed: int = 0, microbatches: int = 1) -> tuple[np.ndarray, ...]:
     """Inputs made from `seed` and each parameter's name: normal floats, integers in the range that the program can take."""
-    wholes = _wholes(module, microbatches)
+    wholes = whole_inputs(module, microbatches)
     return tuple(_random(p, tensor, module, seed) for p, tensor in zip(module.main.params, wholes, strict=True))
 
 
-def _wholes(module: Module, microbatches: int = 1) -> list[Tensor]:
+def whole_inputs(module: Module, microbatches: int = 1) -> list[Tensor]:
     """The types of the whole inputs: those of @main's parameters, unless ranks or micro-batches have parts of them."""
     types = [param.tensor for param in module.main.params]
     if ATTRIBUTE in module.attributes:

@@ -15,10 +15,11 @@ def show(report: Report, everything: bool = False) -> str:
     """The verdict first, then routing and quantisation in a line each, the ops that matter, and what only one side has."""
     unequal = [e for e in report.ops if not e.equal]
     verdict = "same" if report.same else "different"
+    what = "result" if all(e.op == "result" for e in report.ops) else "op"
     lines = [
         f"a: {report.a}",
         f"b: {report.b}",
-        f"{verdict} ({report.criterion}): {plural(len(report.ops), 'op')} compared, {len(report.ops) - len(unequal):,} with equal bits",
+        f"{verdict} ({report.criterion}): {plural(len(report.ops), what)} compared, {len(report.ops) - len(unequal):,} with equal bits",
         *([f"first: {report.first}"] if report.first else []),
         *_worst(report),
         *_routing(report),
@@ -29,16 +30,18 @@ def show(report: Report, everything: bool = False) -> str:
     if chosen:
         lines += ["", _table(entries, len(report.outputs_forced))]
     if not everything and len(unequal) > len(chosen):
-        lines.append(f"and {plural(len(unequal) - len(chosen), 'op')} more that differ (--all shows every op)")
+        lines.append(f"and {plural(len(unequal) - len(chosen), what)} more that differ (--all shows every {what})")
     for which, sites in (("a", report.only_in_a), ("b", report.only_in_b)):
         if sites:
-            lines.append(f"only in {which}: {plural(len(sites), 'op')}, e.g. {sites[0]}")
+            lines.append(f"only in {which}: {plural(len(sites), what)}, e.g. {sites[0]}")
     return "\n".join(lines)
 
 
 def _worst(report: Report) -> list[str]:
     found = next((e for e in report.ops if e.site == report.worst), None)
-    return [f"worst: {found.site}, local relative L2 {found.local.relative_l2:.2e}"] if found and found.local else []
+    if found is None:
+        return []
+    return [f"worst: {found.site}, {'local ' if found.local else ''}relative L2 {(found.local or found.accumulated).relative_l2:.2e}"]
 
 
 def _routing(report: Report) -> list[str]:
@@ -61,8 +64,8 @@ def _quantization(report: Report) -> list[str]:
 
 
 def _telling(report: Report, unequal: list[OpDiff]) -> list[OpDiff]:
-    """Those over their bound, the first, and those with the largest local difference; in program order."""
-    ranked = sorted(unequal, key=lambda e: (-_finite(e.bound_ratio), -_finite(e.local.relative_l2 if e.local else None)))[:SHOWN]
+    """Those over their bound, the first, and those with the largest local difference, of results the largest; in program order."""
+    ranked = sorted(unequal, key=lambda e: (-_finite(e.bound_ratio), -_finite((e.local or e.accumulated).relative_l2)))[:SHOWN]
     kept = {e.site for e in ranked} | {report.first}
     return [e for e in report.ops if e.site in kept]
 

@@ -299,7 +299,8 @@ class TestRunning:
 
     def test_diff(self, refused: Refused, tiny: Path, tiny_modes: dict[str, Path]) -> None:
         a, b = "(tokens: i64[1, 16])", "(tokens: i64[1, 16], labels: i64[1, 16])"
-        assert refused("diff", tiny, tiny_modes["train"]) == [f"a takes {a}, but b takes {b}: expected the same inputs"]
+        train = tiny_modes["train"]
+        assert refused("diff", tiny, train) == [f"{tiny} takes {a}, but {train} takes {b}: expected the same inputs"]
         assert refused("diff", tiny, "--backends", "") == ["expected one or two backends, found 0"]
         assert refused("diff", tiny, "--backends", "numpy,numpy,numpy") == ["expected one or two backends, found 3"]
         (line,) = refused("diff", tiny, tiny_modes["train"], "--backends", "numpy,numpy-f64")

@@ -309,3 +309,26 @@ def test_a_call_that_only_one_has(tiny: Path) -> None:
     assert {site.split()[1] for site in report.only_in_a} == {"(model.layers.2)"}
     assert report.only_in_b == ()
     assert report.first == "@final_norm (model.norm) final_norm#2"
+
+
+def test_programs_of_many_ranks_are_compared_by_their_results(command: Any, refused: Any, tmp_path: Path) -> None:
+    """The same model whole, on the ranks of a mesh, as a pipeline of two micro-batches, and on ranks with a fault in its gates."""
+    sizes = {"whole": {"batch": 2}, "one": {}, "ranks": {"mesh": "dp=2,ep=2"}, "stages": {"mesh": "pp=2", "microbatches": 2}}
+    sizes["fault"] = sizes["ranks"] | {"overrides": ("routed_scaling_factor=2.0",)}
+    whole, one, ranks, stages, fault = (dsc.compile("deepseek-v3-tiny", out=tmp_path / n, seq=4, **o).path for n, o in sizes.items())
+    for other in (ranks, stages):
+        done = command("diff", whole, other, "--tolerance", 2**-8)
+        assert done.code == 0
+        assert done.out.splitlines()[1] == f"b: {other} (2 ranks, numpy)"
+        assert "same (relative L2 <= 0.00390625): 1 result compared, " in done.out
+    done = command("diff", ranks, fault, "--tolerance", 2**-8)
+    assert done.code == 1
+    assert done.out.splitlines()[3] == "first: logits"
+    assert "\nlogits  result  bf16[2, 4, 320] " in done.out
+    assert refused("diff", one, stages) == [
+        f"{one} takes (tokens: i64[1, 4]), but {stages} takes (tokens: i64[2, 4]): "
+        f"expected the same inputs, as with {one} compiled with --batch 2"
+    ]
+    assert refused("diff", ranks, "--backends", "numpy,numpy-f64") == [
+        f"{ranks} runs on 2 ranks, whose ops are not compared: expected one backend"
+    ]
