@@ -18,7 +18,6 @@ from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, parse_mesh
 from ..ir.stages import is_staged
-from ..ir.timeline import timeline
 from ..ir.types import DType
 from ..schedule.actions import Schedule
 from . import artifact
@@ -197,8 +196,7 @@ def compile(
         if is_staged(module) and ATTRIBUTE in module.attributes:
             planned = pipeline_of(module, order or schedule_for(module, schedule, microbatches))
             (folder / SCHEDULE).write_text(str(planned.schedule), encoding="utf-8")
-        line = timeline(module)
-        _write_json(folder / artifact.MEMORY, memory(module, line))
+        _write_json(folder / artifact.MEMORY, memory(module))
         if add:
             add(module, folder)
         manifest = Manifest(
@@ -215,7 +213,7 @@ def compile(
             versions=artifact.versions(),
         )
         _write_json(folder / artifact.MANIFEST, manifest.model_dump(mode="json"))
-        report = page(Artifact(folder, manifest, module), line=line)
+        report = page(Artifact(folder, manifest, module))
         (folder / artifact.REPORT).write_text(report, encoding="utf-8", errors="replace")
     return Artifact(target, artifact.load(target).manifest, module)
 

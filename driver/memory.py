@@ -28,8 +28,8 @@ BUCKETS = {"tp": "TP-sharded", "replicated": "replicated", "experts": "experts (
 """How the ranks of a stage share a weight: cut along tp, whole on each, or cut along ep (the three buckets of Megatron-LM's accounting)."""
 
 
-def memory(module: Module, line: Timeline | None = None) -> dict[str, Any]:
-    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds. `line` is the timeline, if it is known.
+def memory(module: Module) -> dict[str, Any]:
+    """Bytes by kind, and the peak of live values in each function: what plan/memory.json holds.
 
     The peak is of what a function makes itself, its results and the functions that it calls included, its parameters not:
     `total_bytes` is weights, inputs and the peak of @main. Of a program for a mesh or with gradients there are `buckets` as well, of the
@@ -60,7 +60,7 @@ def memory(module: Module, line: Timeline | None = None) -> dict[str, Any]:
         return found | {"fullest_stage": fullest, "buckets": stages[fullest]["buckets"], "stages": stages}
     if ATTRIBUTE in module.attributes or bundles(module):
         found["buckets"] = buckets(module, known)
-    return found | {"training": training(module, line)} if bundles(module) else found
+    return found | {"training": training(module)} if bundles(module) else found
 
 
 def by_stage(module: Module) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def buckets(module: Module, known: Mapping[str, Tensor], stated: Collection[str]
     return found
 
 
-def training(module: Module, line: Timeline | None = None) -> dict[str, Any]:
+def training(module: Module) -> dict[str, Any]:
     """Of a differentiated program: the state of its optimiser, and the peak of each kind of buffer in a step (`ir/timeline.py`).
 
     `step_peak_bytes` is the most of inputs, residuals, workspace and gradients at once, `activation_peak_bytes` of residuals and workspace:
@@ -122,7 +122,7 @@ def training(module: Module, line: Timeline | None = None) -> dict[str, Any]:
     """
     held = [*buckets(module, weights_of(module)).values()]
     gradients, kept, weights = (sum(bucket[key] for bucket in held) for key in ("gradient_bytes", "state_parameters", "weight_bytes"))
-    line = timeline(module) if line is None else line
+    line = timeline(module)
     series = {kind: line.series(kind) for kind in KINDS}
     states = {"master": MASTER * kept, "moments": MOMENTS * kept}
     most, at = line.peak(*ACTIVATIONS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, wraps
 from types import NoneType
 from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -352,6 +352,23 @@ class Module:
         from .printer import print_module
 
         return print_module(self)
+
+
+Fact = TypeVar("Fact")
+
+
+def once(function: Callable[[Module], Fact]) -> Callable[[Module], Fact]:
+    """`function`, computed once for each module, which never changes: the answer is kept with it, and must not be changed either."""
+    key = f"once {function.__module__}.{function.__qualname__}"
+
+    @wraps(function)
+    def known(module: Module) -> Fact:
+        facts = vars(module)
+        if key not in facts:
+            facts[key] = function(module)
+        return cast("Fact", facts[key])
+
+    return known
 
 
 OpT = TypeVar("OpT", bound=Op)

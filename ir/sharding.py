@@ -95,7 +95,7 @@ def weight_splits(module: Module) -> Mapping[str, Split]:
     return {join(prefix, op.path): op.shard for prefix, _, op in walk(module) if isinstance(op, Param)}
 
 
-def whole_weights(module: Module) -> dict[str, Tensor]:
+def whole_weights(module: Module) -> Mapping[str, Tensor]:
     """Every weight of the whole model, by full name, in the order of first use: of what was not sharded as it is read."""
     if ATTRIBUTE not in module.attributes:
         return weights_of(module)

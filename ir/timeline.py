@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
-from .core import Func, Module, Op, Phase, Trait, Value
+from .core import Func, Module, Op, Phase, Trait, Value, once
 from .expected import expected_bytes
 from .gradients import bundles
 from .liveness import last_uses
@@ -173,6 +173,7 @@ class Execution:
         return self.buffers[-1]
 
 
+@once
 def timeline(module: Module) -> Timeline:
     """What a run of `module` holds, point by point."""
     return Execution(module).timeline()

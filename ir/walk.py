@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from .core import Func, Module, Op, Trait, Value, called
+from .core import Func, Module, Op, Trait, Value, called, once
 from .errors import require
 from .ops.control import Call, Param
 from .ops.linalg import GroupedMatmul
@@ -61,7 +61,8 @@ def executed(module: Module) -> int:
     return sum(1 for _ in walk(module))
 
 
-def weights(module: Module) -> dict[str, Tensor]:
+@once
+def weights(module: Module) -> Mapping[str, Tensor]:
     """Every weight that the module reads, by full name, in the order of first use. One name has one type."""
     found: dict[str, Tensor] = {}
     for prefix, _, op in walk(module):
@@ -96,7 +97,8 @@ def parameters(module: Module, types: Mapping[str, Tensor] | None = None) -> dic
     return counted
 
 
-def expert_weights(module: Module) -> dict[str, tuple[int, int]]:
+@once
+def expert_weights(module: Module) -> Mapping[str, tuple[int, int]]:
     """The stacks of experts by full name: to how many experts a token goes, and of how many."""
     found: dict[str, tuple[int, int]] = {}
     sent: dict[Value, tuple[int, int] | None] = {}
@@ -159,5 +161,19 @@ def _weight(value: Value) -> Param | None:
 
 
 def flops(module: Module, func: Func | None = None) -> int:
-    """Floating-point operations of one run."""
-    return sum(op.flops() for _, _, op in walk(module, func))
+    """Floating-point operations of one run, of all of the module or of one of its functions."""
+    return _flops(module)[(func or module.main).name]
+
+
+@once
+def _flops(module: Module) -> Mapping[str, int]:
+    found: dict[str, int] = {}
+
+    def enter(name: str) -> int:
+        if name not in found:
+            found[name] = sum(enter(op.callee) if isinstance(op, Call) else op.flops() for op in module[name].ops)
+        return found[name]
+
+    for func in module.funcs:
+        enter(func.name)
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...ir.errors import DscError
 from ...ir.mesh import ATTRIBUTE
-from ...ir.timeline import Timeline, timeline
+from ...ir.timeline import timeline
 from ..artifact import MEMORY, Artifact
 from ..inspect import describe_parameters
 from . import numbers, numerics, overview
@@ -38,10 +38,9 @@ def write(program: Artifact, out: Path, diff: Mapping[str, Any] | None = None, t
     return len(text)
 
 
-def page(program: Artifact, diff: Mapping[str, Any] | None = None, trace: Path | None = None, line: Timeline | None = None) -> Html:
-    """The page as text. It depends on what it is given alone; `line` is the program's own timeline, if it is known."""
+def page(program: Artifact, diff: Mapping[str, Any] | None = None, trace: Path | None = None) -> Html:
+    """The page as text. It depends on what it is given alone."""
     module = program.module
-    line = timeline(module) if line is None else line
     parameters, _ = describe_parameters(module)
     products_section, products = numbers.quantization(program, module)
     communication, sent = numbers.communication(module) if ATTRIBUTE in module.attributes else (None, None)
@@ -55,7 +54,7 @@ def page(program: Artifact, diff: Mapping[str, Any] | None = None, trace: Path |
         ("programs", "Program"): programs(program),
         ("quantization", "Formats"): products_section,
         ("numerics", "Numerics"): numerics.numerics(diff) if diff else None,
-        ("memory", "Memory"): numbers.memory(found.memory, line),
+        ("memory", "Memory"): numbers.memory(found.memory, timeline(module)),
         ("communication", "Communication"): communication,
         ("schedule", "Schedule"): schedule(program.path, trace),
         ("kernels", "Kernels"): numbers.kernels(kernels) if kernels else None,
