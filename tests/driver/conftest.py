@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,34 @@ def refused(command: Command) -> Callable[..., list[str]]:
         return [line.removeprefix("dsc: error: ") for line in lines]
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> Iterator[None]:
+    """A shipped model is traced once with the same options, whichever command asks: that takes seconds, and no one changes a module."""
+    from dsc.driver import compile as subject
+
+    real = subject.read
+
+    @cache
+    def shipped(source: str, options: tuple[tuple[str, Any], ...]) -> Any:
+        return real(source, **dict(options))
+
+    def read(source: str | Path, **options: Any) -> Any:
+        found = subject.resolve(source)
+        if found.kind != "config" or found.file:
+            return real(source, **options)
+        given = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+            if value not in (None, (), [], "forward")
+        }
+        _, module, config = shipped(found.text, tuple(sorted(given.items())))
+        return found, module, deepcopy(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "read", read)
+        yield
 
 
 def sizes(mode: str) -> dict[str, int]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pydoc_data.topics
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -245,7 +243,7 @@ def test_data_that_vanishes_stops_the_run_with_its_state(short: Train, tmp_path:
     assert len(short(data=[data], resume=True).rows) == 6
 
 
-def settled(folder: Path, condition: Callable[[Path], bool], process: subprocess.Popen[bytes]) -> bool:
+def settled(folder: Path, condition: Callable[[Path], bool], process: Any) -> bool:
     """Wait until a condition holds; False where the process ends before."""
     while process.poll() is None:
         if condition(folder):
@@ -263,15 +261,15 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_bit(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_bit(forks: Any, tmp_path: Path) -> None:
     """SIGKILL leaves no time to save anything. The process is killed at four moments, and the last one runs to the end."""
+    forks.ask("compile", source="deepseek-v3-tiny", batch=2, seq=16, overrides=SMALL)
     sets = [part for override in SMALL for part in ("--set", override)]
     options = ["--steps", "12", "--save-every", "3", "--batch", "2", "--seq", "16", "--ema", "0.9", "--lr", str(RATE), *sets]
 
-    def start(out: str, *more: str) -> subprocess.Popen[bytes]:
-        arguments = [sys.executable, "-m", "dsc", "train", "deepseek-v3-tiny", "--data", TEXT, "-o", str(tmp_path / out), *options, *more]
-        with (tmp_path / "errors").open("w") as errors:
-            return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=errors)
+    def start(out: str, *more: str) -> Any:
+        arguments = ["train", "deepseek-v3-tiny", "--data", TEXT, "-o", str(tmp_path / out), *options, *more]
+        return forks.start("dsc", *arguments, files=("/dev/null", "/dev/null", tmp_path / "errors"))
 
     assert start("whole").wait() == 0, (tmp_path / "errors").read_text()
     for moment, condition in MOMENTS.items():
