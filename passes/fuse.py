@@ -382,7 +382,7 @@ def _by_name(first: RmsNorm | SwiGLU, second: Quantize, keep: bool) -> Op:
     tile, dtype, rule = second.tile, second.dtype, second.rule
     if isinstance(first, RmsNorm):
         return RmsNormQuantize(first.x, first.weight, first.eps, tile, dtype, rule, keep)
-    return SwiGLUQuantize(first.gate, first.up, tile, dtype, rule, keep)
+    return SwiGLUQuantize(first.gate, first.up, first.weight, tile, dtype, rule, keep)
 
 
 def _dead(func: Func) -> Func:

@@ -66,7 +66,7 @@ EXACT: set[type[Op]] = {
     *(shape.Reshape, shape.Transpose, shape.Broadcast, shape.Slice, shape.Concat, shape.Pad, shape.Take, shape.Gather, shape.Scatter),
     *(shape.CacheAppend, reduce.Max, reduce.Min, reduce.Any, reduce.All, reduce.ArgMax, reduce.TopK, reduce.Sort, reduce.Histogram),
     *(quant.Quantize, quant.Dequantize, fused.QuantizeTwice, moe.Dispatch, moe.Redispatch, moe.Regroup),
-    *(moe.DispatchGroups, moe.ChooseSlots),
+    *(moe.DispatchGroups, moe.ChooseSlots, moe.RowWeights, moe.SlotWeights),
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
     *(collective.AllGather, collective.ReduceScatter, collective.AllReduce, collective.AllToAll, collective.AllToAllRows),
     *(collective.OwnPart, collective.Done),
@@ -175,9 +175,10 @@ def silu(op: Op, p: Precision, y: Floats, x: Floats) -> Any:
 
 
 @error_of(elementwise.SwiGLU)
-def swiglu(op: Op, p: Precision, y: Floats, gate: Floats, up: Floats) -> Any:
-    """silu, and a product."""
-    return p.gamma(SIGMOID + 2) * np.abs(y) + p.tiny * (1 + np.abs(gate)) * (1 + np.abs(up))
+def swiglu(op: Op, p: Precision, y: Floats, gate: Floats, up: Floats, *weight: Floats) -> Any:
+    """silu, and a product; a second one with a weight."""
+    lost = p.tiny * (1 + np.abs(gate)) * (1 + np.abs(up))
+    return p.gamma(SIGMOID + 2 + len(weight)) * np.abs(y) + (lost * (1 + np.abs(weight[0])) if weight else lost)
 
 
 # ---- sums

@@ -87,13 +87,6 @@ def grouped_scaled_matmul_wgrad(op: quant.GroupedScaledMatmulWgrad, p: Precision
     return p.gamma(counts.astype(np.float64) + 2)[:, None, None] * magnitude
 
 
-@error_of(moe.CombineBackward)
-def combine_backward(op: Any, p: Precision, ys: Any, rows: Floats, sent: Floats, handle: Any, weights: Floats) -> tuple[Any, Any]:
-    """One product; a sum of H products."""
-    _, magnitude = unrounded(op, (np.abs(rows), np.abs(sent), handle, np.abs(weights)))
-    return p.unit * np.abs(ys[0]) + p.tiny * p.unit, p.gamma(rows.shape[1]) * magnitude
-
-
 @error_of(moe.RouteBackward)
 def route_backward(op: moe.RouteBackward, p: Precision, y: Floats, logits: Floats, ids: Array, dweights: Floats) -> Any:
     """dp subtracts a weighted mean of dw; s (1 - s) is off by gamma(SIGMOID + 2) s; softmax subtracts a mean over all experts once more."""

@@ -131,8 +131,8 @@ def _div(op: Op, a: Ends, b: Ends) -> list[Ends]:
     return [(np.where(crosses, -np.inf, low - slack), np.where(crosses, np.inf, high + slack))]
 
 
-def _swiglu(op: Op, gate: Ends, up: Ends) -> list[Ends]:
-    return [_times(_silu(gate), up)]
+def _swiglu(op: Op, gate: Ends, up: Ends, *weight: Ends) -> list[Ends]:
+    return [_times(_silu(gate), up, *weight)]
 
 
 def _swiglu_backward(op: Op, gate: Ends, up: Ends, dy: Ends) -> list[Ends]:

@@ -47,7 +47,6 @@ from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossE
 from ..ir.ops.moe import (
     ChooseSlots,
     Combine,
-    CombineBackward,
     CombineGroups,
     Dispatch,
     DispatchGroups,
@@ -55,6 +54,8 @@ from ..ir.ops.moe import (
     Regroup,
     Route,
     RouteBackward,
+    RowWeights,
+    SlotWeights,
 )
 from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
@@ -132,6 +133,7 @@ ELEMENTWISE = [
     sample(Where, "bool[4, 7]", "bf16[4, 7]", ("f32[]", constantly(-math.inf)), tag="or -inf"),
     sample(Where, "bool[4, 7]", "i64[4, 7]", "i64[]"),
     *(sample(SwiGLU, f"{dtype}[2, 3, 129]", f"{dtype}[2, 3, 129]") for dtype in ("f32", "bf16")),
+    *(sample(SwiGLU, f"{dtype}[2, 3, 129]", f"{dtype}[2, 3, 129]", "f32[2, 3, 1]", tag="with weights") for dtype in ("f32", "bf16")),
     *(sample(SwiGLUBackward, *[f"{dtype}[2, 3, 129]"] * 3) for dtype in ("f32", "bf16")),
     sample(SwiGLUBackward, ("f32[9]", wide), "f32[9]", "f32[9]", tag="of large gates"),
     *(sample(Cast, (f"{source}[3, 1, 67]", wide), dtype=target)
@@ -276,9 +278,10 @@ EXPERTS = [
     *(sample(Regroup, f"{dtype}[33, 19]", ("i32[3, 4]", counts(33))) for dtype in ("f32", "bf16")),
     sample(Regroup, "f8e4m3[21, 19]", "f32[21, 1]", ("i32[5, 1]", counts(17)), tag="with scales, and rows beyond"),
     sample(Regroup, "f32[0, 3]", ("i32[2, 2]", constantly(0)), tag="of no rows"),
-    *(sample(CombineBackward, f"{dtype}[33, 19]", f"{dtype}[33, 19]", ("bundle{i32[33]}", permutation), "f32[11, 3]")
-      for dtype in ("f32", "bf16")),
-    sample(CombineBackward, "bf16[8, 1]", "bf16[8, 1]", ("bundle{i32[8]}", permutation), "bf16[1, 8]", tag="from one token"),
+    sample(RowWeights, "f32[11, 3]", ("bundle{i32[33]}", permutation)),
+    sample(RowWeights, "f32[0, 4]", ("bundle{i32[0]}", permutation), tag="of no tokens"),
+    sample(SlotWeights, "f32[33, 1]", ("bundle{i32[33]}", permutation), slots=3),
+    sample(SlotWeights, "f32[8, 1]", ("bundle{i32[8]}", permutation), slots=8, tag="of one token"),
     sample(Combine, "bf16[8, 1]", ("bundle{i32[8]}", permutation), "bf16[1, 8]", tag="into one token"),
     *(sample(DispatchGroups, f"{dtype}[11, 19]", ("i32[11, 3]", choices(8)), groups=4, size=2) for dtype in ("f32", "bf16")),
     sample(DispatchGroups, "f8e4m3[11, 19]", "f32[11, 1]", ("i32[11, 4]", integers(-1, 6)), groups=3, size=2, rows="sent",
@@ -386,6 +389,7 @@ FUSED = [
     sample(RmsNormQuantize, "bf16[5, 70]", "f32[70]", eps=1e-5, tile=(1, 16), dtype=DType.f8e5m2, rule=POWERS, keep=True),
     *(sample(SwiGLUQuantize, f"{dtype}[2, 3, 200]", f"{dtype}[2, 3, 200]") for dtype in ("f32", "bf16")),
     sample(SwiGLUQuantize, "bf16[5, 70]", ("bf16[5, 70]", wide), tile=(1, 16), rule=POWERS, keep=True),
+    sample(SwiGLUQuantize, "bf16[5, 70]", "bf16[5, 70]", "f32[5, 1]", tile=(1, 16), tag="with weights"),
     *(sample(QuantizeTwice, (f"{dtype}[2, 70, 200]", wide), transposed=turn) for dtype in ("f32", "bf16") for turn in (False, True)),
     sample(QuantizeTwice, "bf16[23, 37]", ("i32[4]", counts(23)), tile=8, dtype=DType.f8e5m2, rule=POWERS, tag="of groups"),
 ]  # fmt: skip

@@ -13,7 +13,6 @@ from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossE
 from ..ir.ops.moe import (
     ChooseSlots,
     Combine,
-    CombineBackward,
     CombineGroups,
     Dispatch,
     DispatchGroups,
@@ -21,6 +20,8 @@ from ..ir.ops.moe import (
     Regroup,
     Route,
     RouteBackward,
+    RowWeights,
+    SlotWeights,
 )
 from ..ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
@@ -46,6 +47,7 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
     wrong(Where, "bool[3]", "f32[3]", "i32[3]", message="dtypes differ: f32[3] and i32[3]"),
     wrong(Where, "f32[3]", "f32[3]", "f32[3]", message="expected a bool tensor, found f32[3]"),
     wrong(SwiGLU, "f32[3, 4]", "f32[4, 3]", message="shapes do not broadcast: [3, 4] and [4, 3]"),
+    wrong(SwiGLU, "bf16[3, 4]", "bf16[3, 4]", "f32[3]", message="the weight is f32[3], expected f32[3, 1]"),
     wrong(SwiGLUBackward, "f32[3]", "f32[3]", "f32[1]", message="types differ: gate is f32[3], up f32[3] and dy f32[1]"),
     # shape
     wrong(Reshape, "f32[2, 3]", shape=(4,), message="f32[2, 3] has 6 elements, but shape [4] has 4"),
@@ -166,11 +168,10 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
     wrong(ChooseSlots, "i32[4, 2]", "i32[5]", "i32[2]", message="expected start i32[1], found i32[2]"),
     wrong(CombineGroups, "f32[4, 3]", "i32[5]", "i32[2, 2]", message="tokens are i32[5], expected one for each row of f32[4, 3]"),
     wrong(CombineGroups, "f32[4, 3]", "i32[4]", "i32[2, 2]", "f32[4]", message="weights are f32[4], expected f32[4, 1]"),
-    wrong(
-        CombineBackward,
-        *("f32[6, 3]", "f32[3, 3]", "bundle{i32[6]}", "f32[3, 2]"),
-        message="sent is f32[3, 3], expected f32[6, 3]",
-    ),
+    wrong(RowWeights, "f32[3, 2]", "bundle{i32[5]}", message="the handle is bundle{i32[5]}, expected bundle{i32[6]}"),
+    wrong(RowWeights, "bf16[3, 2]", "bundle{i32[6]}", message="weights are bf16[3, 2], expected f32[T, k]"),
+    wrong(SlotWeights, "f32[6, 2]", "bundle{i32[6]}", slots=2, message="rows are f32[6, 2], expected f32[T*k, 1]"),
+    wrong(SlotWeights, "f32[6, 1]", "bundle{i32[6]}", slots=4, message="6 rows are not 4 for each of several tokens"),
     # losses
     wrong(CrossEntropy, "f32[3, 8]", "i64[4]", message="expected logits [T, V] and labels [T], found f32[3, 8] and i64[4]"),
     wrong(BalanceLoss, "f32[6, 8]", "i32[6, 2]", sequences=4, message="6 tokens are not 4 equal sequences"),

@@ -134,9 +134,10 @@ def silu(op: Op, x: Array) -> Array:
 
 
 @reference(ops.SwiGLU)
-def swiglu(op: ops.SwiGLU, gate: Array, up: Array) -> Array:
+def swiglu(op: ops.SwiGLU, gate: Array, up: Array, weight: Array | None = None) -> Array:
     activated = silu(op, gate)
-    return np.multiply(activated, up, out=activated if activated.shape == np.broadcast_shapes(gate.shape, up.shape) else None)
+    result = np.multiply(activated, up, out=activated if activated.shape == np.broadcast_shapes(gate.shape, up.shape) else None)
+    return result if weight is None else np.multiply(result, weight, out=result)
 
 
 @reference(ops.Relu)

@@ -93,13 +93,20 @@ def redispatch(op: ops.Redispatch, *operands: Any) -> tuple[Array, ...] | Array:
     return rows if len(rows) > 1 else rows[0]
 
 
-@reference(ops.CombineBackward)
-def combine_backward(op: ops.CombineBackward, rows: Array, sent: Array, handle: tuple[Array], weights: Array) -> tuple[Array, Array]:
+@reference(ops.RowWeights, operands="stored")
+def row_weights(op: ops.RowWeights, weights: Array, handle: tuple[Array]) -> Array:
     (order,) = handle
-    require_inside(order, len(order), "slot")
-    dweights = np.empty(weights.size, rows.dtype)
-    dweights[order] = np.einsum("rh,rh->r", rows, sent)
-    return sent * weights.reshape(weights.size)[order, None], dweights.reshape(weights.shape)
+    require_inside(order, weights.size, "slot")
+    return weights.reshape(weights.size).take(order)[:, None]
+
+
+@reference(ops.SlotWeights, operands="stored")
+def slot_weights(op: ops.SlotWeights, rows: Array, handle: tuple[Array]) -> Array:
+    (order,) = handle
+    require_inside(order, len(rows), "slot")
+    found = np.zeros(len(rows), rows.dtype)
+    found[order] = rows[:, 0]
+    return found.reshape(-1, op.slots)
 
 
 @reference(ops.Regroup, operands="stored")

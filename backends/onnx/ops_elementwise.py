@@ -84,8 +84,9 @@ def _one_plus_exp(g: Emitter, op: Op, x: Value) -> Value:
 
 
 @onnx(ops.SwiGLU)
-def swiglu(g: Emitter, op: ops.SwiGLU, gate: Value, up: Value) -> Value:
-    return g.Mul(silu(g, op, gate), up)
+def swiglu(g: Emitter, op: ops.SwiGLU, gate: Value, up: Value, weight: Value | None = None) -> Value:
+    y = g.Mul(silu(g, op, gate), up)
+    return y if weight is None else g.Mul(y, weight)
 
 
 @onnx(ops.Div)

@@ -100,16 +100,16 @@ def redispatch(g: Emitter, op: ops.Redispatch, *operands: Tree) -> tuple[Value, 
     return tuple(_picked(g, x, v.dtype, token) for x, v in zip(xs, op.xs, strict=True))
 
 
-@onnx(ops.CombineBackward)
-def combine_backward(
-    g: Emitter, op: ops.CombineBackward, rows: Value, sent: Value, handle: tuple[Value], weights: Value
-) -> tuple[Value, Value]:
-    shape = static(op.weights, "combine_backward")
-    order = g.Cast(handle[0], to=7)
-    each = g.Unsqueeze(g.Gather(g.Reshape(weights, [-1]), order, axis=0), [-1])
-    products = g.sum(g.Mul(rows, sent), 1, keepdims=False)
-    dweights = g.ScatterElements(np.zeros(shape[0] * shape[1], np.float32), order, products, axis=0)
-    return g.Mul(sent, each), g.reshaped(dweights, *shape)
+@onnx(ops.RowWeights)
+def row_weights(g: Emitter, op: ops.RowWeights, weights: Value, handle: tuple[Value]) -> Value:
+    return g.Unsqueeze(g.Gather(g.Reshape(weights, [-1]), g.Cast(handle[0], to=7), axis=0), [-1])
+
+
+@onnx(ops.SlotWeights)
+def slot_weights(g: Emitter, op: ops.SlotWeights, rows: Value, handle: tuple[Value]) -> Value:
+    tokens, k = static(op.result, "slot_weights")
+    slots = g.ScatterElements(np.zeros(tokens * k, np.float32), g.Cast(handle[0], to=7), g.Reshape(rows, [-1]), axis=0)
+    return g.reshaped(slots, tokens, k)
 
 
 @onnx(ops.Regroup, "moved")

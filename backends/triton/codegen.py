@@ -35,7 +35,7 @@ from ...ir.printer import print_attribute
 from ...ir.region import Region, free, member, region_of
 from ...ir.types import DType, Ragged
 from ..arrays import rounded, widen
-from .expressions import ALONG_ROWS, EXPRESSIONS
+from .expressions import ALONG_ROWS, expression
 from .kernels.quantize import rule_constants
 from .registry import Declined, Launch, Slot
 from .targets import Target
@@ -55,7 +55,7 @@ HELPERS = {
 
 def lone(op: Op) -> Func | None:
     """A function of one op element by element or along rows, which a kernel can be generated for; None where it cannot."""
-    if member(op) or free(op) or (type(op) not in EXPRESSIONS and type(op) not in ALONG_ROWS and not isinstance(op, Cast)):
+    if member(op) or free(op) or (expression(op) is None and not isinstance(op, Cast)):
         return None
     return Func(op.name, tuple(dict.fromkeys(op.operands)), (op,), op.results)
 
@@ -226,7 +226,7 @@ class _Source:
         if isinstance(op, Cast):
             text = _cast(operands[0], op.x.dtype, op.dtype)
         else:
-            found = EXPRESSIONS.get(type(op)) or ALONG_ROWS.get(type(op))
+            found = expression(op)
             require(found is not None, f"{op.name} has no expression in backends/triton/expressions.py")
             text = (found or "").format(*operands, **{k: repr(v) for k, v in op.attributes.items()})
         names = [self.name(v) for v in op.results]

@@ -53,3 +53,9 @@ ALONG_ROWS: dict[type[Op], str] = {
     RmsNorm: "rms_norm({0}, {1}, inside, COLUMNS, {eps})",
 }
 """Of rows [ROWS, WIDTH], of which `inside` says what is there: one number for each, [ROWS, 1], or rows again."""
+
+
+def expression(op: Op) -> str | None:
+    """What `op` is over its operands, also along rows; None where it is nothing of either."""
+    text = EXPRESSIONS.get(type(op)) or ALONG_ROWS.get(type(op))
+    return f"{text} * {{2}}" if isinstance(op, e.SwiGLU) and op.weight else text

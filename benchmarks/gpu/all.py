@@ -43,7 +43,7 @@ from dsc.ir.ops.elementwise import Add, SwiGLU, SwiGLUBackward
 from dsc.ir.ops.fused import QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from dsc.ir.ops.loss import CrossEntropy, CrossEntropyBackward
-from dsc.ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route, RouteBackward
+from dsc.ir.ops.moe import Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights
 from dsc.ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from dsc.ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from dsc.ir.ops.shape import IndexAdd, Take
@@ -303,7 +303,8 @@ def rows(bench: Bench, found: Machine) -> None:
         (RmsNormBackward(x, weight, x_gradient, 1e-6), None),
         (SwiGLUBackward(gate, up, value(BF16, s.tokens, s.width)), None),
         (RouteBackward(value(F32, s.tokens, s.experts), value(I32, s.tokens, s.top_k), value(F32, s.tokens, s.top_k)), chosen),
-        (CombineBackward(value(BF16, sent, s.hidden), value(BF16, sent, s.hidden), handle, value(F32, s.tokens, s.top_k)), order),
+        (RowWeights(value(F32, s.tokens, s.top_k), handle), order),
+        (SwiGLUQuantize(value(BF16, sent, s.width), value(BF16, sent, s.width), value(F32, sent, 1)), None),
         (CrossEntropyBackward(value(BF16, s.tokens, s.vocabulary), value(I64, s.tokens), value(F32)), below(s.vocabulary)),
         (IndexAdd(value(F32, s.vocabulary, s.hidden), value(I64, s.tokens), value(F32, s.tokens, s.hidden)), below(s.vocabulary)),
     ]

@@ -260,14 +260,23 @@ class Where(Op):
 
 @op("swiglu", E, C)
 class SwiGLU(Op):
-    """silu(gate) * up, rounded once (DeepSeek-V3 report, section 2.1: the activation of every FFN)."""
+    """silu(gate) * up * weight, rounded once (DeepSeek-V3 report, section 2.1: the activation of every FFN).
+
+    Gate and up are [..., C]. The weight, 1 where it is left out, is a number for each row, [..., 1] in float32 or wider: that with which an
+    expert's output enters its token's sum may as well multiply what its down projection reads.
+    """
 
     gate: Value
     up: Value
+    weight: Value | None = None
 
     def infer(self) -> tuple[Type, ...]:
         require_float(self.gate, self.up)
-        return elementwise(self.gate, self.up)
+        (result,) = elementwise(self.gate, self.up)
+        if self.weight is not None:
+            expected = Tensor(max(DType.f32, result.dtype, key=lambda d: d.bits), (*result.shape[:-1], 1))
+            require(result.rank > 0 and self.weight.type == expected, f"the weight is {self.weight.type}, expected {expected}")
+        return (result,)
 
 
 @op("swiglu_backward", E, C)

@@ -60,10 +60,11 @@ class RmsNormQuantize(Op):
 
 @op("swiglu_quantize")
 class SwiGLUQuantize(Op):
-    """Codes and scales of y = swiglu(gate, up), in tiles of one row; y itself, before them, where `keep`. Gate and up have one type."""
+    """Codes and scales of y = swiglu(gate, up, weight), in tiles of one row; y itself, first, where `keep`. Gate and up have one type."""
 
     gate: Value
     up: Value
+    weight: Value | None = None
     tile: tuple[int, int] = (1, 128)
     dtype: DType = DType.f8e4m3
     rule: ScaleRule = ScaleRule(floor=1e-4)
@@ -72,13 +73,14 @@ class SwiGLUQuantize(Op):
     def infer(self) -> tuple[Type, ...]:
         require_float(self.gate)
         require(self.gate.type == self.up.type, f"types differ: gate is {self.gate.type} and up {self.up.type}")
-        return _codes(self.gate.tensor, self.tile, self.dtype, self.rule, self.keep)
+        y = SwiGLU(self.gate, self.up, self.weight).result.tensor
+        return _codes(y, self.tile, self.dtype, self.rule, self.keep)
 
     def flops(self) -> int:
         return 4 * self.gate.tensor.size
 
     def expand(self, b: Builder) -> tuple[Value, ...]:
-        y = b.emit(SwiGLU(self.gate, self.up)).result
+        y = b.emit(SwiGLU(self.gate, self.up, self.weight)).result
         found = b.emit(Quantize(y, tile=self.tile, dtype=self.dtype, rule=self.rule)).results
         return (y, *found) if self.keep else found
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import typing
 
 from ..core import Op, Trait, Value, op
 from ..errors import require
 from ..types import Bundle, Dim, DType, Ragged, Tensor, Type, bound
+from .control import Literal
 from .rules import require_float, require_int
+
+WEIGHTS = (DType.f32, DType.f64)
+"""The dtypes of weights for rows."""
 
 
 @op("route", Trait.ROUTING)
@@ -23,10 +27,10 @@ class Route(Op):
     logits: Value
     bias: Value | None = None
     top_k: int = 1
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    score: typing.Literal["sigmoid", "softmax"] = "sigmoid"
     groups: int = 1
     top_groups: int = 1
-    group_score: Literal["top2", "max"] = "top2"
+    group_score: typing.Literal["top2", "max"] = "top2"
     normalize: bool = True
     scale: float = 1.0
 
@@ -63,7 +67,7 @@ class RouteBackward(Op):
     logits: Value
     ids: Value
     dweights: Value
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    score: typing.Literal["sigmoid", "softmax"] = "sigmoid"
     normalize: bool = True
     scale: float = 1.0
 
@@ -132,10 +136,15 @@ class Combine(Op):
         rows, weights = self.rows.tensor, self.weights.tensor
         require_float(self.rows, self.weights)
         require(rows.rank == weights.rank == 2, f"expected rows [T*k, H] and weights [T, k], found {rows} and {weights}")
-        expected = Bundle((Tensor(DType.i32, rows.shape[:1]),))
-        require(self.handle.type == expected, f"the handle is {self.handle.type}, expected {expected}")
+        _require_order(self.handle, rows.shape[0])
         require(weights.size == rows.shape[0], f"weights are {weights}, but there are {rows.shape[0]} rows")
         return (Tensor(rows.dtype, (weights.shape[0], rows.shape[1])),)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether every weight is known to be 1."""
+        owner = self.weights.owner
+        return isinstance(owner, Literal) and set(owner.values) == {1.0}
 
     def flops(self) -> int:
         return 2 * self.rows.tensor.size
@@ -165,26 +174,46 @@ class Redispatch(Op):
         return tuple(Tensor(x.dtype, (rows, x.shape[1])) for x in self.xs)
 
 
-@op("combine_backward")
-class CombineBackward(Op):
-    """The gradients of `combine` by rows and weights, from the rows it combined and the gradient of its result, sent to them.
+@op("row_weights")
+class RowWeights(Op):
+    """The weights of tokens' slots as those of expert rows: weights f32[T, k] and the dispatch's handle give f32[T*k, 1].
 
-    With `sent` the gradient of the tokens after `redispatch`, both [T*k, H], and row r being slot s of token t: drows[r] = weights[t, s] *
-    sent[r], dweights[t, s] = sum over H of rows[r] * sent[r] in float32. The results are like rows and like weights.
+    Row r, slot s of token t, gets weights[t, s]. So weights reach the experts: for `swiglu`, or for the gradient of `combine`.
     """
 
-    rows: Value
-    sent: Value
-    handle: Value
     weights: Value
+    handle: Value
 
     def infer(self) -> tuple[Type, ...]:
-        Combine(self.rows, self.handle, self.weights)
-        require(self.sent.type == self.rows.type, f"sent is {self.sent.type}, expected {self.rows.type}")
-        return self.rows.type, self.weights.type
+        weights = self.weights.tensor
+        require(weights.rank == 2 and weights.dtype in WEIGHTS, f"weights are {weights}, expected f32[T, k]")
+        require(weights.is_static, f"the number of tokens is static here, found {weights}")
+        _require_order(self.handle, weights.size)
+        return (Tensor(weights.dtype, (weights.size, 1)),)
 
-    def flops(self) -> int:
-        return 3 * self.rows.tensor.size
+
+@op("slot_weights")
+class SlotWeights(Op):
+    """Numbers of expert rows back at their tokens' slots, the inverse of `row_weights`: rows f32[T*k, 1] and the handle give f32[T, k]."""
+
+    rows: Value
+    handle: Value
+    slots: int
+    """k."""
+
+    def infer(self) -> tuple[Type, ...]:
+        rows = self.rows.tensor
+        require(rows.rank == 2 and rows.shape[1] == 1 and rows.dtype in WEIGHTS, f"rows are {rows}, expected f32[T*k, 1]")
+        require(rows.is_static, f"the number of tokens is static here, found {rows}")
+        divides = self.slots > 0 and rows.size % self.slots == 0
+        require(divides, f"{rows.size} rows are not {self.slots} for each of several tokens")
+        _require_order(self.handle, rows.size)
+        return (Tensor(rows.dtype, (rows.size // self.slots, self.slots)),)
+
+
+def _require_order(handle: Value, rows: Dim) -> None:
+    expected = Bundle((Tensor(DType.i32, (rows,)),))
+    require(handle.type == expected, f"the handle is {handle.type}, expected {expected}")
 
 
 @op("regroup")

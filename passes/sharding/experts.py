@@ -20,11 +20,10 @@ from operator import mul
 from ...ir.core import Value
 from ...ir.errors import DscError
 from ...ir.ops.collective import AllToAll, AllToAllRows, OwnPart
-from ...ir.ops.control import Iota, Literal, Pack, Unpack
-from ...ir.ops.elementwise import Cast, Mul
-from ...ir.ops.moe import ChooseSlots, Combine, CombineBackward, Dispatch, Redispatch, Regroup, Route, RouteBackward
+from ...ir.ops.control import Iota, Pack, Unpack
+from ...ir.ops.moe import ChooseSlots, Combine, Dispatch, Redispatch, Regroup, Route, RouteBackward, RowWeights, SlotWeights
 from ...ir.ops.reduce import Sum
-from ...ir.ops.shape import Reshape, Scatter, Take, Transpose
+from ...ir.ops.shape import Reshape, Transpose
 from ...ir.types import DType, Ragged, bound
 from . import hops
 from .body import Body, sharding
@@ -79,27 +78,38 @@ def dispatch(body: Body, op: Dispatch) -> None:
     tokens = own_tokens(body, body.dims(op.ids)[0])
     ids = body.get(op.ids, Layout((tokens, *whole(op.ids.shape[1:]).dims)))
     xs = tuple(body.get(x, Layout((tokens, *whole(x.shape[1:]).dims))) for x in op.xs)
+    weighing = _weighing(body, op)
+    weights = body.get(weighing.weights, Layout((tokens, *whole(weighing.weights.shape[1:]).dims))) if weighing else None
     ep = body.size("ep")
     if body.two_hops:
-        _dispatched(body, op, *hops.send(body, xs, ids, op.experts, op.handle.name), tokens)
+        _dispatched(body, op, weighing, *hops.send(body, xs, ids, weights, op.experts, op.handle.name), tokens)
         return
     made = body.emit(op.copy(xs=xs, ids=ids))
     rows: Sequence[Value] = made.results[:-2]
     counts, handle = made.counts, made.handle
+    if weighing and weights:
+        rows = (*rows, body.emit(weighing.copy(weights=weights, handle=handle)).result)
     if ep > 1:
         held = op.experts // ep
         sent = body.emit(Reshape(counts, (ep, held), names=("sent",))).result
         received = body.emit(AllToAll(sent, "ep", ep, names=("received",))).result
         send, recv = (body.emit(Sum(c, (1,), names=(name,))).result for c, name in ((sent, "send"), (received, "recv")))
-        most = bound(ids.shape[0]) * ep * min(bound(ids.shape[1]), held)
-        rows = _there(body, rows, received, send, recv, Ragged("rows", most))
+        rows = _there(body, rows, received, send, recv, _arriving(body, received, *map(bound, ids.shape)))
         counts = body.emit(Sum(received, (0,), names=(op.counts.name,))).result
         handle = body.emit(Pack((handle, send, recv, received), names=(op.handle.name,))).result
-    _dispatched(body, op, rows, counts, handle, tokens)
+    _dispatched(body, op, weighing, rows, counts, handle, tokens)
 
 
-def _dispatched(body: Body, op: Dispatch, rows: Sequence[Value], counts: Value, handle: Value, tokens: Dim) -> None:
-    for old, new in zip(op.results[:-2], rows, strict=True):
+def _weighing(body: Body, op: Dispatch) -> RowWeights | None:
+    """The op that makes weights of rows of what is known when these are sent: they travel together."""
+    found = (u for u in body.func.ops if isinstance(u, RowWeights) and u.handle is op.handle and u.phase is op.phase)
+    return next((u for u in found if u.weights in body.layouts), None)
+
+
+def _dispatched(
+    body: Body, op: Dispatch, weighing: RowWeights | None, rows: Sequence[Value], counts: Value, handle: Value, tokens: Dim
+) -> None:
+    for old, new in zip((*op.results[:-2], *([weighing.result] if weighing else [])), rows, strict=True):
         body.set(old, _rows(new), new)
     body.set(op.counts, Layout((spread_experts(body, op.experts),), partial_of_experts(body)), counts)
     body.set(op.handle, Carried(handle.type, tokens), handle)
@@ -117,7 +127,12 @@ def _there(body: Body, xs: Sequence[Value], received: Value, send: Value, recv: 
     return moved if received.shape[1] == 1 else body.emit(Regroup(moved, received, names=names)).results
 
 
-def _back(body: Body, x: Value, op: Combine | CombineBackward) -> Value:
+def _arriving(body: Body, received: Value, tokens: int, k: int) -> Ragged:
+    """The rows that a rank gets at most: all tokens of all ranks, each as often as it may choose experts of this one."""
+    return Ragged("rows", tokens * body.size("ep") * min(k, bound(received.shape[1])))
+
+
+def _back(body: Body, x: Value, op: Combine | SlotWeights) -> Value:
     """The other way: what `_there` sent lies at the end as it lay before."""
     order, send, recv, received = _fields(body, op.handle)
     (slots,) = order.bundle.tensors()
@@ -156,8 +171,7 @@ def combine(body: Body, op: Combine) -> None:
     result = Layout((tokens, *whole(op.result.shape[1:]).dims))
     if body.two_hops:
         way = _way(body, op.handle)
-        even = isinstance(op.weights.owner, Literal) and op.weights.owner.values == (1.0,)
-        body.set(op.result, result, hops.bring_back(body, rows, way, None if even else _row_weights(body, op, tokens)))
+        body.set(op.result, result, hops.bring_back(body, rows, way, None if op.is_sum else _row_weights(body, op, tokens)))
         return
     order, *ways = _fields(body, op.handle)
     if ways:
@@ -166,7 +180,7 @@ def combine(body: Body, op: Combine) -> None:
     keep(body, op, body.emit(op.copy(rows=rows, handle=order, weights=weights)), result)
 
 
-def _row_weights(body: Body, op: Combine | CombineBackward, tokens: Dim) -> Value:
+def _row_weights(body: Body, op: Combine | RowWeights, tokens: Dim) -> Value:
     """The weights, gone to the experts."""
     weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
     return hops.row_weights(body, weights, _way(body, op.handle))
@@ -185,54 +199,38 @@ def redispatch(body: Body, op: Redispatch) -> None:
     if not body.two_hops and ways:
         send, recv, received = ways
         (slots,) = order.bundle.tensors()
-        held = bound(received.shape[1])
-        k = bound(slots.shape[0]) // max(1, bound(xs[0].shape[0]))
-        rows = _there(body, rows, received, send, recv, Ragged("rows", bound(xs[0].shape[0]) * body.size("ep") * min(k, held)))
+        held = bound(xs[0].shape[0])
+        rows = _there(body, rows, received, send, recv, _arriving(body, received, held, bound(slots.shape[0]) // max(1, held)))
     for old, new in zip(op.results, rows, strict=True):
         body.set(old, _rows(new), new)
 
 
-@sharding(CombineBackward)
-def combine_backward(body: Body, op: CombineBackward) -> None:
-    """The weights go to the experts, a number for each row, and their gradients come back."""
+@sharding(RowWeights)
+def row_weights(body: Body, op: RowWeights) -> None:
+    """The weights go to the experts, a number for each row, if they did not go with the tokens."""
+    if op.result in body.layouts:
+        return
     tokens = _sender(body, op.handle)
-    rows, sent = body.form(op.rows), body.form(op.sent)
-    like_weights = Layout((tokens, *whole(op.weights.shape[1:]).dims))
     if body.two_hops:
-        drows, dots = _of_rows(body, rows, sent, _row_weights(body, op, tokens))
-        body.set(op.results[0], _rows(drows), drows)
-        body.set(op.results[1], like_weights, hops.slot_values(body, dots, _way(body, op.handle)))
+        rows = _row_weights(body, op, tokens)
+        body.set(op.result, _rows(rows), rows)
         return
     order, *ways = _fields(body, op.handle)
-    weights = body.get(op.weights, like_weights)
-    if not ways:
-        made = body.emit(op.copy(rows=rows, sent=sent, handle=order, weights=weights))
-        keep(body, op, made, _rows(made.results[0]), like_weights)
+    weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
+    rows = body.emit(op.copy(weights=weights, handle=order)).result
+    if ways:
+        send, recv, received = ways
+        (rows,) = _there(body, [rows], received, send, recv, _arriving(body, received, *map(bound, weights.shape)))
+    body.set(op.result, _rows(rows), rows)
+
+
+@sharding(SlotWeights)
+def slot_weights(body: Body, op: SlotWeights) -> None:
+    """And back to their tokens."""
+    like_weights = Layout((_sender(body, op.handle), *whole(op.result.shape[1:]).dims))
+    rows = body.form(op.rows)
+    if body.two_hops:
+        body.set(op.result, like_weights, hops.slot_values(body, rows, _way(body, op.handle)))
         return
-    send, recv, received = ways
-    slots = bound(weights.shape[0]) * bound(weights.shape[1])
-    (index,) = body.emit(Unpack(order)).results
-    flat = body.emit(Reshape(weights, (slots,))).result
-    by_expert = body.emit(Reshape(body.emit(Take(flat, index)).result, (slots, 1), names=("row_weights",))).result
-    extent = rows.shape[0]
-    assert isinstance(extent, Ragged)
-    (of_rows,) = _there(body, [by_expert], received, send, recv, extent)
-    drows, dots = _of_rows(body, rows, sent, of_rows)
-    back = body.emit(Reshape(_back(body, dots, op), (slots,))).result
-    zeros = body.emit(Literal((0.0,), (slots,), DType.f32)).result
-    dweights = body.emit(Reshape(body.emit(Scatter(zeros, index, back, 0)).result, tuple(map(bound, weights.shape)))).result
-    body.set(op.results[0], _rows(drows), drows)
-    body.set(op.results[1], like_weights, dweights)
-
-
-def _of_rows(body: Body, rows: Value, sent: Value, weights: Value) -> tuple[Value, Value]:
-    """At the experts: the gradients of their rows, and of the weight of each row."""
-    wide, wide_sent = (_wide(body, x) for x in (rows, sent))
-    product = body.emit(Mul(wide_sent, weights)).result
-    drows = product if product.dtype is rows.dtype else body.emit(Cast(product, rows.dtype)).result
-    dots = body.emit(Sum(body.emit(Mul(wide, wide_sent)).result, (1,), keepdims=True, names=("d_row_weights",))).result
-    return drows, dots
-
-
-def _wide(body: Body, x: Value) -> Value:
-    return x if x.dtype is DType.f32 else body.emit(Cast(x, DType.f32)).result
+    order, *ways = _fields(body, op.handle)
+    keep(body, op, body.emit(op.copy(rows=_back(body, rows, op) if ways else rows, handle=order)), like_weights)

@@ -52,8 +52,11 @@ class Way:
     chosen: Value
 
 
-def send(body: Body, xs: Sequence[Value], ids: Value, experts: int, name: str) -> tuple[Sequence[Value], Value, Value]:
-    """The rows at their experts, how many each expert of the rank has, and the handle."""
+def send(
+    body: Body, xs: Sequence[Value], ids: Value, weights: Value | None, experts: int, name: str
+) -> tuple[Sequence[Value], Value, Value]:
+    """The rows at their experts, with the weight of each behind them where there are weights, how many each expert has, and the handle."""
+    xs = (*xs, weights) if weights else xs
     fields: list[Value] = []
     held = experts
     arriving = bound(ids.shape[0])
@@ -69,7 +72,7 @@ def send(body: Body, xs: Sequence[Value], ids: Value, experts: int, name: str) -
     last = body.emit(DispatchGroups(tuple(xs), ids, held, 1, names=(*names, "chosen", "counts", "tokens")))
     *rows, chosen, counts, tokens = last.results
     handle = body.emit(Pack((*fields, ids, tokens, chosen), names=(name,))).result
-    return rows, counts, handle
+    return [*rows[:-1], _chosen_weight(body, rows[-1], chosen)] if weights else rows, counts, handle
 
 
 def send_again(body: Body, xs: Sequence[Value], way: Way) -> Sequence[Value]:
@@ -99,12 +102,17 @@ def bring_back(body: Body, x: Value, way: Way, weights: Value | None = None) -> 
 def row_weights(body: Body, weights: Value, way: Way) -> Value:
     """The weight of each row at its expert, f32[R, 1], of the tokens' weights f32[T, k]."""
     (at_rows,) = send_again(body, [weights], way)
-    return body.emit(Sum(_where_chosen(body, at_rows, way), (1,), keepdims=True, names=("row_weights",))).result
+    return _chosen_weight(body, at_rows, way.chosen)
+
+
+def _chosen_weight(body: Body, at_rows: Value, chosen: Value) -> Value:
+    """Of the weights of a row's token that of its slot, the only one that is chosen."""
+    return body.emit(Sum(_where_chosen(body, at_rows, chosen), (1,), keepdims=True, names=("row_weights",))).result
 
 
 def slot_values(body: Body, x: Value, way: Way) -> Value:
     """What each row x [R, 1] says of its slot, back at the tokens: [T, k]. Every slot has one row, so nothing is rounded."""
-    return bring_back(body, _where_chosen(body, x, way), way)
+    return bring_back(body, _where_chosen(body, x, way.chosen), way)
 
 
 def unpacked(body: Body, handle: Value) -> Way:
@@ -133,7 +141,7 @@ def _arriving(way: Way, step: Step) -> Ragged:
     return extent
 
 
-def _where_chosen(body: Body, x: Value, way: Way) -> Value:
+def _where_chosen(body: Body, x: Value, chosen: Value) -> Value:
     """x at the slots of each row, 0 at its token's other slots."""
     none = body.emit(Literal((0,), (), DType.i32)).result
-    return body.emit(Where(body.emit(Ge(way.chosen, none)).result, x, body.number(0))).result
+    return body.emit(Where(body.emit(Ge(chosen, none)).result, x, body.number(0))).result

@@ -9,6 +9,7 @@ from math import pi, sqrt
 
 from ...ir.core import Value
 from ...ir.ops import elementwise as ops
+from ...ir.ops.reduce import Sum
 from ...ir.ops.shape import Broadcast
 from .rules import Backward, Gradients, extents, missing, no_gradient, vjp
 
@@ -191,8 +192,16 @@ def _where(b: Backward, condition: Value, x: Value, y: Value) -> Value:
 
 @vjp(ops.SwiGLU)
 def swiglu(op: ops.SwiGLU, b: Backward, dy: Value) -> Gradients:
-    """With s = sigmoid(gate): dgate = dy up s (1 + gate (1 - s)), dup = dy gate s. One op: both read the same three tensors."""
+    """With s = sigmoid(gate): dgate = dy up s (1 + gate (1 - s)), dup = dy gate s. One op: both read the same three tensors.
+
+    With a weight dy is first multiplied by it, and dweight = the dot product of dy and silu(gate) up: nothing of these is rounded between.
+    """
     shape = op.result.shape
     gate, up = (x if x.shape == shape else b.emit(Broadcast(x, extents(op.result))).result for x in (op.gate, op.up))
-    dgate, dup = b.emit(ops.SwiGLUBackward(gate, up, b.cast(dy, gate.dtype))).results
-    return b.fit(dgate, op.gate), b.fit(dup, op.up)
+    if op.weight is None:
+        dgate, dup = b.emit(ops.SwiGLUBackward(gate, up, b.cast(dy, gate.dtype))).results
+        return b.fit(dgate, op.gate), b.fit(dup, op.up)
+    gate, up, dy = b.wide(gate), b.wide(up), b.wide(dy)
+    dgate, dup = b.emit(ops.SwiGLUBackward(gate, up, b.mul(dy, b.cast(op.weight, dy.dtype)))).results
+    dots = b.emit(Sum(b.mul(b.emit(ops.SwiGLU(gate, up)).result, dy), axes=(-1,), keepdims=True)).result
+    return b.fit(dgate, op.gate), b.fit(dup, op.up), b.fit(dots, op.weight)

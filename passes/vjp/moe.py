@@ -11,7 +11,6 @@ from ...ir.ops.control import Literal
 from ...ir.ops.moe import (
     ChooseSlots,
     Combine,
-    CombineBackward,
     CombineGroups,
     Dispatch,
     DispatchGroups,
@@ -19,11 +18,14 @@ from ...ir.ops.moe import (
     Regroup,
     Route,
     RouteBackward,
+    RowWeights,
+    SlotWeights,
 )
+from ...ir.ops.reduce import Sum
 from ...ir.types import DType
 from .rules import Backward, Gradients, extents, missing, vjp
 
-missing("second derivatives are not taken", RouteBackward, Redispatch, CombineBackward)
+missing("second derivatives are not taken", RouteBackward, Redispatch)
 missing("shard-experts makes it, and works on what is differentiated already", Regroup, DispatchGroups, CombineGroups)
 missing("an expert that is held several times is not trained: place-experts is for inference", ChooseSlots)
 
@@ -50,5 +52,22 @@ def dispatch(op: Dispatch, b: Backward, *dys: Value | None) -> Gradients:
 def combine(op: Combine, b: Backward, dy: Value) -> Gradients:
     """dy goes to the experts by the handle; there drows = weight dy, dweights = the dot product of row and dy."""
     (sent,) = b.emit(Redispatch((b.cast(dy, op.rows.dtype),), op.handle)).results
-    drows, dweights = b.emit(CombineBackward(op.rows, sent, op.handle, op.weights)).results
-    return b.fit(drows, op.rows), None, b.fit(dweights, op.weights)
+    drows, wide, dweights = sent, b.wide(sent), None
+    if not op.is_sum:
+        drows = b.mul(wide, b.emit(RowWeights(b.cast(op.weights, wide.dtype), op.handle)).result)
+    if b.wants(op.weights):
+        dots = b.emit(Sum(b.mul(b.wide(op.rows), wide), axes=(1,), keepdims=True)).result
+        dweights = b.fit(b.emit(SlotWeights(dots, op.handle, extents(op.weights)[1])).result, op.weights)
+    return b.fit(drows, op.rows), None, dweights
+
+
+@vjp(RowWeights)
+def row_weights(op: RowWeights, b: Backward, dy: Value) -> Gradients:
+    """Each row's gradient is that of its token's slot."""
+    return b.fit(b.emit(SlotWeights(dy, op.handle, extents(op.weights)[1])).result, op.weights), None
+
+
+@vjp(SlotWeights)
+def slot_weights(op: SlotWeights, b: Backward, dy: Value) -> Gradients:
+    """The inverse."""
+    return b.fit(b.emit(RowWeights(dy, op.handle)).result, op.rows), None

@@ -194,9 +194,9 @@ FAULTS: dict[str, tuple[Sample, Callable[..., Any]]] = {
         of(loss.BalanceLossBackward, "f32"),
         lambda op, *xs: unrounded(loss.BalanceLossBackward(op.logits, op.ids, op.dloss, 1), xs)[0],
     ),
-    "combine_backward: weights of the wrong slots": (
-        of(moe.CombineBackward, "bf16"),
-        lambda op, rows, sent, handle, w: unrounded(op, (rows, sent, handle, w[:, ::-1])),
+    "swiglu: the next row's weight": (
+        of(elementwise.SwiGLU, "bf16", "with weights"),
+        lambda op, gate, up, w: unrounded(op, (gate, up, np.roll(w, 1, 0))),
     ),
 }  # fmt: skip
 

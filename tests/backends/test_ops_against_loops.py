@@ -13,7 +13,7 @@ from dsc.backends.arrays import Array, widen
 from dsc.ir.ops.attention import Attention, AttentionDecode
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad
 from dsc.ir.ops.loss import BalanceLoss
-from dsc.ir.ops.moe import ChooseSlots, Combine, CombineBackward, CombineGroups, Dispatch, DispatchGroups, Redispatch, Route
+from dsc.ir.ops.moe import ChooseSlots, Combine, CombineGroups, Dispatch, DispatchGroups, Redispatch, Route, RowWeights, SlotWeights
 from dsc.ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
 from dsc.ir.ops.shape import CacheAppend, Scatter
 from dsc.testing.bounds import bound
@@ -197,14 +197,14 @@ def redispatch(op: Redispatch, *operands: Array | tuple[Array]) -> tuple[list, .
     return rows if len(rows) > 1 else rows[0]
 
 
-def combine_backward(op: CombineBackward, rows: Array, sent: Array, handle: tuple[Array], weights: Array) -> tuple[list, list]:
+def row_weights(op: RowWeights, weights: Array, handle: tuple[Array]) -> list:
     table, k = numbers(weights), weights.shape[1]
-    dweights = [[0.0] * k for _ in table]
-    drows = []
-    for slot, row, gradient in zip(numbers(handle[0]), numbers(rows), numbers(sent), strict=True):
-        drows.append([table[slot // k][slot % k] * g for g in gradient])
-        dweights[slot // k][slot % k] = math.fsum(x * g for x, g in zip(row, gradient, strict=True))
-    return drows, dweights
+    return [[table[slot // k][slot % k]] for slot in numbers(handle[0])]
+
+
+def slot_weights(op: SlotWeights, rows: Array, handle: tuple[Array]) -> list:
+    slots = dict(zip(numbers(handle[0]), numbers(rows), strict=True))
+    return [[slots[token * op.slots + s][0] for s in range(op.slots)] for token in range(len(slots) // op.slots)]
 
 
 def dispatch_groups(op: DispatchGroups, *operands: Array) -> tuple[list, ...]:
@@ -256,7 +256,8 @@ LOOPS = {
     GroupedScaledMatmulWgrad: grouped_scaled_matmul_wgrad,
     GroupedMatmulWgrad: grouped_matmul_wgrad,
     Redispatch: redispatch,
-    CombineBackward: combine_backward,
+    RowWeights: row_weights,
+    SlotWeights: slot_weights,
     DispatchGroups: dispatch_groups,
     CombineGroups: combine_groups,
     ChooseSlots: choose_slots,

@@ -118,7 +118,7 @@ ORACLES: dict[type[Op], Callable[..., Any]] = {
     elementwise.Or: pointwise(torch.logical_or),
     elementwise.Not: pointwise(torch.logical_not),
     elementwise.Where: pointwise(torch.where),
-    elementwise.SwiGLU: lambda op, gate, up: F.silu(gate) * up,
+    elementwise.SwiGLU: lambda op, gate, up, weight=1: F.silu(gate) * up * weight,
     shape.Reshape: lambda op, x: x.reshape(op.shape),
     shape.Transpose: lambda op, x: x.permute(op.perm),
     shape.Broadcast: lambda op, x: x.expand(op.shape),

@@ -194,7 +194,7 @@ TORCH: dict[type[Op], Callable[..., Any]] = {
     **{cls: plainly(getattr(torch, cls.name)) for cls in (E.Neg, E.Floor, E.Relu, E.Add, E.Sub, E.Mul, E.Div, E.Remainder, E.Pow)},
     **{cls: plainly(getattr(torch, cls.name)) for cls in (E.Maximum, E.Minimum, E.Where)},
     E.Silu: plainly(F.silu),
-    E.SwiGLU: plainly(lambda gate, up: F.silu(gate) * up),
+    E.SwiGLU: plainly(lambda gate, up, weight=1: F.silu(gate) * up * weight),
     S.Reshape: lambda op, x: x.reshape(op.shape),
     S.Transpose: lambda op, x: x.permute(op.perm),
     S.Broadcast: lambda op, x: x.broadcast_to(op.shape),

@@ -23,7 +23,7 @@ from dsc.driver.measure import same_bits
 from dsc.ir.core import Func, Module, Op, Value
 from dsc.ir.ops.elementwise import SwiGLUBackward
 from dsc.ir.ops.loss import CrossEntropyBackward
-from dsc.ir.ops.moe import CombineBackward, RouteBackward
+from dsc.ir.ops.moe import RouteBackward, RowWeights, SlotWeights
 from dsc.ir.ops.norm import RmsNormBackward
 from dsc.ir.ops.shape import IndexAdd
 from dsc.ir.types import Bundle, DType, Tensor
@@ -69,12 +69,12 @@ def swiglu_backward(dtype: DType) -> tuple[Op, tuple[np.ndarray, ...]]:
     return SwiGLUBackward(*(value(dtype, 5000) for _ in range(3))), (gate, normal(dtype, 5000), normal(dtype, 5000, seed=1))
 
 
-def combine_backward(dtype: DType, tokens: int, k: int, columns: int) -> tuple[Op, tuple[Any, ...]]:
+def row_weights(tokens: int, k: int, back: bool = False) -> tuple[Op, tuple[Any, ...]]:
     rows = tokens * k
     order = np.random.default_rng(rows).permutation(rows).astype(np.int32)
     handle = Value(Bundle((Tensor(I32, (rows,)),)), "handle")
-    op = CombineBackward(value(dtype, rows, columns), value(dtype, rows, columns), handle, value(F32, tokens, k))
-    return op, (normal(dtype, rows, columns), normal(dtype, rows, columns, seed=1), (order,), normal(F32, tokens, k))
+    op = SlotWeights(value(F32, rows, 1), handle, k) if back else RowWeights(value(F32, tokens, k), handle)
+    return op, (normal(F32, *op.operands[0].shape), (order,))
 
 
 def route_backward(tokens: int, experts: int, k: int, **attributes: Any) -> tuple[Op, tuple[np.ndarray, ...]]:
@@ -114,11 +114,11 @@ def test_swiglu_backward_of_gates_of_any_size(dtype: DType) -> None:
     assert excess(op, *operands) == [0, 0]
 
 
-@both_dtypes
-@pytest.mark.parametrize(("tokens", "k", "columns"), [(1, 1, 1), (37, 8, 130), (3, 2, 7168), (0, 4, 9)])
-def test_combine_backward(dtype: DType, tokens: int, k: int, columns: int) -> None:
-    op, operands = combine_backward(dtype, tokens, k, columns)
-    assert excess(op, *operands) == [0, 0]
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (37, 8), (700, 3), (0, 4)])
+def test_row_weights(tokens: int, k: int, back: bool) -> None:
+    op, operands = row_weights(tokens, k, back)
+    assert excess(op, *operands) == [0]
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
@@ -202,9 +202,9 @@ FAULTS: dict[str, tuple[tuple[Op, tuple[Any, ...]], Callable[[Launch], Launch]]]
         lambda launch: changed(launch, programs=launch.arguments.get("programs", 1) - 1),  # type: ignore[operator]
     ),
     "swiglu_backward: gate for up": (swiglu_backward(BF16), lambda launch: changed(launch, U=launch.arguments["G"])),
-    "combine_backward: rows for what was sent": (
-        combine_backward(BF16, 9, 2, 130),
-        lambda launch: changed(launch, SENT=launch.arguments["ROWS_OF"]),
+    "slot_weights: as if the order were its inverse": (
+        row_weights(9, 2, back=True),
+        lambda launch: changed(launch, constants={"BACK": False}),
     ),
     "route_backward: not normalised": (
         route_backward(9, 33, 6, normalize=True),

@@ -16,7 +16,7 @@ from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from dsc.ir.ops.elementwise import SwiGLU, SwiGLUBackward
 from dsc.ir.ops.loss import CrossEntropy, CrossEntropyBackward
-from dsc.ir.ops.moe import Combine, CombineBackward, Dispatch, Redispatch, Route, RouteBackward
+from dsc.ir.ops.moe import Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights, SlotWeights
 from dsc.ir.ops.norm import RmsNorm, RmsNormBackward
 from dsc.ir.ops.quant import GroupedScaledMatmul
 from dsc.ir.ops.shape import IndexAdd
@@ -78,7 +78,8 @@ def rows() -> Module:
         Dispatch((hidden,), ids, EXPERTS),
         Redispatch((hidden,), handle),
         Combine(sent, handle, weights),
-        CombineBackward(sent, sent, handle, weights),
+        RowWeights(weights, handle),
+        SlotWeights(x(F32, TOKENS * SLOTS, 1), handle, SLOTS),
         RmsNorm(hidden, weight, 1e-6),
         RmsNormBackward(hidden, weight, hidden, 1e-6),
         SwiGLU(inner, inner),

@@ -108,8 +108,9 @@ def _plain(x: Tensor) -> Tensor:
 
 
 @torch_op(ops.SwiGLU, operands="wide")
-def swiglu(op: ops.SwiGLU, gate: Tensor, up: Tensor) -> Any:
-    return gate / (1 + torch.exp(-gate)) * up
+def swiglu(op: ops.SwiGLU, gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Any:
+    y = gate / (1 + torch.exp(-gate)) * up
+    return y if weight is None else y * weight
 
 
 @torch_op(ops.SwiGLUBackward, operands="wide")

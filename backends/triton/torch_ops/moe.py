@@ -78,11 +78,15 @@ def redispatch(op: ops.Redispatch, *operands: Tensor | tuple[Tensor]) -> tuple[T
     return rows if len(rows) > 1 else rows[0]
 
 
-@torch_op(ops.CombineBackward, operands="wide")
-def combine_backward(op: ops.CombineBackward, rows: Tensor, sent: Tensor, handle: tuple[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
-    order = handle[0].to(torch.int64)
-    dweights = torch.zeros(weights.numel(), dtype=rows.dtype, device=rows.device).scatter(0, order, (rows * sent).sum(1))
-    return sent * weights.reshape(-1)[order, None], dweights.reshape(weights.shape)
+@torch_op(ops.RowWeights)
+def row_weights(op: ops.RowWeights, weights: Tensor, handle: tuple[Tensor]) -> Tensor:
+    return weights.reshape(-1)[handle[0].to(torch.int64), None]
+
+
+@torch_op(ops.SlotWeights)
+def slot_weights(op: ops.SlotWeights, rows: Tensor, handle: tuple[Tensor]) -> Tensor:
+    found = torch.zeros(len(rows), dtype=rows.dtype, device=rows.device)
+    return found.scatter(0, handle[0].to(torch.int64), rows[:, 0]).reshape(-1, op.slots)
 
 
 @torch_op(ops.Regroup)

@@ -162,10 +162,14 @@ def combine(op: moe.Combine, rows: Tensor, handle: tuple[Tensor], weights: Tenso
     return result
 
 
-@function(moe.CombineBackward)
-def combine_backward(op: moe.CombineBackward, rows: Tensor, sent: Tensor, handle: tuple[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
-    dweights = rows.new_zeros(weights.numel()).scatter(0, handle[0], (rows * sent).sum(1))
-    return sent * weights.reshape(-1)[handle[0], None], dweights.reshape(weights.shape)
+@function(moe.RowWeights)
+def row_weights(op: moe.RowWeights, weights: Tensor, handle: tuple[Tensor]) -> Tensor:
+    return weights.reshape(-1)[handle[0], None]
+
+
+@function(moe.SlotWeights)
+def slot_weights(op: moe.SlotWeights, rows: Tensor, handle: tuple[Tensor]) -> Tensor:
+    return rows.new_zeros(len(rows)).scatter(0, handle[0], rows[:, 0]).reshape(-1, op.slots)
 
 
 @function(moe.DispatchGroups)

@@ -50,7 +50,7 @@ FUNCTIONS: dict[type[Op], Callable[..., Any]] = {
     elementwise.And: lambda op, a, b: a & b,
     elementwise.Or: lambda op, a, b: a | b,
     elementwise.Where: lambda op, condition, a, b: torch.where(condition, a.to(b.dtype) if a.ndim == 0 else a, b.to(a.dtype)),
-    elementwise.SwiGLU: lambda op, gate, up: gate / (1 + (-gate).exp()) * up,
+    elementwise.SwiGLU: lambda op, gate, up, weight=1: gate / (1 + (-gate).exp()) * up * weight,
     shape.Reshape: lambda op, x: x.reshape(op.shape),
     shape.Transpose: lambda op, x: x.permute(op.perm),
     shape.Broadcast: lambda op, x: x.expand([x.shape[i - len(op.shape)] if not isinstance(d, int) else d for i, d in enumerate(op.shape)]),
