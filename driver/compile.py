@@ -230,26 +230,30 @@ def default_pipeline(
 ) -> str:
     """The passes that run where none are given.
 
-    After `placing` of experts and, in training, differentiation come quantisation by `recipe`, sharding over `mesh`, and `fuse`.
+    After `placing` of experts and, in training, differentiation, before which a recipe may want routing weights inside SwiGLU, come
+    quantisation by `recipe`, sharding over `mesh`, and `fuse`.
 
     For a `schedule` the program is cut into its stages first, and its backward pass in two where the schedule wants that.
 
     A checkpoint that is in FP8 already, in the blocks that the recipe has, is read as it is; in training it is not, for there the
     weights change.
     """
+    from ..passes.recipe import recipe as by_name
+
+    chosen = by_name(recipe) if recipe else None
     split = "{split=true}" if schedule and takes_split(schedule) else ""
     first = DEFAULT_PASSES + (f",{placing}" if placing else "")
-    first = f"{first},autodiff{split},{DEFAULT_PASSES}" if mode == "train" else first
+    if mode == "train":
+        first += ",weighted-swiglu" if chosen and chosen.weighted_swiglu else ""
+        first = f"{first},autodiff{split},{DEFAULT_PASSES}"
     hops = f",dispatch={dispatch}" if dispatch != "auto" else ""
     stages = f",split-stages{{stages={schedule.stages}}}" if schedule else ""
     last = stages + (f',shard-experts{{mesh="{mesh}"{hops}}}' if mesh else "") + (",fuse" if fuse else "")
-    if recipe is None:
+    if chosen is None:
         return first + last
-    from ..passes.recipe import recipe as by_name
-
-    chosen = by_name(recipe).weight
+    weight = chosen.weight
     blocks = ((config or {}).get("quantization_config") or {}).get("weight_block_size")
-    stored = mode != "train" and chosen is not None and chosen.format is DType.f8e4m3 and blocks == list(chosen.tile)
+    stored = mode != "train" and weight is not None and weight.format is DType.f8e4m3 and blocks == list(weight.tile)
     return f"{first},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}{last}"
 
 

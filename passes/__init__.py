@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import autodiff, fuse, overlap, place_experts, quantize_fp8, raise_moe, recompute, shard_experts, simplify, split_stages
+from . import (
+    autodiff,
+    fuse,
+    overlap,
+    place_experts,
+    quantize_fp8,
+    raise_moe,
+    recompute,
+    shard_experts,
+    simplify,
+    split_stages,
+    weighted_swiglu,
+)
 
 __all__ = [
     "autodiff",
@@ -15,4 +27,5 @@ __all__ = [
     "shard_experts",
     "simplify",
     "split_stages",
+    "weighted_swiglu",
 ]

@@ -44,6 +44,7 @@ class Recipe:
     gradient       gradient of its output: in Dgrad, and turned for Wgrad
     dispatch       what is sent to the experts
     cache_*        what forward keeps for backward: inputs of Linears, the attention output, inputs of SwiGLU
+    weighted_swiglu    whether routing weights are applied before the down projection, so that its result is not kept (pass weighted-swiglu)
     keep           parts of the names of weights whose product stays as it is
     """
 
@@ -58,6 +59,7 @@ class Recipe:
     cache_linear: Quantization | None = None
     cache_attention: Quantization | None = None
     cache_swiglu: Quantization | None = None
+    weighted_swiglu: bool = False
 
 
 SECTIONS = ("activation", "weight", "gradient", "dispatch", "cache_linear", "cache_attention", "cache_swiglu")
@@ -86,13 +88,15 @@ def recipe(name: str) -> Recipe:
 
 
 def _recipe(name: str, raw: Mapping[str, Any]) -> Recipe:
-    known = ("description", "keep", "accumulation", *SECTIONS)
+    known = ("description", "keep", "accumulation", "weighted_swiglu", *SECTIONS)
     _only(raw, known, "the recipe")
     require(isinstance(raw.get("description"), str), 'expected description = "..."')
     keep = convert(tuple[str, ...], list(raw.get("keep", [])))
     chosen = {section: quantization(raw[section], section) for section in SECTIONS if section in raw}
     require(("activation" in chosen) == ("weight" in chosen), "activation and weight are quantised together: one of them is missing")
-    return Recipe(name, raw["description"], keep, _accumulation(raw.get("accumulation", {})), **chosen)
+    weighted = raw.get("weighted_swiglu", False)
+    require(isinstance(weighted, bool), f"weighted_swiglu: expected true or false, found {weighted!r}")
+    return Recipe(name, raw["description"], keep, _accumulation(raw.get("accumulation", {})), weighted_swiglu=weighted, **chosen)
 
 
 def quantization(raw: Mapping[str, Any], where: str) -> Quantization:

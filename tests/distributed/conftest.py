@@ -41,11 +41,12 @@ def _source(mode: str, batch: int, seq: int, dtype: str, layers: int) -> Module:
 
 @pytest.fixture(scope="session")
 def program() -> Callable[..., Module]:
-    """The tiny model: mode, batch, positions, dtype, and passes before sharding."""
+    """The tiny model: mode, batch, positions, dtype, and passes before sharding, of which weighted-swiglu comes before differentiation."""
 
     def make(mode: str = "forward", batch: int = 2, seq: int = 16, dtype: str = "bfloat16", passes: str = "", layers: int = 2) -> Module:
-        first = "simplify,autodiff,simplify" if mode == "train" else "simplify"
-        return dsc.apply(_source(mode, batch, seq, dtype, layers), f"{first},{passes}" if passes else first)
+        early, late = (passes[:15], passes[16:]) if passes.startswith("weighted-swiglu") else ("", passes)
+        every = ("simplify", early, *(["autodiff", "simplify"] if mode == "train" else []), late)
+        return dsc.apply(_source(mode, batch, seq, dtype, layers), ",".join(filter(None, every)))
 
     return make
 
