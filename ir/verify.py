@@ -170,7 +170,7 @@ LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, flight.law,
 STAGES: dict[str, tuple[Law, ...]] = {
     "traced": (_forward_only,),
     "differentiated": (_nothing_recomputed, gradients.law),
-    "quantized": (_nothing_recomputed, gradients.law),
+    "quantized": (gradients.law,),
     "sharded": (_collectives, gradients.law),
     "rematerialized": (_collectives, gradients.law),
     "scheduled": (_collectives, gradients.law, flight.in_order),

@@ -188,7 +188,7 @@ def _retyped(func: Func, types: Mapping[tuple[str, int], Bundle]) -> Func:
 
 
 def listed(pair: Pair, again: Collection[Op]) -> Collection[Value]:
-    """The residuals of a policy that runs the ops `again` in backward, and with them what only moves or turns their results.
+    """The residuals of a policy that runs the ops `again` in backward, and with them what only moves, turns or quantises their results.
 
     What such an op reads is kept, unless it too is run again or can be had for nothing. What is made of weights alone, such as their copies
     in FP8, is the same for every micro-batch, and no residual of any.
@@ -197,7 +197,7 @@ def listed(pair: Pair, again: Collection[Op]) -> Collection[Value]:
     for op in pair.forward.ops:
         if Trait.SOURCE in op.traits or (op.operands and can_rerun(op) and all(v.owner in weights for v in op.operands)):
             weights.add(op)
-        moves = is_free(op) or op.name in ("concat", "rope")
+        moves = is_free(op) or op.name in ("concat", "rope", "quantize")
         if moves and can_rerun(op) and any(v.owner in rerun_too for v in op.operands):
             rerun_too.add(op)
     rerun_too |= weights

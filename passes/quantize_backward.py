@@ -21,7 +21,7 @@ from ..ir.ops.moe import Redispatch
 from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
 from ..ir.ops.shape import Reshape, Transpose
 from ..ir.types import bound
-from .recipe import WHOLE, Quantization
+from .recipe import Quantization
 
 if TYPE_CHECKING:
     from .quantize_fp8 import Rule
@@ -72,10 +72,9 @@ def grouped_dgrad(rule: Rule, op: GroupedMatmul, b: Builder) -> Replacement:
     assert gradient
     assert chosen
     assert isinstance(op.w.owner, Param)
-    by_row = replace(gradient, tile=(1, bound(op.x.shape[-1]))) if gradient.tile == WHOLE else gradient
-    codes, scales = rule.quantize(op.x, by_row, b, op.counts if by_row.tile[0] > 1 else None)
+    (codes, scales), tile = rule.rows_of_experts(op.x, gradient, b, op.counts)
     w, w_scales = (_transposed(x, b) for x in rule.weight(op.w.owner, chosen, b))
-    tiles = by_row.tile, rule.tile(chosen, op.w)[::-1]
+    tiles = tile, rule.tile(chosen, op.w)[::-1]
     product = GroupedScaledMatmul(codes, scales, w, w_scales, op.counts, *tiles, rule.recipe.accumulation, op.result.dtype)
     return b.emit(product).results
 
@@ -97,7 +96,9 @@ def redispatch(rule: Rule, op: Redispatch, x: Value, chosen: Quantization, b: Bu
     codes, scales = rule.quantize(x, chosen, b)
     sent = b.emit(Redispatch((codes, scales), op.handle, id=op.id, phase=op.phase, names=("sent_q", "sent_s")))
     rows, row_scales = sent.results
-    return b.emit(Dequantize(rows, row_scales, tile=chosen.tile, dtype=x.dtype, id=f"{op.id}.2", phase=op.phase)).results
+    wide = b.emit(Dequantize(rows, row_scales, tile=chosen.tile, dtype=x.dtype, id=f"{op.id}.2", phase=op.phase)).result
+    rule.sent[wide] = (rows, row_scales), chosen.tile
+    return (wide,)
 
 
 def _why_not(rule: Rule, op: Matmul | GroupedMatmul | GroupedMatmulWgrad) -> str:

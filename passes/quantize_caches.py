@@ -1,8 +1,8 @@
 """What forward keeps for backward, in fewer bits (DeepSeek-V3 report, sections 3.3.3 and 3.5).
 
-A residual that only quantised products read again is kept as FP8 codes and scales, and backward tiles it anew along tokens. So is one
-that only the backward of SwiGLU reads. The result of attention, which both the Wgrad of the next Linear and the backward of attention
-read, is kept in a format of its own.
+A residual that only quantised products read again is kept as FP8 codes and scales, and backward tiles it anew along tokens. Of SwiGLU the
+inputs are kept, in FP8, and backward computes its result from them again. The result of attention, which both the Wgrad of the next
+Linear and the backward of attention read, is kept in a format of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ..ir.core import Func, Module, Op, Phase, Trait, Value
+from ..ir.core import Func, Module, Op, Phase, Value
 from ..ir.ops.attention import Attention, AttentionBackward
 from ..ir.ops.control import Pack, Unpack
-from ..ir.ops.elementwise import SwiGLUBackward
+from ..ir.ops.elementwise import SwiGLU, SwiGLUBackward
 from ..ir.ops.quant import Dequantize, Quantize, scale_shape
 from ..ir.types import Bundle, DType, Tensor, Type
 from .bundles import Link, links, packed, retyped, unpacked
+from .outline import is_free
+from .pairs import Pair, carried_out, pairs
 from .recipe import Quantization, Recipe
 
 Decline = Callable[[Func, Op, str], None]
@@ -62,6 +64,17 @@ def cache_residuals(module: Module, recipe: Recipe, decline: Decline) -> Module:
     return module if changed is module else retyped(changed)
 
 
+def without_swiglu(module: Module) -> Module:
+    """`module` with the inputs of every SwiGLU kept in place of its result, which backward computes again from what they are kept as."""
+    found = pairs(module)
+    return carried_out(module, found, {pair.forward.name: _inputs_of_swiglu(pair) for pair in found})
+
+
+def _inputs_of_swiglu(pair: Pair) -> set[Value]:
+    again = {value.owner for value in pair.needed if isinstance(value.owner, SwiGLU)}
+    return {v for v in pair.needed if v.owner not in again} | {v for op in again if op for v in op.operands}
+
+
 def _readers(
     module: Module, every: tuple[Link, ...], source: str, result: int, index: int, edits: dict[str, _Edits], form: _Form | None
 ) -> Iterator[Op]:
@@ -85,7 +98,7 @@ def _readers(
                 at = target.results.index(op.result)
                 for k in (k for k, v in enumerate(op.values) if v in seen):
                     yield from _readers(module, every, link.target, at, k, edits, form)
-            elif Trait.VIEW in op.traits:
+            elif is_free(op):
                 seen.update(op.results)
             else:
                 yield op
@@ -96,7 +109,7 @@ def _form(value: Value, readers: list[Op], recipe: Recipe) -> _Form | str | None
     products = [op for op in readers if isinstance(op, Quantize)]
     if isinstance(value.owner, Attention) and all(isinstance(op, Quantize | AttentionBackward) for op in readers):
         chosen = recipe.cache_attention if products else None
-    elif readers and all(isinstance(op, SwiGLUBackward) for op in readers):
+    elif readers and all(isinstance(op, SwiGLU | SwiGLUBackward) for op in readers):
         chosen = recipe.cache_swiglu
     elif readers and len(products) == len(readers):
         chosen = recipe.cache_linear

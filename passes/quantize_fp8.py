@@ -21,7 +21,7 @@ from ..ir.walk import join, walk
 from . import quantize_backward
 from .bundles import links
 from .manager import Pass, register
-from .quantize_caches import cache_residuals
+from .quantize_caches import cache_residuals, without_swiglu
 from .recipe import WHOLE, Quantization, Recipe, recipe
 from .rewrite import rebuild
 from .simplify import drop_unused
@@ -162,7 +162,10 @@ class QuantizeFp8(Pass):
             return done[func.name]
 
         done: dict[str, Func] = {}
-        after = cache_residuals(module.map(quantized), by_recipe, self.decline).map(drop_unused)
+        after = module.map(quantized)
+        if by_recipe.cache_swiglu:
+            after = without_swiglu(after)
+        after = cache_residuals(after, by_recipe, self.decline).map(drop_unused)
         return after.replace(stage="quantized", attributes={**module.attributes, "recipe": by_recipe.name})
 
 
@@ -239,11 +242,7 @@ class Rule:
         assert isinstance(op.w.owner, Param)
         assert activation
         assert chosen
-        if op.x in self.sent:
-            (x, x_scales), x_tile = self.sent[op.x]
-        else:
-            by_row = replace(activation, tile=(1, bound(op.x.shape[-1]))) if activation.tile == WHOLE else activation
-            (x, x_scales), x_tile = self.quantize(op.x, by_row, b), by_row.tile
+        (x, x_scales), x_tile = self.rows_of_experts(op.x, activation, b)
         w, w_scales = self.weight(op.w.owner, chosen, b)
         product = GroupedScaledMatmul(
             x, x_scales, w, w_scales, op.counts, x_tile, self.tile(chosen, op.w), self.recipe.accumulation, op.result.dtype
@@ -302,6 +301,11 @@ class Rule:
             made = b.emit(Quantize(x, counts, tile=self.tile(chosen, x), dtype=chosen.format, rule=chosen.rule, names=names))
             self.done[x, chosen, counts] = made.results[0], made.results[1]
         return self.done[x, chosen, counts]
+
+    def rows_of_experts(self, x: Value, chosen: Quantization, b: Builder, counts: Value | None = None) -> tuple[Quantized, tuple[int, int]]:
+        """Codes, scales and tile of what a product of experts reads: as it was sent, if it was."""
+        by_row = replace(chosen, tile=(1, bound(x.shape[-1]))) if chosen.tile == WHOLE else chosen
+        return self.sent[x] if x in self.sent else (self.quantize(x, by_row, b, counts), by_row.tile)
 
     def rows(self, x: Value, b: Builder) -> Value:
         """Tokens as rows of one matrix, for tiles that span several."""

@@ -29,10 +29,10 @@ class Recompute(Pass):
     """Take values out of the bundles of residuals, and compute them again in backward, in phase R, right before they are first read.
 
     `policy=deepseek` does so for every RMSNorm, MLA's up-projections and the output of SwiGLU (DeepSeek-V3 report, section 3.2.3), and
-    with them for what only moves or turns their results. With `budget-gb` (10^9 bytes) the pass chooses: residuals and workspace of one
-    run stay within it at every point, and what is run again takes the least time, by the roofline of `device`. Inputs, weights, their
-    gradients and the optimiser's state are not part of the budget. A function has one choice for all of its calls. Routing, whole
-    numbers, handles and calls are never run again. What was chosen and what it costs is among the notes (`--why`).
+    with them for what only moves, turns or quantises their results. With `budget-gb` (10^9 bytes) the pass chooses: residuals and
+    workspace of one run stay within it at every point, and what is run again takes the least time, by the roofline of `device`. Inputs,
+    weights, their gradients and the optimiser's state are not part of the budget. A function has one choice for all of its calls. Routing,
+    whole numbers, handles and calls are never run again. What was chosen and what it costs is among the notes (`--why`).
 
     Before `recompute`:
 
