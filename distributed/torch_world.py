@@ -75,6 +75,7 @@ class TorchWorld:
         self._device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpus else torch.device("cpu")
         if gpus:
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # a time-out is found here, and does not end the process
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # groups of several axes at once, in the order in which the host asks
             torch.cuda.set_device(self._device)
         seconds = max(self.timeout, CONNECT)
         limit = timedelta(seconds=seconds)

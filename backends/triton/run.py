@@ -89,13 +89,13 @@ class Executor:
         self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None
     ) -> Program[tuple[Data, ...]]:
         """`run` on one rank of many: a program that asks the others where a collective stands."""
-        return (yield from self._program(module, weights, inputs, observe, to_numpy))
+        return (yield from self._program(module, weights, inputs, observe, fetch=True))
 
     def resident(
         self, module: Module, weights: Weights, inputs: Sequence[Held], observe: Observer | None = None
     ) -> Program[tuple[Held, ...]]:
         """`program` that leaves its results on the device, in memory of their own, and takes inputs that lie there."""
-        return (yield from self._program(module, weights, inputs, observe, lambda held, type: copied(held)))
+        return (yield from self._program(module, weights, inputs, observe, fetch=False))
 
     def empty(self, type: Type) -> Held:
         """Memory on the device for what `resident` takes."""
@@ -106,13 +106,9 @@ class Executor:
         return to_numpy(held, type)
 
     def _program(
-        self,
-        module: Module,
-        weights: Weights,
-        inputs: Sequence[Any],
-        observe: Observer | None,
-        given: Callable[[Held, Type], Any],
+        self, module: Module, weights: Weights, inputs: Sequence[Any], observe: Observer | None, *, fetch: bool
     ) -> Program[tuple[Any, ...]]:
+        """The results on the host with `fetch`, else on the device."""
         _check(module, inputs)
         prepared, idle = None, list[Prepared]()
         if observe is not None:
@@ -124,8 +120,9 @@ class Executor:
             prepared.take(inputs)
             yield from prepared.program()
             results = prepared.results
-        yield Settle()
-        found = tuple(given(x, v.type) for x, v in zip(results, module.main.results, strict=True))
+        if fetch:
+            yield Settle()
+        found = tuple(to_numpy(x, v.type) if fetch else copied(x) for x, v in zip(results, module.main.results, strict=True))
         if prepared is not None:
             idle.append(prepared)
         return found

@@ -52,25 +52,25 @@ class SideStreams:
 
     aside = True
 
-    def __init__(self) -> None:
-        self._sides: dict[str, torch.cuda.Stream] = {}
-        self._compute: torch.cuda.Stream | None = None
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        self.cuda = cuda
+        self._sides: dict[str, Any] = {}
+        self._compute: Any = None
 
     def begin(self, axis: str) -> None:
         if axis not in self._sides:
-            self._sides[axis] = torch.cuda.Stream(priority=-1)
-        self._compute = torch.cuda.current_stream()
+            self._sides[axis] = self.cuda.Stream(priority=-1)
+        self._compute = self.cuda.current_stream()
         self._sides[axis].wait_event(self._compute.record_event())
-        torch.cuda.set_stream(self._sides[axis])
+        self.cuda.set_stream(self._sides[axis])
 
     def end(self) -> Mark:
-        assert self._compute is not None
-        mark = torch.cuda.current_stream().record_event()
-        torch.cuda.set_stream(self._compute)
+        mark = self.cuda.current_stream().record_event()
+        self.cuda.set_stream(self._compute)
         return mark
 
     def join(self, mark: Mark) -> None:
-        torch.cuda.current_stream().wait_event(mark)
+        self.cuda.current_stream().wait_event(mark)
 
 
 ONE = OneStream()

@@ -1,13 +1,13 @@
 """What runs on which stream, and what waits for what: no two streams touch the same memory unless an event orders them.
 
-A recorder stands for CUDA's streams. It gives every op a moment in a vector clock and holds what the op reads and writes against what was
-touched before; so a wait that is missing is a race that is named, on a machine without a GPU. On one with a GPU the same programs run.
+A stand-in for torch.cuda keeps a vector clock for each stream, and a recorder holds what an op reads and writes against what was touched
+before: so a wait that is missing is a race that is named, on a machine without a GPU. The streams are those that run on one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -50,50 +50,70 @@ class Access:
     count: int
 
 
-@dataclass
-class Recorder:
-    """Streams that run nothing. `dropped`: which of its waits, counted from 0, is left out."""
+class Stream:
+    """A vector clock: how much of each stream has run before what this one is given next."""
 
-    dropped: int | None = None
-    aside: bool = True
-    clocks: dict[str, dict[str, int]] = field(default_factory=lambda: {COMPUTE: {}})
-    current: str = COMPUTE
-    waits: int = 0
-    touched: list[Access] = field(default_factory=list)
-    races: list[str] = field(default_factory=list)
-    pending: Callable[[], None] | None = None
+    def __init__(self, cuda: Cuda, name: str) -> None:
+        self.cuda, self.name, self.clock = cuda, name, dict[str, int]()
+
+    def record_event(self) -> dict[str, int]:
+        return dict(self.clock)
+
+    def wait_event(self, event: dict[str, int]) -> None:
+        if self.cuda.waits != self.cuda.dropped:
+            self.clock.update({other: max(count, self.clock.get(other, 0)) for other, count in event.items()})
+        self.cuda.waits += 1
+
+
+class Cuda:
+    """Stands for torch.cuda. `dropped`: which wait, counted from 0, does not happen."""
+
+    def __init__(self, dropped: int | None) -> None:
+        self.dropped, self.waits, self.current = dropped, 0, Stream(self, COMPUTE)
+
+    def Stream(self, priority: int) -> Stream:
+        return Stream(self, "side")
+
+    def current_stream(self) -> Stream:
+        return self.current
+
+    def set_stream(self, stream: Stream) -> None:
+        self.current = stream
+
+
+class Recorder(SideStreams):
+    """The streams of one rank, on which nothing runs, and what the ops that they are given touch."""
+
+    def __init__(self, dropped: int | None = None) -> None:
+        super().__init__(Cuda(dropped))
+        self.touched: list[Access] = []
+        self.races: list[str] = []
+        self.pending: Callable[[], None] | None = None
+
+    @property
+    def waits(self) -> int:
+        return int(self.cuda.waits)
 
     def begin(self, axis: str) -> None:
-        self.clocks.setdefault(axis, {})
-        self._wait(axis, dict(self.clocks[COMPUTE]))
-        self.current = axis
+        super().begin(axis)
+        self.cuda.current.name = axis
 
-    def end(self) -> dict[str, int]:
+    def end(self) -> Any:
         if self.pending is not None:
             self.pending()
             self.pending = None
-        mark, self.current = dict(self.clocks[self.current]), COMPUTE
-        return mark
-
-    def join(self, mark: dict[str, int]) -> None:
-        self._wait(self.current, mark)
-
-    def _wait(self, stream: str, mark: dict[str, int]) -> None:
-        if self.waits != self.dropped:
-            clock = self.clocks[stream]
-            clock.update({other: max(count, clock.get(other, 0)) for other, count in mark.items()})
-        self.waits += 1
+        return super().end()
 
     def touch(self, label: str, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> None:
         """An op that is issued to the current stream."""
-        clock = self.clocks[self.current]
-        clock[self.current] = count = clock.get(self.current, 0) + 1
-        mine = [Access(label, *extent(x), w, self.current, count) for some, w in ((reads, False), (writes, True)) for x in some]
+        stream, clock = self.cuda.current.name, self.cuda.current.clock
+        clock[stream] = count = clock.get(stream, 0) + 1
+        mine = [Access(label, *extent(x), w, stream, count) for some, w in ((reads, False), (writes, True)) for x in some]
         for old in self.touched:
-            if old.stream == self.current or clock.get(old.stream, 0) >= old.count:
+            if old.stream == stream or clock.get(old.stream, 0) >= old.count:
                 continue
             if any((old.writes or new.writes) and old.start < new.stop and new.start < old.stop for new in mine):
-                self.races.append(f"{label} on {self.current} does not wait for {old.label} on {old.stream}")
+                self.races.append(f"{label} on {stream} does not wait for {old.label} on {old.stream}")
         self.touched += mine
 
 
