@@ -52,17 +52,20 @@ def run(module: Module, executor: Executor, observe: Any = None) -> list[np.ndar
 
 
 class Compared:
-    """An observer that holds each op that a rank computes alone against the reference, on the operands that it had."""
+    """An observer that holds each op that a rank computes alone against the reference, on the operands that it had.
+
+    That is done once for each place in the program, on whichever rank comes there first.
+    """
 
     def __init__(self, module: Module) -> None:
-        self.module, self.ops, self.asked = module, 0, set[str]()
+        self.module, self.seen, self.asked = module, set[Any](), set[str]()
 
     def __call__(self, site: Any, op: Op, operands: Sequence[Any], results: Sequence[Any]) -> None:
         if isinstance(op, Collective | Done):
             self.asked.add(op.started.name if isinstance(op, Done) and op.started else op.name)
-        if isinstance(op, Param | Constant | Collective | Done):
+        if isinstance(op, Param | Constant | Collective | Done) or site in self.seen:
             return
-        self.ops += 1
+        self.seen.add(site)
         reference = backends.get("numpy")
         expected = reference.run(alone(op, self.module), None, operands) if isinstance(op, Fused) else reference.evaluate(op, operands)
         limits = bound(op, operands, expected, module=self.module)
@@ -76,24 +79,24 @@ def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return len(a) == len(b) and all(x.shape == y.shape and x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
-def test_ranks_run_kernels(program: Make) -> None:
+def test_ranks_run_kernels() -> None:
     """Two ranks exchange rows of experts, each op in the interpreter."""
-    module = dsc.apply(program(seq=8), 'shard-experts{mesh="ep=2"},fuse')
+    traced = dsc.trace("deepseek-v3-tiny", batch=2, seq=4, overrides=("num_hidden_layers=1", "first_k_dense_replace=0"))
+    module = dsc.apply(traced, 'simplify,shard-experts{mesh="ep=2"},fuse')
     watch = Compared(module)
     run(module, Executor(), watch)
-    assert watch.ops > 50
+    assert len(watch.seen) > 40
     assert {"all_to_all", "all_to_all_rows"} <= watch.asked
 
 
 PROGRAMS = [
-    ("train", "", 'shard-experts{mesh="ep=2"}', {"all_to_all_rows", "reduce_scatter", "all_reduce"}),
     ("forward", "", 'shard-experts{mesh="tp=2,ep=2"}', {"all_gather", "reduce_scatter", "all_to_all_rows"}),
     ("forward", "quantize-fp8", 'shard-experts{mesh="dp=4,ep=4,node=2",dispatch=two-hop}', {"all_to_all_rows"}),
-    ("train", "", 'split-stages{stages=2},shard-experts{mesh="pp=2,dp=2,ep=2"}', {"all_to_all_rows", "reduce_scatter"}),
+    ("train", "", 'split-stages{stages=2},shard-experts{mesh="pp=2,dp=2,ep=2"}', {"all_to_all_rows", "reduce_scatter", "all_reduce"}),
 ]
 
 
-@pytest.mark.parametrize(("mode", "before", "passes", "collectives"), PROGRAMS, ids=["ep", "tp", "two-hop-fp8", "pp"])
+@pytest.mark.parametrize(("mode", "before", "passes", "collectives"), PROGRAMS, ids=["tp", "two-hop-fp8", "pp"])
 def test_each_op_is_within_its_bound_and_a_prepared_program_has_its_bits(
     mode: str, before: str, passes: str, collectives: set[str], program: Make, as_torch: None
 ) -> None:
@@ -101,6 +104,6 @@ def test_each_op_is_within_its_bound_and_a_prepared_program_has_its_bits(
     module = dsc.apply(program(mode, batch=4, passes=before), passes)
     watch = Compared(module)
     observed = run(module, Executor(), watch)
-    assert watch.ops > 50
+    assert len(watch.seen) > 50
     assert collectives <= watch.asked
     assert same(run(module, Executor(poison=True)), observed)
