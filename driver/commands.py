@@ -31,7 +31,7 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @cli.command()
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Artifact folder to write.")
-@click.option("--mode", default="forward", metavar="forward|train|decode", help="What the program does. Default: forward.")
+@click.option("--mode", default="forward", metavar="forward|train|prefill|decode", help="What the program does. Default: forward.")
 @click.option("--batch", type=int, help="Sequences per micro-batch. Default: 1.")
 @click.option("--seq", type=int, help="Tokens per sequence. Default: 4096, 64 for a -tiny model.")
 @click.option("--context", type=int, help="Cache length of decode. Default: as --seq.")

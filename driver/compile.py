@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..models.build import Mode
 
 DEFAULT_PASSES = "simplify"
-MODES = ("forward", "train", "decode")
+MODES = ("forward", "train", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def compile(
     require(passes is None or mesh is None, '--mesh belongs to the default pipeline; in --passes write shard-experts{mesh="..."}')
     require(dispatch == "auto" or bool(mesh), "--dispatch says how tokens go to other ranks: it needs --mesh")
     order = _order(mesh, mode, schedule, microbatches, chunks) if passes is None else None
-    placing = _placing(mesh, replicas, placement, shared)
+    placing = placing_pass(mesh, replicas, placement, shared)
     require(passes is None or not placing, "redundant experts belong to the default pipeline; in --passes write place-experts{...}")
     if passes is None:
         chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch, schedule=order, placing=placing)
@@ -265,7 +265,7 @@ def _order(mesh: str | None, mode: str, schedule: str | None, microbatches: int 
     return schedule_of(over, mode, schedule, microbatches, chunks) if over and (asked or over.pp > 1) else None
 
 
-def _placing(mesh: str | None, replicas: int | None, placement: str | Path | None, shared: str) -> str:
+def placing_pass(mesh: str | None, replicas: int | None, placement: str | Path | None, shared: str) -> str:
     """The pass that gives experts slots, for the ranks along ep; "" where none is asked for."""
     if replicas is None and placement is None:
         require(shared == "apart", "--shared-expert routed makes it one of the experts that have slots: it needs --replicas or --placement")

@@ -78,7 +78,7 @@ NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "--passes": passes,
     "--device": devices,
     "--cluster": clusters,
-    "--mode": lambda: ("forward", "train", "decode"),
+    "--mode": lambda: ("forward", "train", "prefill", "decode"),
     "--to": lambda: ("bf16", "fp8"),
     "--profile": lambda: ("standard", "ort", "compact"),
     "source": models,

@@ -16,7 +16,7 @@ from ..ir.ops.attention import AttentionDecode
 from ..ir.ops.control import Call
 from ..ir.ops.elementwise import Cast
 from ..ir.ops.loss import CrossEntropy
-from ..ir.ops.shape import CacheAppend, Concat, Take
+from ..ir.ops.shape import CacheAppend, Concat, Gather, Take
 from ..ir.sharding import input_splits, whole
 from ..ir.stages import cut_inputs
 from ..ir.types import DType, Tensor, bound
@@ -85,7 +85,7 @@ def _limits(module: Module, func: Func, value: Value) -> Iterator[int]:
     """Extents that integers in `value` index, followed through calls and ops that only move them."""
     for op in users(func).get(value, ()):
         match op:
-            case Take(indices=v) if v is value:
+            case Take(indices=v) | Gather(indices=v) if v is value:
                 yield bound(op.x.shape[op.axis])
             case CrossEntropy(labels=v) if v is value:
                 yield bound(op.logits.shape[1])

@@ -56,6 +56,10 @@ class LatentAttention(nn.Module):
         return self.kv_a_layernorm(latent), ops.rope(rotated.unsqueeze(-2), cos, sin, self.interleaved)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.prefill(hidden, cos, sin)[0]
+
+    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, S, H) -> (B, S, H), and what decoding caches: latents and rotated keys (B, S, latent + rope)."""
         plain_query, rotated_query = self.queries(hidden, cos, sin)
         latent, rotated_key = self.latents(hidden, cos, sin)
         expanded = self.kv_b_proj(latent).unflatten(-1, (-1, self.nope + self.value))
@@ -65,7 +69,7 @@ class LatentAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, scale=self.scale
         )  # (B, heads, S, value)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, S, H)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), torch.cat([latent, rotated_key.squeeze(-2)], dim=-1)
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B, H), cache (B, N, latent + rope) -> (B, H), cache. The absorbed form (DeepSeek-V2 report, section 2.1.2):
@@ -244,6 +248,10 @@ class CausalLM(dense.CausalLM):
     def make_layer(self, config: ModelConfig, index: int) -> nn.Module:
         feed_forward = MoE(config) if config.is_moe_layer(index) else MLP(config, config.intermediate_size)
         return self.layer_class(config, make_attention(config), feed_forward)
+
+
+class PrefillLM(dense.PrefillLM, CausalLM):
+    """Whole prompts, with what the caches of latents (B, S, latent + rope) begin with; see dense.PrefillLM."""
 
 
 class DecodingLM(dense.DecodingLM, CausalLM):

@@ -59,10 +59,15 @@ class Attention(nn.Module):
         return ops.rope(query, cos, sin, self.interleaved), ops.rope(key, cos, sin, self.interleaved), value
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        query, key, value = (part.transpose(1, 2) for part in self.project(hidden, cos, sin))  # (B, heads, S, D)
-        shared = query.shape[1] != key.shape[1]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=shared)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, S, H)
+        return self.prefill(hidden, cos, sin)[0]
+
+    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (B, S, H) -> (B, S, H), and what decoding caches: keys and values (B, S, kv heads, D)."""
+        query, key, value = self.project(hidden, cos, sin)
+        shared = query.shape[2] != key.shape[2]
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))  # (B, heads, S, D)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=shared)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), key, value
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """hidden (B, H), caches (B, N, kv heads, D) -> (B, H) and the caches with this token's key and value in place."""
@@ -116,6 +121,24 @@ class DecodingLayer(DecoderLayer):
         attended, *extended = self.self_attn.decode(self.input_layernorm(hidden), cos, sin, positions, *caches)
         hidden = hidden + attended  # (B, H)
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), *extended
+
+
+class PrefillLayer(DecoderLayer):
+    """The same layer for whole prompts, which also returns what its caches begin with."""
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        attended, *caches = self.self_attn.prefill(self.input_layernorm(hidden), cos, sin)
+        hidden = hidden + attended  # (B, S, H)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), *caches
+
+
+class LastToken(nn.Module):
+    """hidden (B, S, H), positions (B,) -> that of position positions[b] of each sequence (B, H): all that the head needs."""
+
+    is_block = True
+
+    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return hidden.gather(1, positions.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
 
 
 class Embedding(nn.Module):
@@ -203,6 +226,30 @@ class TrainingLM(CausalLM):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
         return self.token_loss(super().forward(tokens), labels)
+
+
+class PrefillLM(CausalLM):
+    """Whole prompts: tokens int64 (B, S), positions int64 (B,) -> logits (B, V), then layer by layer what the caches begin with.
+
+    positions[b] is the index of the last token of prompt b, whose logits alone are computed; what follows is padding, which no token before
+    it sees, in the caches too.
+    """
+
+    layer_class = PrefillLayer
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.last = LastToken()
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        hidden = self.model.embed_tokens(tokens)  # (B, S, H)
+        cos, sin = self.model.rotary_emb(tokens)
+        caches: list[Tensor] = []
+        for layer in cast("Iterable[PrefillLayer]", self.model.layers):
+            result = layer(hidden, cos, sin)
+            hidden = result[0]
+            caches += [result[1 + kept] for kept in range(len(layer.self_attn.caches))]
+        return self.lm_head(self.model.norm(self.last(hidden, positions))), *caches
 
 
 class DecodingLM(CausalLM):

@@ -47,9 +47,9 @@ def trace(
 
     `source` is a module, with example `inputs` that give its shapes (their numbers do not matter); or `file.py:function`, whose
     function returns the two; or a shipped name, a config.json, a checkpoint folder or a ModelConfig, with `overrides` as
-    `load_config` takes them. The latter are built in one of three modes: "forward" (tokens to logits), "train" (to losses), "decode"
-    (one token per sequence, caches of `context` tokens taken and returned). `batch` is sequences (1 unless given), `seq` and `context` are
-    tokens of each (4096, or 64 for a configuration named -tiny).
+    `load_config` takes them. The latter are built in one of four modes: "forward" (tokens to logits), "train" (to losses), "prefill"
+    (prompts to the logits of their last tokens, and caches), "decode" (one token per sequence, caches of `context` tokens taken and
+    returned). `batch` is sequences (1 unless given), `seq` and `context` are tokens of each (4096, or 64 for a configuration named -tiny).
 
     Parameters become `param` ops under their names in the state dict, other buffers literals or constants. Results are the tensors that
     the module returns, in the order of torch's pytrees; other objects are left out. Raises DscError where the model cannot be traced:

@@ -42,7 +42,7 @@ def header(program: Artifact, module: Module, found: Numbers) -> Html:
     """The name, a sentence that says everything, and the figures."""
     manifest, main = program.manifest, module.main
     total, active = found.parameters["total"], found.parameters["active"]
-    words = {"forward": "running forward", "train": "a training step", "decode": "decoding with a cache"}
+    words = {"forward": "running forward", "train": "a training step", "prefill": "reading prompts", "decode": "decoding with a cache"}
     ranks = mesh_of(module).world if ATTRIBUTE in module.attributes else 1
     quantised, products = found.products["quantised"], len(found.products["products"])
     whose = f"What one of {ranks:,} ranks runs of " if ranks > 1 else "The whole of "

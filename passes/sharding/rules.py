@@ -13,7 +13,7 @@ from ...ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
 from ...ir.ops.elementwise import Add, Cast, Div, Mul, Neg, Sub
 from ...ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from ...ir.ops.reduce import ArgMax, CumSum, Histogram, LogSoftmax, Max, Mean, Min, Softmax, Sort, Sum, TopK
-from ...ir.ops.shape import Broadcast, CacheAppend, Concat, IndexAdd, Pad, Reshape, Slice, Take, Transpose
+from ...ir.ops.shape import Broadcast, CacheAppend, Concat, Gather, IndexAdd, Pad, Reshape, Slice, Take, Transpose
 from ...ir.types import bound
 from .body import Body, Rule, sharding
 from .layout import Dim, Factor, Layout, Rows, axes, canonical, factors, gathered, local_type, reshaped, whole
@@ -234,6 +234,15 @@ def take(body: Body, op: Take) -> None:
     table = [gathered(d, axes(d) if i == axis else used) for i, d in enumerate(table)]
     made = body.emit(op.copy(x=body.get(op.x, Layout(tuple(table))), indices=body.get(op.indices, where)))
     keep(body, op, made, Layout((*table[:axis], *where.dims, *table[axis + 1 :])))
+
+
+@sharding(Gather)
+def gather(body: Body, op: Gather) -> None:
+    """Elements of a value that is whole along the axis; outside it both lie alike."""
+    axis = op.axis % op.x.tensor.rank
+    dims = joined(body, [op.indices, op.x], [0 if i == axis else d for i, d in enumerate(op.x.shape)])
+    have, at = (Layout((*dims[:axis], *whole(v.shape[axis : axis + 1]).dims, *dims[axis + 1 :])) for v in (op.x, op.indices))
+    keep(body, op, body.emit(op.copy(x=body.get(op.x, have), indices=body.get(op.indices, at))), at)
 
 
 @sharding(IndexAdd)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import dsc
 from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.mesh import Mesh, parse_mesh
-from dsc.ir.ops.collective import AllReduce, AllToAll, OwnPart, ReduceScatter
+from dsc.ir.ops.collective import AllReduce, AllToAll, Collective, OwnPart, ReduceScatter
 from dsc.ir.ops.control import Pack
 from dsc.ir.ops.elementwise import Add
 from dsc.ir.ops.linalg import Matmul
@@ -62,9 +62,13 @@ def test_any_mesh_that_fits(dp: int, ep: int, each: int, seq: int, program: Any,
     assert_same(run_ranks(module, shard(module, f"dp={dp},ep={ep}")), run_whole(module))
 
 
-def test_decoding_with_caches(program: Any, run_whole: Any, run_ranks: Any) -> None:
-    module = program("decode", batch=4)
-    assert_same(run_ranks(module, shard(module, "dp=4,ep=4")), run_whole(module))
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_serving_with_caches(mode: str, program: Any, run_whole: Any, run_ranks: Any) -> None:
+    """Each rank has the caches, and the last tokens, of its own sequences: ranks exchange nothing but the rows of experts."""
+    module = program(mode, batch=4)
+    sharded = shard(module, "dp=4,ep=4")
+    assert {op.name for f in sharded.funcs for op in f.ops if isinstance(op, Collective)} == {"all_to_all", "all_to_all_rows"}
+    assert_same(run_ranks(module, sharded), run_whole(module))
 
 
 class Parts:
@@ -126,7 +130,7 @@ def test_losses_and_every_gradient(mesh: str, passes: str, program: Any, run_who
     assert exact > 1 if ep == dp else exact == 1
 
 
-@pytest.mark.parametrize(("mesh", "mode"), [("dp=2,tp=2,ep=4", "forward"), ("tp=4,ep=4", "train"), ("dp=2,tp=2,ep=2", "decode")])
+@pytest.mark.parametrize(("mesh", "mode"), [("dp=2,tp=2,ep=4", "prefill"), ("tp=4,ep=4", "train"), ("dp=2,tp=2,ep=2", "decode")])
 def test_heads_split_differ_by_the_rounding_of_parts(mesh: str, mode: str, program: Any, run_whole: Any, run_ranks: Any) -> None:
     """A product whose sum ranks share is rounded part by part: as if it had an error of a rounding for each part, and one more."""
     module = program(mode, batch=8 if mode == "decode" else 2, dtype="float32")

@@ -186,6 +186,21 @@ def test_decoding_token_by_token_equals_the_forward_pass(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_prefill_gives_the_logits_of_last_tokens_and_the_caches_of_decoding(name: str) -> None:
+    """Prompts of two lengths in one batch, the shorter padded; a token that follows each is decoded on their caches."""
+    config, model, reference = pair(name, "prefill")
+    decoding = build(config, "decode", device="cpu")
+    decoding.load_state_dict(model.state_dict())
+    tokens, last = tokens_for(config), torch.tensor([SEQ - 2, 20])
+    expected, rows = reference(tokens).logits, torch.arange(BATCH)
+    logits, *caches = model(tokens, last)
+    assert [c.shape for c in caches] == [v.shape for v in list(example_inputs(config, "decode", BATCH, 1, SEQ).values())[2:]]
+    assert_close(logits, expected[rows, last])
+    assert_close(decoding(tokens[rows, last + 1], last + 1, *caches)[0], expected[rows, last + 1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradients(name: str) -> None:
     config, model, reference = pair(name, "train")
     tokens = tokens_for(config)

@@ -22,7 +22,7 @@ from dsc.models.config import load_config, shipped
 from dsc.models.stack import trace_stack
 from dsc.models.trace import trace
 
-MODES: tuple[Any, ...] = ("forward", "train", "decode")
+MODES: tuple[Any, ...] = ("forward", "train", "prefill", "decode")
 
 
 @pytest.mark.slow
