@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 BATCH = {"deepseek-v3": 15360}
 """Sequences of a step that are published: DeepSeek-V3 report, section 4.2. Others: 8 micro-batches on every stage."""
-MICRO = {"train": 1, "prefill": 2, "decode": 64}
-"""Sequences of a micro-batch: in serving half of those of deepseek-ai/profile-data, 4 prompts of 4096 tokens, 128 sequences."""
 SHOWN = 4
 """Alternatives in the report."""
 
@@ -40,7 +38,15 @@ SHOWN = 4
 )
 @click.option("--batch", type=int, help="Sequences of an optimiser's step. Default: 15360 for deepseek-v3, else 8 for each GPU.")
 @click.option("--micro", type=int, help="Sequences of a micro-batch on each rank along dp. Default: 1; in prefill 2, in decode 64.")
-@click.option("--seq", type=int, help="Tokens of a sequence. Default: 4096, or what the model takes if that is less.")
+@click.option("--seq", type=int, help="Tokens of a sequence. Default: 4096, of context in decode 4989, or what the model takes.")
+@click.option("--replicas", type=int, metavar="N", help="In serving: slots for experts, some of them in several. Default: as ep needs.")
+@click.option(
+    "--shared-expert",
+    type=click.Choice(["apart", "routed"]),
+    default="apart",
+    help="In serving: the shared expert on every rank (default), or in slots as one more routed expert.",
+)
+@click.option("--speculate", is_flag=True, help="In decode: the MTP module proposes a second token (serve.accepted of them are right).")
 @click.option("--recipe", metavar="NAME|none", default="deepseek-v3", help="How products are quantised. Default: deepseek-v3.")
 @click.option("--recompute", metavar="PASS", default="recompute", help="The pass that says what runs again, or none. Default: recompute.")
 @click.option("--assume", multiple=True, metavar="KEY=NUMBER", help="Another value for an assumption, in its unit without prefix.")
@@ -69,6 +75,9 @@ def plan(
     batch: int | None,
     micro: int | None,
     seq: int | None,
+    replicas: int | None,
+    shared_expert: str,
+    speculate: bool,
     recipe: str,
     recompute: str,
     assume: Sequence[str],
@@ -87,6 +96,7 @@ def plan(
     \b
     dsc plan deepseek-v3 --gpus 2048 --mesh pp=16,ep=64 --schedule dualpipe
     dsc plan deepseek-v2-lite --cluster my.toml --gpus 64 --plot plan.svg -o plan
+    dsc plan deepseek-v3 --gpus 32 --mode prefill --replicas 288
     """
     from ..hardware.cluster import cluster, clusters
     from ..passes.manager import parse_pipeline
@@ -100,8 +110,7 @@ def plan(
     from .plan_trace import draw
     from .run import check_writable
 
-    micro = MICRO[mode] if micro is None else micro
-    for option, number in {"gpus": gpus, "batch": batch, "micro": micro, "seq": seq}.items():
+    for option, number in {"gpus": gpus, "batch": batch, "micro": micro, "seq": seq, "replicas": replicas}.items():
         require(number is None or number > 0, f"--{option} is {number}, expected 1 or more")
     require(schedule in ("auto", *NAMES), f"unknown schedule {schedule}, expected auto or one of {', '.join(NAMES)}")
     if plot:
@@ -109,11 +118,18 @@ def plan(
         check_writable(plot)
     if out and not (out / "plan.json").is_file():  # an earlier plan is replaced
         check_target(out)
-    inputs = Inputs(cluster(cluster_name), own_figures(gpus)).assume(assume)
+    inputs = Inputs(cluster(cluster_name), own_figures(gpus))
     config = config_of(source, overrides)
-    seq = seq or min(4096, config["max_position_embeddings"])
     if mode != "train":
-        return _serving(source, inputs, config, gpus, mode, mesh, micro, seq, recipe, overrides, tornado, as_json)
+        from .plan_serve import serving_inputs
+
+        inputs = serving_inputs(inputs, mode, micro, seq, config["max_position_embeddings"], speculate).assume(assume)
+        placed = replicas, shared_expert
+        return _serving(source, inputs, config, gpus, mode, mesh, placed, speculate, recipe, overrides, tornado, as_json)
+    slots = replicas is not None or shared_expert != "apart" or speculate
+    require(not slots, "--replicas, --shared-expert and --speculate are for serving: they need --mode prefill or decode")
+    inputs, micro = inputs.assume(assume), micro or 1
+    seq = seq or min(4096, config["max_position_embeddings"])
     batch = batch or BATCH.get(source) or 8 * gpus * micro
     recompute = "" if recompute == "none" else recompute
     parse_pipeline(recompute)  # a wrong name is said before meshes are tried
@@ -154,28 +170,36 @@ def _serving(
     gpus: int,
     mode: Literal["prefill", "decode"],
     mesh: str,
-    micro: int,
-    seq: int,
+    placed: tuple[int | None, str],
+    speculate: bool,
     recipe: str,
     overrides: Sequence[str],
     ranges: bool,
     as_json: bool,
 ) -> int:
-    """Prefill and decode. On its own the mesh spreads experts over as many GPUs as divide them, attention over all."""
+    """Prefill and decode. On its own the mesh spreads attention and experts over all GPUs, or over as many as divide what there is."""
     from ..ir.mesh import parse_mesh
+    from .compile import placing_pass
     from .plan_program import Compiler, lanes
-    from .plan_serve import describe, document, effects, serve
+    from .plan_serve import Effects, describe, document, effects, serve
 
-    node = inputs.cluster.node
-    ep = gcd(gpus, config.get("n_routed_experts") or 1)
-    text = f"ep={ep}" if mesh == "auto" else mesh
+    node, experts = inputs.cluster.node, config.get("n_routed_experts") or 1
+    spread = gpus <= 2 * experts > 2 and (gpus % node == 0 or gpus < node)
+    text = f"ep={gpus if spread else gcd(gpus, experts)}" if mesh == "auto" else mesh
     given = parse_mesh(text if "node" in text else f"{text},node={node}", gpus)
     require(given.pp == 1, f"mesh {given}: serving is planned without a pipeline, expected pp=1")
-    compiler = Compiler(source, None if recipe == "none" else recipe, None if mode == "decode" else seq, "", overrides)
-    compiler.mode, compiler.context = ("decode", seq) if mode == "decode" else ("forward", None)
-    compiler.lanes = lanes([given])
-    plan = serve(compiler, inputs, mode, given, micro, seq)
-    found = []
+    replicas, shared = placed
+    slots = experts + (shared == "routed")
+    if replicas is None and slots % given.ep:
+        replicas = -(-slots // given.ep) * given.ep
+    if speculate:
+        depths = config.get("num_nextn_predict_layers") or 0
+        require(mode == "decode" and depths > 0, f"--speculate needs --mode decode and a model with MTP modules, found {mode} and {depths}")
+        overrides = [*overrides, f"num_hidden_layers={config['num_hidden_layers'] + 1}"]
+    compiler = Compiler(source, None if recipe == "none" else recipe, None, "", overrides, mode, lanes=lanes([given]))
+    compiler.placing = placing_pass(str(given), replicas, None, shared)
+    plan = serve(compiler, inputs, mode, given)
+    found = Effects()
     if ranges:
         with progress("assumptions") as advance:
             found = effects(plan, compiler, advance)

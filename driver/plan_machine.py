@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from ..hardware.cost import Cost, Costs
 from ..ir.core import Op, Value
@@ -24,6 +25,8 @@ class Machine:
     inputs: Inputs
     mesh: Mesh
     program: Program
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What else `Costs` are to know."""
     known: dict[tuple[int, bool], Cost] = field(default_factory=dict)
 
     @cached_property
@@ -33,7 +36,8 @@ class Machine:
         rows = {ragged: extent * more for ragged, extent in self.program.extents.items()}
         module, cluster = self.program.module, self.inputs.cluster
         mesh, routing = replace(mesh_of(module), node=self.mesh.node), routing_of(module)
-        alone, beside = (Costs(cluster, mesh, overlap=overlap, imbalance=more, rows=rows, routing=routing) for overlap in (False, True))
+        given: dict[str, Any] = {"imbalance": more, "rows": rows, "routing": routing, **self.options}
+        alone, beside = (Costs(cluster, mesh, overlap=overlap, **given) for overlap in (False, True))
         return alone, beside
 
     def cost(self, op: Op, overlapped: bool) -> Cost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import gcd, lcm
 from pathlib import Path
@@ -22,7 +22,8 @@ class Compiler:
 
     What a rank runs does not depend on dp, but for the size of groups that add gradients up, which a step's end is charged with. So every
     mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all. Rows go to experts by one exchange,
-    whose cost is that of a kernel that forwards a token inside the node as it arrives (DeepSeek-V3 report, section 3.2.2).
+    whose cost is that of a kernel that forwards a token inside the node as it arrives (DeepSeek-V3 report, section 3.2.2). `placing` is the
+    pass that gives experts slots, if they have any.
     """
 
     source: str | Path
@@ -32,11 +33,18 @@ class Compiler:
     overrides: Sequence[str] = ()
     mode: str = "train"
     context: int | None = None
+    placing: str = ""
     lanes: int = 1
     on_step: Callable[[str], None] = lambda step: None
     traced: dict[int, Module] = field(default_factory=dict)
     sharded: dict[tuple[Mesh, int], Module] = field(default_factory=dict)
     programs: dict[tuple[Mesh, int, float], Program] = field(default_factory=dict)
+
+    def of(self, tokens: int) -> Compiler:
+        """One for sequences of so many tokens: of context where decoding."""
+        seq, context = (None, tokens) if self.mode == "decode" else (tokens, None)
+        same = (seq, context) == (self.seq, self.context)
+        return self if same else replace(self, seq=seq, context=context, traced={}, sharded={}, programs={})
 
     def program(self, mesh: Mesh, sequences: int, imbalance: float = 1.0) -> Program:
         """What a rank runs for `sequences` of each rank along dp, the fullest rank's experts having `imbalance` times the mean of rows."""
@@ -66,7 +74,7 @@ class Compiler:
 
         if batch not in self.traced:
             _, module, config = read(self.source, mode=self.mode, batch=batch, seq=self.seq, context=self.context, overrides=self.overrides)
-            passes = default_pipeline(self.recipe, config, self.mode).replace("autodiff,", "autodiff{split=true},")
+            passes = default_pipeline(self.recipe, config, self.mode, placing=self.placing).replace("autodiff,", "autodiff{split=true},")
             self.traced[batch] = apply(module, passes)
             self.on_step("traced")
         return self.traced[batch]

@@ -1,135 +1,325 @@
-"""What serving takes on a cluster: prompts read, or a token for each sequence, two micro-batches hiding each other's communication."""
+"""What serving takes on a cluster: prompts read, or tokens made for every sequence, two micro-batches hiding each other's communication.
+
+What is planned is what runs: the program of a rank in mode prefill or decode, sharded, fused, and interleaved with itself by the pass
+`overlap`. Its ops cost what they do on the cluster; what follows from weights alone has been done before.
+
+prefill   a copy of a token for each domain, on from there inside; kernels that take SMs from computation
+decode    a row for each expert, sent by the network cards alone: no SMs, and nothing that either side would lose
+
+With `accepted`, decoding is speculative (DeepSeek-V3 report, section 5.4.3): a step checks two tokens of each sequence over one cache, and
+the MTP module, costed as one more layer with its projection and the head, proposes the next one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Any, Literal
 
-from ..hardware.figures import spoken
+from ..hardware.cost import Cost, Costs
+from ..hardware.figures import Figure, spoken
+from ..hardware.streams import Times, simulate
+from ..hardware.tables import product
+from ..ir.core import Module, Op, Trait, Value
 from ..ir.expected import expected_bytes
 from ..ir.mesh import Mesh
+from ..ir.ops.attention import AttentionDecode
 from ..ir.ops.collective import AllToAllRows
-from ..ir.walk import weights
-from ..schedule.streams import COMM, COMPUTE, Run, joined, listed
+from ..ir.ops.shape import Slice
+from ..ir.slots import slots_of
+from ..ir.types import DType, Tensor, bound
+from ..ir.walk import communicating, weights
+from ..passes.overlap import overlapped
+from ..passes.overlapping.schedule import Costing
 from .plan_inputs import Inputs
-from .plan_layers import FORWARD, Program
+from .plan_layers import Program
 from .plan_machine import Machine
 from .plan_program import Compiler
-from .plan_report import Effect, spread, tornado
-from .ui import count, size
+from .plan_report import Effect, spread
+from .ui import count, plural, size, table
 
 Mode = Literal["prefill", "decode"]
+SEQUENCES, TOKENS, ACCEPTED = "serve.sequences", "serve.tokens", "serve.accepted"
+
+
+def serving_inputs(inputs: Inputs, mode: Mode, micro: int | None, seq: int | None, longest: int, speculative: bool) -> Inputs:
+    """With what is assumed of serving: the work that there is, unless it is given, and how exchanges run beside computation.
+
+    sequences   of a micro-batch, on each rank along dp      tokens   of a prompt, or of context for each token
+    accepted    the share of proposed tokens that are right
+    """
+    found = replace(inputs, own={**inputs.own, **_work(mode, micro, seq, longest), **(_SPECULATION if speculative else {})})
+    for key, figure in _EXCHANGES[mode].items():
+        if inputs.figures[key].provenance != "measured":
+            found = found.with_figure(key, figure)
+    return found
+
+
+def _work(mode: Mode, micro: int | None, seq: int | None, longest: int) -> dict[str, Figure]:
+    """What is served. A number that is given has no range."""
+    figures = {
+        key: replace(f, mid=min(f.mid, most), low=min(f.low, most), high=min(f.high, most))
+        for (key, f), most in zip(_WORK[mode].items(), (inf, longest), strict=True)
+    }
+    given = {key: number for key, number in ((SEQUENCES, micro), (TOKENS, seq)) if number is not None}
+    return figures | {key: Figure(n, n, n, "1", "assumed", "as given") for key, n in given.items()}
+
+
+_PROFILE = "deepseek-ai/profile-data"
+_DAY = "DeepSeek's day 6 of open-infra-index"
+_WORK: Mapping[Mode, Mapping[str, Figure]] = {
+    "prefill": {
+        SEQUENCES: Figure(2, 1, 4, "1", "published", f"{_PROFILE}: 16K tokens on each GPU in two micro-batches; ends: half and twice"),
+        TOKENS: Figure(4096, 2048, 8192, "1", "published", f"{_PROFILE}: prompts of 4K; ends: half and twice"),
+    },
+    "decode": {
+        SEQUENCES: Figure(
+            64, 44, 128, "1", "published", f"{_PROFILE}: 128 on each GPU; low: 14.8K tokens/s of a node at 21 a user ({_DAY}); high: twice"
+        ),
+        TOKENS: Figure(4989, 4096, 8192, "1", "published", f"{_DAY}: mean length of the cache; low: {_PROFILE}; high: twice that"),
+    },
+}
+_SPECULATION = {ACCEPTED: Figure(0.875, 0.85, 0.9, "1", "published", "DeepSeek-V3 report, section 5.4.3: 85 to 90% of second tokens")}
+_ALONE = "no SMs: DeepEP's kernels for decoding, and the picture of decode in profile-data"
+_EXCHANGES: Mapping[Mode, Mapping[str, Figure]] = {
+    "prefill": {"comm.sms": Figure(24, 20, 24, "1", "published", "picture of prefill in profile-data (24); report, section 3.2.2 (20)")},
+    "decode": {
+        "comm.sms": Figure(0, 0, 0, "1", "published", _ALONE),
+        "comm.slowdown": Figure(1.0, 1.0, 1.18, "1", "assumed", f"{_ALONE}; high: dispatch in DeepEP issue 184"),
+        "comm.compute_slowdown": Figure(1.0, 1.0, 1.081, "1", "assumed", f"{_ALONE}; high: as beside kernels that take SMs"),
+        "comm.notify": Figure(25.67e-6, 18.9e-6, 53.5e-6, "s", "published", "what DeepEP's table of decoding on 32 to 256 GPUs leaves"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What ops take: beside communication in functions that communicate, alone in all others."""
+
+    beside: Costs
+    alone: Costs
+    inside: frozenset[int]
+    """Ops of functions that communicate, by identity."""
+    shared: int = 1
+    """How many queries of a sequence read its cache at once."""
+    known: dict[int, Cost] = field(default_factory=dict)
+
+    def cost(self, op: Op) -> Cost:
+        """Of one execution."""
+        if id(op) not in self.known:
+            read = _together(op, self.shared) if isinstance(op, AttentionDecode) and self.shared > 1 else op
+            self.known[id(op)] = (self.beside if id(op) in self.inside else self.alone).cost(read)
+        return self.known[id(op)]
+
+    def seconds(self, op: Op) -> float:
+        """Of one execution."""
+        return self.cost(op).seconds
+
+    def stream(self, op: Op) -> Literal["compute", "comm"]:
+        """Where it runs."""
+        return self.beside.stream(op)
+
+
+def _together(op: AttentionDecode, queries: int) -> AttentionDecode:
+    """The same queries, each `queries` of them over one cache, which a page holds; values that are a part of the keys stay one."""
+    rows, width = bound(op.q.shape[0]), bound(op.v.shape[-1])
+    keys, values = (Value(Tensor(v.dtype, (rows // queries, *v.shape[1:])), v.name) for v in (op.k, op.v))
+    values = Slice(keys, 3, 0, width).result if isinstance(op.v.owner, Slice) else values
+    return op.copy(k=keys, v=values, pages=Value(Tensor(DType.i32, (rows, 1)), "pages"))
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Two micro-batches of `micro` sequences on each rank along dp: of `seq` new tokens each in prefill, of one in decoding."""
+    """Two micro-batches on each rank along dp, of `micro` sequences: `tokens` of each are read in prefill, are context in decoding."""
 
     mode: Mode
     mesh: Mesh
     program: Program
+    both: Module
+    """The two micro-batches as one program, in its order."""
     machine: Machine
     micro: int
-    seq: int
+    tokens: int
+    accepted: float | None = None
 
     @cached_property
-    def run(self) -> Run:
-        """Both micro-batches through all layers, interleaved."""
-        tasks = self.program.tasks(self.program.layers, FORWARD, self.machine, overlapped=True)
-        return listed(joined(tasks, tasks))
+    def clock(self) -> Clock:
+        """What the ops of both micro-batches take."""
+        return _clock(self.machine, self.both, 2 if self.accepted is not None else 1)
+
+    @cached_property
+    def times(self) -> Times:
+        """Both micro-batches through all layers."""
+        return simulate(self.both, self.clock)
+
+    @cached_property
+    def proposing(self) -> float:
+        """Seconds of what the MTP module has beside its layer: a projection of two hidden states, and the head once more; of both."""
+        if self.accepted is None:
+            return 0.0
+        head = [op for op in self.both["head"].ops if Trait.SOURCE not in op.traits]
+        rows, hidden = (bound(d) for d in self.both["head"].params[0].shape)
+        return 2 * (sum(map(self.clock.seconds, head)) + self.machine.costs[0].seconds(product("dense", rows, hidden, 2 * hidden, 1)))
 
     @property
-    def new(self) -> int:
-        """Tokens that a run makes or reads on a rank along dp."""
-        return 2 * self.micro * (self.seq if self.mode == "prefill" else 1)
+    def time(self) -> float:
+        """Seconds of a run."""
+        return self.times.total + self.proposing
+
+    @property
+    def made(self) -> float:
+        """Tokens of a sequence that a run reads or makes."""
+        return float(self.tokens) if self.mode == "prefill" else 1.0 + (self.accepted or 0.0)
+
+    @property
+    def per_token(self) -> float:
+        """Seconds of a run by the tokens that it makes for a sequence: the time per output token (TPOT) in decoding."""
+        return self.time if self.mode == "prefill" else self.time / self.made
 
     @property
     def per_node(self) -> float:
         """Tokens a second of a node."""
-        return self.new / self.run.time / self.mesh.tp * self.mesh.node
+        return 2 * self.micro * self.made / self.time / self.mesh.tp * self.mesh.node
 
     @property
     def bound(self) -> float:
         """Seconds that the exchanges of both micro-batches take one after the other, nothing else in their way: no run is shorter."""
-        return sum(self.machine.seconds(t.what, False) for t in self.run.tasks if isinstance(t.what, AllToAllRows))
+        alone = self.machine.costs[0]
+        found = sum(alone.seconds(s.op) for s in self.times.spans if isinstance(s.op, AllToAllRows))
+        return found if self.mode == "prefill" else found / self.made
 
     @property
     def memory(self) -> Mapping[str, int]:
         """Bytes of a rank: weights, what the program is given (in decoding the caches of both micro-batches), workspace."""
-        module, bytes_of = self.program.module, expected_bytes(self.program.module)
-        given = 2 * sum(bytes_of(p.type) for p in module.main.params)
-        return {"weights": sum(t.bytes for t in weights(module).values()), "inputs and caches": given, "workspace": self.program.workspace}
+        bytes_of = expected_bytes(self.both)
+        given = sum(bytes_of(p.type) for p in self.both.main.params) // (1 if self.accepted is None else 2)
+        held = sum(t.bytes for t in weights(self.both).values())
+        return {"weights": held, "inputs and caches": given, "workspace": Program(self.both).workspace}
 
 
-def serve(compiler: Compiler, inputs: Inputs, mode: Mode, mesh: Mesh, micro: int, seq: int) -> Serving:
-    """A run of two micro-batches."""
-    program = compiler.program(mesh, micro, inputs["run.imbalance"])
-    return Serving(mode, mesh, program, Machine(inputs, mesh, program), micro, seq)
+def _clock(machine: Machine, module: Module, shared: int) -> Clock:
+    sending = communicating(module)
+    inside = frozenset(id(op) for func in module.funcs if func.name in sending for op in func.ops)
+    alone, beside = machine.costs
+    return Clock(beside, alone, inside, shared)
 
 
-def effects(mid: Serving, compiler: Compiler, on_step: Callable[[str], None] = lambda step: None) -> list[Effect]:
-    """What each assumption does to the seconds of a run."""
-    found, inputs = [], mid.machine.inputs
+def serve(compiler: Compiler, inputs: Inputs, mode: Mode, mesh: Mesh) -> Serving:
+    """A run of two micro-batches, in the order that `overlap` finds for them."""
+    own = inputs.own
+    accepted = own[ACCEPTED].mid if ACCEPTED in own else None
+    micro, tokens = round(inputs[SEQUENCES]), round(inputs[TOKENS])
+    compiler = compiler.of(tokens)
+    program = compiler.program(mesh, micro * (1 if accepted is None else 2), inputs["run.imbalance"])
+    machine = _machine(inputs, mesh, program, mode)
+    alone, beside = machine.costs
+    both = overlapped(program.module, Costing(alone, beside), microbatches=2).module
+    return Serving(mode, mesh, program, both, machine, micro, tokens, accepted)
+
+
+def _machine(inputs: Inputs, mesh: Mesh, program: Program, mode: Mode) -> Machine:
+    return Machine(inputs, mesh, program, {"repeats": inf, "dispatch": "two-hop" if mode == "prefill" else "direct"})
+
+
+def changed(plan: Serving, compiler: Compiler, inputs: Inputs, key: str) -> Serving:
+    """The plan with another value of one figure. Other work is another program; else the order of ops stays."""
+    if key in (SEQUENCES, TOKENS):
+        return serve(compiler, inputs, plan.mode, plan.mesh)
+    program = replace(plan.program, imbalance=inputs["run.imbalance"])
+    accepted = inputs[ACCEPTED] if plan.accepted is not None else None
+    return replace(plan, program=program, machine=_machine(inputs, plan.mesh, program, plan.mode), accepted=accepted)
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What each assumption does to the seconds of a token or a run, and to the tokens a second of a node."""
+
+    time: tuple[Effect, ...] = ()
+    rate: tuple[Effect, ...] = ()
+
+
+def effects(mid: Serving, compiler: Compiler, on_step: Callable[[str], None] = lambda step: None) -> Effects:
+    """Of every assumption that has a range."""
+    time, rate, inputs = [], [], mid.machine.inputs
     for key, figure in inputs.figures.items():
         if figure.low != figure.high and not key.startswith("price") and key not in ("run.available", "run.reserved"):
-            ends = [serve(compiler, inputs.fixed(key, w), mid.mode, mid.mesh, mid.micro, mid.seq).run.time for w in ("low", "high")]
-            found.append(Effect(key, figure, *ends))
+            low, high = (changed(mid, compiler, inputs.fixed(key, w), key) for w in ("low", "high"))
+            time.append(Effect(key, figure, low.per_token, high.per_token))
+            rate.append(Effect(key, figure, low.per_node, high.per_node))
             on_step(key)
-    return found
+    return Effects(tuple(time), tuple(rate))
 
 
-def document(name: str, plan: Serving, found: list[Effect]) -> dict[str, Any]:
+def document(name: str, plan: Serving, found: Effects) -> dict[str, Any]:
     """As JSON."""
-    low, high = spread(plan.run.time, found)
+    times = plan.times
+    low, high = spread(plan.per_token, found.time)
+    least, most = spread(plan.per_node, found.rate)
     return {
         "source": name,
         "mode": plan.mode,
         "cluster": plan.machine.inputs.cluster.name,
         "mesh": plan.mesh.record(),
         "sequences_of_a_rank": 2 * plan.micro,
-        "seconds": {"mid": plan.run.time, "low": low, "high": high},
+        "tokens": plan.tokens,
+        "accepted": plan.accepted,
+        "seconds": {"mid": plan.per_token, "low": low, "high": high},
+        "run_seconds": plan.time,
         "bound_seconds": plan.bound,
-        "tokens_per_second_of_a_node": plan.per_node,
-        "compute_seconds": plan.run.busy(COMPUTE),
-        "communication_seconds": plan.run.busy(COMM),
-        "exposed_seconds": plan.run.exposed,
-        "hidden": plan.run.hidden,
+        "tokens_per_second_of_a_node": {"mid": plan.per_node, "low": least, "high": most},
+        "compute_seconds": times.busy("compute") + plan.proposing,
+        "communication_seconds": times.busy("comm"),
+        "exposed_seconds": times.exposed,
+        "hidden": times.hidden,
         "memory": dict(plan.memory),
         "assumptions": [
             {
                 "key": e.key,
-                "low": e.figure.low,
-                "mid": e.figure.mid,
-                "high": e.figure.high,
-                "at_low": e.low,
-                "at_high": e.high,
-                "source": e.figure.source,
+                **{k: getattr(e.figure, k) for k in ("low", "mid", "high", "unit", "provenance", "source")},
+                "seconds": [e.low, e.high],
+                "tokens_per_second_of_a_node": [r.low, r.high],
             }
-            for e in found
+            for e, r in zip(found.time, found.rate, strict=True)
         ],
     }
 
 
-def describe(name: str, plan: Serving, found: list[Effect]) -> str:
+def describe(name: str, plan: Serving, found: Effects) -> str:
     """The report."""
-    low, high = spread(plan.run.time, found)
-    run, mesh, cluster = plan.run, plan.mesh, plan.machine.inputs.cluster
-    what = "prompts read in" if plan.mode == "prefill" else "TPOT"
-    tokens = f"two micro-batches of {plan.micro} sequences on each rank along dp, " + (
-        f"{plan.seq} tokens each" if plan.mode == "prefill" else f"{plan.seq} tokens of context each"
-    )
-    times = [spoken(t, "s") for t in (run.time, low, high)]
-    memory = plan.memory
+    times, mesh, cluster = plan.times, plan.mesh, plan.machine.inputs.cluster
+    prefill = plan.mode == "prefill"
+    seconds = [spoken(t, "s") for t in (plan.per_token, *spread(plan.per_token, found.time))]
+    rates = [count(r) for r in (plan.per_node, *spread(plan.per_node, found.rate))]
+    ranges = [f" ({low} to {high})" if found.time else "" for _, low, high in (seconds, rates)]
+    memory, slots = plan.memory, slots_of(plan.both)
     lines = [
-        f"{name} on {mesh.world:,} {cluster.name}, {plan.mode}: {mesh}, {tokens}",
+        f"{name} on {mesh.world:,} {cluster.name}, {plan.mode}: {mesh}, two micro-batches of {plural(plan.micro, 'sequence')} "
+        f"on each rank along dp, {plan.tokens:,} tokens {'' if prefill else 'of context '}each",
         "",
-        f"{what:<15} {times[0]} ({times[1]} to {times[2]}); bound by the exchanges: {spoken(plan.bound, 's')}",
-        f"{'throughput':<15} {count(plan.per_node)} tokens/s on a node of {mesh.node}",
-        f"{'streams':<15} computation {spoken(run.busy(COMPUTE), 's')}, communication {spoken(run.busy(COMM), 's')}, "
-        f"of which {spoken(run.exposed, 's')} shows ({run.hidden:.1%} hidden)",
+        f"{'prompts read in' if prefill else 'TPOT':<15} {seconds[0]}{ranges[0]}; bound by the exchanges: {spoken(plan.bound, 's')}",
+        f"{'throughput':<15} {rates[0]}{ranges[1]} tokens/s on a node of {mesh.node}",
+        f"{'streams':<15} computation {spoken(times.busy('compute'), 's')}, communication {spoken(times.busy('comm'), 's')}, "
+        f"of which {spoken(times.exposed, 's')} shows ({times.hidden:.1%} hidden)",
         f"{'memory':<15} {size(sum(memory.values()))} of {size(plan.machine.capacity)}: "
         + ", ".join(f"{size(v)} {k}" for k, v in memory.items()),
     ]
-    return "\n".join([*lines, "", tornado(run.time, found)] if found else lines)
+    if slots is not None:
+        lines.append(f"{'experts':<15} {next(map(len, slots.held.values()))} slots on {mesh.ep} ranks")
+    if plan.accepted is not None:
+        lines.append(
+            f"{'speculation':<15} {plan.made:.3f} tokens of a sequence in a step of {spoken(plan.time, 's')}, "
+            f"{spoken(plan.proposing, 's')} of it the MTP module's projection and head"
+        )
+    return "\n".join([*lines, "", _table(plan, found)] if found.time else lines)
+
+
+def _table(plan: Serving, found: Effects) -> str:
+    """Every assumption with its range, and what its ends do to time and to throughput, the strongest first."""
+    rows = []
+    for e, r in sorted(zip(found.time, found.rate, strict=True), key=lambda both: -both[1].swing()):
+        values = [spoken(v, e.figure.unit) for v in (e.figure.low, e.figure.mid, e.figure.high)]
+        time, rate = (f"{x.low / mid - 1:+.1%} {x.high / mid - 1:+.1%}" for x, mid in ((e, plan.per_token), (r, plan.per_node)))
+        rows.append([e.key, *values, time, rate, e.figure.provenance])
+    return table(("assumption", "low", "mid", "high", "time, at low and high", "tokens/s", "known as"), rows)

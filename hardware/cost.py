@@ -44,7 +44,8 @@ class Costs:
     rows          how long ragged dimensions are expected to be; where nothing is said their bound counts
     routing       how tokens choose experts. With it, an exchange along ep that spans domains sends one copy of a token to each domain and
                   on from there (`two-hop`), else (`direct`, or without routing) a row for each expert
-    repeats       how often the program runs before weights change: what depends on weights alone is run once, and costs its part
+    repeats       how often the program runs before weights change: what depends on weights alone is run once, and costs its part;
+                  inf where they never change
     """
 
     cluster: Cluster
@@ -55,7 +56,7 @@ class Costs:
     rows: Mapping[Ragged, float] = field(default_factory=dict)
     routing: Routing | None = None
     dispatch: Literal["two-hop", "direct"] = "two-hop"
-    repeats: int = 1
+    repeats: float = 1
 
     def __post_init__(self) -> None:
         units = self.cluster.device.units

@@ -48,12 +48,3 @@ def closed_form(name: str, stages: int, chunks: int, durations: Durations) -> Cl
             return ClosedForm(
                 bubble, stages + 1, exact, "(PP/2-1)(F&B+B-3W)", "DeepSeek-V3 report, table 2; github.com/deepseek-ai/DualPipe"
             )
-
-
-def tpot_bound(tokens: int, copies: int, hidden: int, layers: int, bandwidth: float, sent: int = 1, returned: int = 2) -> float:
-    """The least seconds for a token of each sequence, where both all-to-alls of a layer are all that takes time.
-
-    A device sends `tokens` tokens to `copies` experts each, `sent` bytes a channel, and gets `returned` bytes a channel back; two
-    micro-batches take turns, so a layer takes twice that (Insights into DeepSeek-V3, ISCA 2025, section 2.3.2).
-    """
-    return 2 * layers * (sent + returned) * tokens * copies * hidden / bandwidth

@@ -109,7 +109,7 @@ def test_another_order_gives_the_same_bits(program: Make, overlap: str, mode: st
     assert same(run(plain, inputs), run(made, inputs))
 
 
-@pytest.mark.parametrize("mode", ["forward", "decode"])
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_two_micro_batches_are_two_runs(program: Make, overlap: str, mode: str) -> None:
     module = program(mode, batch=4, layers=4)
     plain = dsc.apply(module, 'shard-experts{mesh="dp=2,ep=2"}')
