@@ -272,7 +272,10 @@ def placing_pass(mesh: str | None, replicas: int | None, placement: str | Path |
         return ""
     require(bool(mesh), "--replicas and --placement put experts on the ranks of a mesh: they need --mesh")
     require(replicas is None or placement is None, "--replicas places experts evenly, --placement as a file says: expected one of them")
-    where = f'placement="{placement}"' if placement is not None else f"replicas={replicas},ranks={parse_mesh(mesh or '').ep}"
+    over = parse_mesh(mesh or "")
+    nodes = over.size("ep.node")
+    even = f"replicas={replicas},ranks={over.ep}" + (f",nodes={nodes}" if nodes > 1 else "")
+    where = even if placement is None else f'placement="{placement}"'
     return f"place-experts{{{where}{',shared=routed' if shared == 'routed' else ''}}}"
 
 

@@ -18,11 +18,12 @@ from ..ir.ops.linalg import GroupedMatmul, Matmul
 from ..ir.ops.moe import ChooseSlots, Combine, Dispatch
 from ..ir.ops.quant import GroupedScaledMatmul, Quantize
 from ..ir.ops.shape import Concat, IndexAdd, Reshape, Slice, Transpose
+from ..ir.routing import routing_of
 from ..ir.slots import ATTRIBUTE, SUFFIX, Slots
 from ..ir.types import DType, Tensor
 from ..ir.walk import join, walk
 from .manager import Pass, register
-from .placement import Placement, balanced
+from .placement import Placement, balanced, hierarchical
 from .rewrite import inherit
 from .simplify import drop_unused
 
@@ -33,12 +34,14 @@ class PlaceExperts(Pass):
     """Give experts slots, more than there are experts: those that many tokens choose get several.
 
     `replicas` is how many slots there are on how many `ranks` along ep, experts being taken for equally popular; or `placement` is a file
-    that `dsc place` wrote. The slots of an expert take turns (`choose_slots`), so each gets as many of its tokens as the others.
-    Weights are then stacks of slots, filled with their experts' (ir/slots.py), and counts of tokens that something else than a product
-    reads are counts of experts again. An expert computes the same in each of its slots: results are equal but for the order in which a
-    backend adds up a row where other rows stand beside it. With `shared=routed` the shared expert becomes one more routed expert, which
-    every token chooses with weight 1 (DeepSeek-V3 report, section 3.4.2); its result is then added in float32 with the others', not
-    after they were rounded. A program that is trained is refused.
+    that `dsc place` wrote. Where the ranks are in several `nodes` and the gate's groups of experts make equal shares for them, a group
+    stays on one node with its redundant experts, so that tokens go to no more nodes than without (report, section 3.4.1). The slots of an
+    expert take turns (`choose_slots`), so each gets as many of its tokens as the others. Weights are then stacks of slots, filled with
+    their experts' (ir/slots.py), and counts of tokens that something else than a product reads are counts of experts again. An expert
+    computes the same in each of its slots: results are equal but for the order in which a backend adds up a row where other rows stand
+    beside it. With `shared=routed` the shared expert becomes one more routed expert, which every token chooses with weight 1 (DeepSeek-V3
+    report, section 3.4.2); its result is then added in float32 with the others', not after they were rounded. A program that is trained is
+    refused.
 
     Before `place-experts{replicas=4,ranks=2}`:
 
@@ -70,6 +73,7 @@ class PlaceExperts(Pass):
 
     replicas: int | None = None
     ranks: int | None = None
+    nodes: int = 1
     placement: str | None = None
     shared: Literal["apart", "routed"] = "apart"
 
@@ -87,7 +91,8 @@ class PlaceExperts(Pass):
         require(len(sizes) == 1, f"the program's layers have {' and '.join(map(str, sizes))} experts: expected as many in each")
         rewritten = {func.name: _Rewriting(func, self.shared == "routed", sizes[0]) for func in module.funcs if func.name in sent}
         layers = [(prefix, func.name) for prefix, func, op in walk(module) if isinstance(op, Dispatch)]
-        held, ranks = self._slots(layers, sizes[0], next(iter(sent.values())).ids.shape[1])
+        routing = routing_of(module)
+        held, ranks = self._slots(layers, sizes[0], next(iter(sent.values())).ids.shape[1], routing.groups if routing else 1)
         made = {name: one.func(len(held[0])) for name, one in rewritten.items()}
         stacks = {join(prefix, rewritten[name].stack): slots for (prefix, name), slots in zip(layers, held, strict=True)}
         funcs = tuple(made.get(func.name, func) for func in module.funcs)
@@ -95,7 +100,7 @@ class PlaceExperts(Pass):
         placed = module.replace(funcs=funcs, attributes={**module.attributes, ATTRIBUTE: record})
         return placed.map(lambda func: drop_unused(func, frozenset()) if func.name in made else func)
 
-    def _slots(self, layers: list[tuple[str, str]], experts: int, top_k: Any) -> tuple[list[tuple[int, ...]], int]:
+    def _slots(self, layers: list[tuple[str, str]], experts: int, top_k: Any, groups: int) -> tuple[list[tuple[int, ...]], int]:
         """The expert in each slot, for every layer, and on how many ranks they are."""
         every = experts + (self.shared == "routed")
         if self.placement is not None:
@@ -109,8 +114,11 @@ class PlaceExperts(Pass):
         assert self.replicas
         assert self.ranks
         loads = [float(top_k) / experts] * experts + [1.0] * (every - experts)
-        found = balanced([loads], self.replicas, self.ranks).slots[0]
-        return [found] * len(layers), self.ranks
+        if self.nodes > 1 and every == experts and groups % self.nodes == 0:
+            found = hierarchical([loads], self.replicas, self.ranks, self.nodes, groups)
+        else:
+            found = balanced([loads], self.replicas, self.ranks)
+        return [found.slots[0]] * len(layers), self.ranks
 
 
 def read(file: Path) -> tuple[Placement, dict[str, tuple[int, ...]]]:

@@ -75,6 +75,18 @@ def test_bytes_of_decode(decode: Any, command: Any) -> None:
     assert [one["crossing"] for one in rows] == [there * 312 // 320, back * 312 // 320] * 58
 
 
+def test_redundant_experts_of_prefill_stay_on_the_node_of_their_group(prefill: Any) -> None:
+    """Report, section 3.4.1: cross-node traffic does not grow. Two of eight groups on each node, eight redundant experts beside."""
+    from dsc.ir.slots import slots_of
+
+    slots = slots_of(prefill.module)
+    assert slots is not None
+    (every,) = set(slots.held.values())
+    nodes = [every[72 * n : 72 * (n + 1)] for n in range(4)]
+    assert [len({expert // 32 for expert in held}) for held in nodes] == [2] * 4
+    assert [len(set(held)) for held in nodes] == [64] * 4
+
+
 def test_slots_of_decode(decode: Any) -> None:
     """A slot is on one rank; the shared expert, which every token chooses, has as many as even loads give it: about 256 / 8."""
     from dsc.ir.slots import slots_of
