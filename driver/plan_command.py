@@ -44,7 +44,7 @@ SHOWN = 4
     "--shared-expert",
     type=click.Choice(["apart", "routed"]),
     default="apart",
-    help="In serving: the shared expert on every rank (default), or in slots as one more routed expert.",
+    help="In serving: the shared expert on every rank, or in slots as one more routed expert. Default: apart.",
 )
 @click.option("--speculate", is_flag=True, help="In decode: the MTP module proposes a second token (serve.accepted of them are right).")
 @click.option("--recipe", metavar="NAME|none", default="deepseek-v3", help="How products are quantised. Default: deepseek-v3.")

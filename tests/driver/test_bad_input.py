@@ -45,7 +45,7 @@ ARGUMENTS = {
     (*TO, "--context", "8"): "context is 8, but mode forward has none: seq says how many tokens a sequence has there",
     (*TO, "--mode", "decode", "--seq", "8"): "seq is 8, but mode decode has none: context says how many tokens a sequence has there",
     ("compile", "any.py:make", "-o", "out", "--seq", "8"): "--seq: any.py:make has its own sizes; these options are for a model's",
-    (*TO, "--mode", "infer"): "unknown mode infer; expected one of forward, train, decode",
+    (*TO, "--mode", "infer"): "unknown mode infer; expected one of forward, train, prefill, decode",
     (*TO, "--passes", "simplfy"): "pipeline, column 1: unknown pass simplfy; did you mean simplify?",
     (*TO, "--passes", "simplify{n=1}"): "pipeline, column 10: unknown option n of simplify",
     (*TO, "--until", "quantised"): "unknown stage quantised; did you mean quantized?",

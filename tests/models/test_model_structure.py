@@ -102,8 +102,8 @@ def test_parameter_names_and_types_are_those_of_the_checkpoint() -> None:
 def test_modes_share_their_names() -> None:
     for name in ("deepseek-v3-tiny", "deepseek-llm-67b", "deepseek-moe-16b"):
         config = load_config(name)
-        forward, train, decode = (build(config, mode).state_dict().keys() for mode in MODES)
-        assert forward == decode
+        forward, train, prefill, decode = (build(config, mode).state_dict().keys() for mode in MODES)
+        assert forward == prefill == decode
         prediction = f"model.layers.{config.num_hidden_layers}."
         assert forward == {key for key in train if not key.startswith(prediction)}
 
@@ -179,5 +179,5 @@ def test_weights_drawn_on_a_real_device() -> None:
 
 def test_an_unknown_mode_is_an_error() -> None:
     mode: Any = "serve"
-    with pytest.raises(DscError, match='mode "serve" is unknown, expected one of forward, train, decode'):
+    with pytest.raises(DscError, match='mode "serve" is unknown, expected one of forward, train, prefill, decode'):
         build(load_config("deepseek-v3-tiny"), mode)
