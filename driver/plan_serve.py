@@ -191,6 +191,12 @@ class Serving:
         return found if self.mode == "prefill" else found / self.made
 
     @property
+    def slots(self) -> int | None:
+        """Of experts, on all ranks along ep; None where each expert is held once."""
+        found = slots_of(self.both)
+        return None if found is None else next(map(len, found.held.values()))
+
+    @property
     def memory(self) -> Mapping[str, int]:
         """Bytes of a rank: weights, what the program is given (in decoding the caches of both micro-batches), workspace."""
         bytes_of = expected_bytes(self.both)
@@ -265,6 +271,7 @@ def document(name: str, plan: Serving, found: Effects) -> dict[str, Any]:
         "sequences_of_a_rank": 2 * plan.micro,
         "tokens": plan.tokens,
         "accepted": plan.accepted,
+        "slots": plan.slots,
         "seconds": {"mid": plan.per_token, "low": low, "high": high},
         "run_seconds": plan.time,
         "bound_seconds": plan.bound,
@@ -293,7 +300,7 @@ def describe(name: str, plan: Serving, found: Effects) -> str:
     seconds = [spoken(t, "s") for t in (plan.per_token, *spread(plan.per_token, found.time))]
     rates = [count(r) for r in (plan.per_node, *spread(plan.per_node, found.rate))]
     ranges = [f" ({low} to {high})" if found.time else "" for _, low, high in (seconds, rates)]
-    memory, slots = plan.memory, slots_of(plan.both)
+    memory = plan.memory
     lines = [
         f"{name} on {mesh.world:,} {cluster.name}, {plan.mode}: {mesh}, two micro-batches of {plural(plan.micro, 'sequence')} "
         f"on each rank along dp, {plan.tokens:,} tokens {'' if prefill else 'of context '}each",
@@ -305,8 +312,8 @@ def describe(name: str, plan: Serving, found: Effects) -> str:
         f"{'memory':<15} {size(sum(memory.values()))} of {size(plan.machine.capacity)}: "
         + ", ".join(f"{size(v)} {k}" for k, v in memory.items()),
     ]
-    if slots is not None:
-        lines.append(f"{'experts':<15} {next(map(len, slots.held.values()))} slots on {mesh.ep} ranks")
+    if plan.slots is not None:
+        lines.append(f"{'experts':<15} {plan.slots} slots on {mesh.ep} ranks")
     if plan.accepted is not None:
         lines.append(
             f"{'speculation':<15} {plan.made:.3f} tokens of a sequence in a step of {spoken(plan.time, 's')}, "
