@@ -8,7 +8,8 @@ those that went up are added up apart, and then to each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,7 +19,8 @@ import numpy as np
 from ..ir.core import Module, Value
 from ..ir.errors import DscError, require
 from ..ir.mesh import mesh_of
-from ..ir.stages import BACKWARD, END, FORWARD, INPUT, WEIGHT, Stages, merged, stages_of
+from ..ir.ops.control import Call
+from ..ir.stages import BACKWARD, FORWARD, INPUT, ONCE, WEIGHT, Stages, merged, stages_of
 from ..ir.types import Bundle, Type, landed
 from ..schedule.actions import Action, Kind, Overlap, Schedule, Step
 from ..schedule.simulate import lower, simulate
@@ -50,7 +52,18 @@ class Pipeline:
     @cached_property
     def joined(self) -> tuple[Value, ...]:
         """The results of main that each micro-batch has for itself."""
-        return tuple(v for v in self.module.main.results if v.owner is None or self.stages.home(v)[1] != END)
+        return tuple(v for v in self.module.main.results if v.owner is None or self.stages.home(v)[1] not in ONCE)
+
+    @cached_property
+    def entered(self) -> Mapping[str, Module]:
+        """The module as a program that runs one of its functions, by the name of that."""
+        funcs = self.module.funcs
+        return {func.name: self.module.replace(funcs=(func, *(f for f in funcs if f is not func))) for func in funcs}
+
+    def places(self, stage: int) -> list[int]:
+        """The ranks along pp that are a home of `stage`, the one for micro-batches that go down first."""
+        home = self.schedule.home
+        return list(dict.fromkeys(home[stage, reverse] for reverse in (False, True) if (stage, reverse) in home))
 
     def held(self, place: int) -> tuple[tuple[int, bool], ...]:
         """Stages and directions whose home is the rank at `place` along pp, in order."""
@@ -92,13 +105,66 @@ def pipeline(module: Module, schedule: Schedule) -> Pipeline:
 
 
 def program(
-    plan: Pipeline, place: int, run: Run, inputs: Callable[[int], Sequence[Data]], empty: Callable[[Type], Data]
+    plan: Pipeline,
+    place: int,
+    run: Run,
+    inputs: Callable[[int], Sequence[Data]],
+    empty: Callable[[Type], Data],
+    everywhere: Sequence[int] = (),
 ) -> Program[dict[Key, Data]]:
     """The program of the rank at `place` along pp, with the results that it has in the end (`Pipeline.returned`).
 
-    `inputs` gives this rank's inputs of main for a micro-batch, `empty` an array of a type for what is received.
+    `inputs` gives this rank's inputs of main for a micro-batch, `empty` an array of a type for what is received. Results `everywhere`, by
+    their number, every rank has in the end.
     """
-    return _Rank(plan, place, run, inputs, empty).program()
+    return _Rank(plan, place, run, inputs, empty).program(everywhere)
+
+
+def once(
+    plan: Pipeline,
+    place: int,
+    run: Run,
+    have: Mapping[Value, Data],
+    empty: Callable[[Type], Data],
+    everywhere: Sequence[Value] = (),
+) -> Program[dict[Value, Data]]:
+    """Make those of main's calls that are made once, in their order, and give what the rank at `place` has in the end.
+
+    `have` is what it has before: parameters of main, those that its stages take, and what they made of micro-batches. What a call takes
+    of another stage comes from the nearest rank that has it, as do values that are wanted `everywhere`. All ranks go through one list.
+    """
+    found, stages, size = dict(have), plan.stages, plan.schedule.ranks
+    there = {value: set(plan.places(stage)) for call, (stage, role) in stages.at.items() if role not in ONCE for value in call.results}
+    """Which ranks have a value."""
+
+    def bring(values: Sequence[Value], target: int, what: str) -> Program[None]:
+        messages: defaultdict[int, list[Value]] = defaultdict(list)
+        for value in dict.fromkeys(values):
+            if value.owner is not None and target not in there[value]:
+                messages[min(sorted(there[value]), key=lambda rank: abs(rank - target))].append(value)
+                there[value].add(target)
+        for source, message in messages.items():
+            if place == source:
+                yield from _send([found[value] for value in message], target, size, what)
+            elif place == target:
+                received = yield from _receive([value.type for value in message], source, size, what, empty)
+                found.update(zip(message, received, strict=True))
+
+    for op in stages.main.ops:
+        assert isinstance(op, Call)
+        stage, role = stages.at[op]
+        if role not in ONCE:
+            continue
+        places = plan.places(stage)
+        for target in places:
+            yield from bring(op.args, target, f"{role} of stage {stage}")
+        there |= {value: set(places) for value in op.results}
+        if place in places:
+            results = yield from run(str(op.callee), [found[value] for value in op.args])
+            found.update(zip(op.results, results, strict=True))
+    for target in range(size):
+        yield from bring(everywhere, target, f"results of @{stages.main.name}")
+    return found
 
 
 class _Rank:
@@ -109,23 +175,27 @@ class _Rank:
     ) -> None:
         self.stages = plan.stages
         self.plan, self.place, self.run, self.inputs, self.empty = plan, place, run, inputs, empty
-        self.size = mesh_of(plan.module).pp
+        self.size = plan.schedule.ranks
         self.merged = merged(plan.module)
         self.have: dict[tuple[Value, int], tuple[Data, int]] = {}
         """Of a micro-batch: a value, and how many of its readers are still to come."""
         self.sums: dict[tuple[Value, bool], Data] = {}
-        """What ends take, added up over the micro-batches of a direction."""
+        """What is taken once, added up over the micro-batches of a direction."""
         self.totals: dict[Value, Data] = {}
         self.results: dict[Key, Data] = {}
 
-    def program(self) -> Program[dict[Key, Data]]:
+    def program(self, everywhere: Sequence[int] = ()) -> Program[dict[Key, Data]]:
         """Everything, in order."""
         for step in self.plan.schedule.rows[self.place]:
             yield from self.step(step)
         yield from self.both_ways()
-        yield from self.shared()
-        yield from self.ends()
-        return {key: self.results[key] for key in self.plan.returned(self.place)}
+        results = self.stages.main.results
+        wanted = [results[index] for index in everywhere]
+        have = self.totals | dict(zip(self.stages.main.params, self.inputs(0), strict=True))
+        made = yield from once(self.plan, self.place, self.run, have, self.empty, wanted)
+        self.results |= {(index, 0): made[value] for index, value in enumerate(results) if value in made}
+        keys = (*self.plan.returned(self.place), *((index, 0) for index in everywhere))
+        return {key: self.results[key] for key in dict.fromkeys(keys)}
 
     # The schedule
 
@@ -177,7 +247,7 @@ class _Rank:
     def keep(self, value: Value, data: Data, action: Action) -> None:
         """Keep what was computed for those who read it."""
         readers = self.stages.readers.get(value, ())
-        count = sum(role != END for _, role in readers)
+        count = sum(role not in ONCE for _, role in readers)
         if count:
             self.have[value, action.microbatch] = data, count
         if count < len(readers):
@@ -199,25 +269,14 @@ class _Rank:
         if sends:
             found = []
             for value in values:
-                for _ in (s for s, role in self.stages.readers[value] if s == to and role != END):
+                for _ in (s for s, role in self.stages.readers[value] if s == to and role not in ONCE):
                     data = self.take(value, m)
                 found.append(data)
-            yield from self.send(found, other, str(action))
+            yield from _send(found, other, self.size, str(action))
         else:
-            for value, data in zip(values, (yield from self.receive([v.type for v in values], other, str(action))), strict=True):
-                self.have[value, m] = data, sum(s == to and role != END for s, role in self.stages.readers[value])
-
-    def send(self, some: Sequence[Data], to: int, what: str) -> Program[None]:
-        if some:
-            yield Send("pp", self.size, tuple(leaves(tuple(some))), to, op=what)
-
-    def receive(self, types: Sequence[Type], source: int, what: str) -> Program[tuple[Data, ...]]:
-        if not types:
-            return ()
-        like = tuple(map(self.empty, types))
-        arrays = yield Receive("pp", self.size, tuple(leaves(like)), source, op=what)
-        found: tuple[Data, ...] = rebuilt(like, iter(arrays))
-        return found
+            received = yield from _receive([v.type for v in values], other, self.size, str(action), self.empty)
+            for value, data in zip(values, received, strict=True):
+                self.have[value, m] = data, sum(s == to and role not in ONCE for s, role in self.stages.readers[value])
 
     # After all micro-batches
 
@@ -236,48 +295,31 @@ class _Rank:
                 self.totals[value] = _divided(total, value.type, self.plan.schedule.microbatches)
 
     def is_summed(self, value: Value) -> bool:
-        """Whether an end takes it."""
-        return any(role == END for _, role in self.stages.readers.get(value, ()))
+        """Whether something takes it that is done once."""
+        return any(role in ONCE for _, role in self.stages.readers.get(value, ()))
 
     def swapped(self, values: Sequence[Value], mine: list[Data], other: int, what: str) -> Program[list[Data]]:
         """What the other rank has; the one that comes first along pp sends first."""
         if self.place < other:
-            yield from self.send(mine, other, what)
-        found = yield from self.receive([v.type for v in values], other, what)
+            yield from _send(mine, other, self.size, what)
+        found = yield from _receive([v.type for v in values], other, self.size, what, self.empty)
         if self.place > other:
-            yield from self.send(mine, other, what)
+            yield from _send(mine, other, self.size, what)
         return list(found)
 
-    def shared(self) -> Program[None]:
-        """Bring to every home of a stage what its end takes from other stages. All ranks go through the same list."""
-        for stage, values, source, target in self.handed():
-            what = f"gradients for stage {stage}"
-            if source == self.place:
-                yield from self.send([self.totals[v] for v in values], target, what)
-            elif target == self.place:
-                found = yield from self.receive([v.type for v in values], source, what)
-                self.totals.update(zip(values, found, strict=True))
 
-    def handed(self) -> Iterator[tuple[int, list[Value], int, int]]:
-        """Stage, values, source and target."""
-        home = self.plan.schedule.home
-        for (stage, reverse), target in sorted(home.items()):
-            end = self.stages.calls[stage].get(END)
-            held = {s for s, _ in self.plan.held(target)}
-            values = [v for v in end.args if v.owner is not None and self.stages.home(v)[0] not in held] if end else []
-            for other in dict.fromkeys(self.stages.home(v)[0] for v in values):
-                source = home[other, reverse if (other, reverse) in home else not reverse]
-                yield stage, [v for v in values if self.stages.home(v)[0] == other], source, target
+def _send(some: Sequence[Data], to: int, size: int, what: str) -> Program[None]:
+    if some:
+        yield Send("pp", size, tuple(leaves(tuple(some))), to, op=what)
 
-    def ends(self) -> Program[None]:
-        for stage in dict.fromkeys(stage for stage, _ in self.plan.held(self.place)):
-            end = self.stages.calls[stage].get(END)
-            if end is None:
-                continue
-            given = [self.totals[v] if v.owner is not None else self.inputs(0)[self.stages.main.params.index(v)] for v in end.args]
-            found = yield from self.run(str(end.callee), given)
-            for value, data in zip(end.results, found, strict=True):
-                self.results |= {(i, 0): data for i, result in enumerate(self.stages.main.results) if result is value}
+
+def _receive(types: Sequence[Type], source: int, size: int, what: str, empty: Callable[[Type], Data]) -> Program[tuple[Data, ...]]:
+    if not types:
+        return ()
+    like = tuple(map(empty, types))
+    arrays = yield Receive("pp", size, tuple(leaves(like)), source, op=what)
+    found: tuple[Data, ...] = rebuilt(like, iter(arrays))
+    return found
 
 
 def leaves(data: Data) -> list[Any]:

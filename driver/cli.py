@@ -63,6 +63,21 @@ weights_option = click.option("--weights", metavar="DIR|random:SEED", help="Chec
 inputs_option = click.option("--inputs", metavar="FILE.npz", help="An array for each input, by name. Default: seeded ones.")
 
 
+def pipeline_options(command: Callable[..., int]) -> Callable[..., int]:
+    """What ranks along pp follow."""
+    for option in (
+        click.option("--chunks", type=int, help="Stages of a rank, for interleaved, zb1p and forward. Default: 1, of interleaved 2."),
+        click.option("--microbatches", type=int, help="Micro-batches of a step of the pipeline. Default: two for each stage."),
+        click.option(
+            "--schedule",
+            metavar="NAME|auto|FILE.csv",
+            help="With pp in the mesh: the pipeline's schedule (see dsc schedule). Default: 1f1b, in inference forward.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)

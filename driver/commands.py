@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import require
-from .cli import cli, inputs_option, json_option, resumed, weights_option
+from .cli import cli, inputs_option, json_option, pipeline_options, resumed, weights_option
 from .ui import count, emit_json, note, plural, progress, size, table
 
 if TYPE_CHECKING:
@@ -45,13 +45,7 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
     help="How tokens reach experts on other nodes: once for each expert, or once for each node and on from there. "
     "Default: auto, two-hop where ep spans nodes, direct in decode mode.",
 )
-@click.option(
-    "--schedule",
-    metavar="NAME|auto|FILE.csv",
-    help="With pp in the mesh: the pipeline's schedule (see dsc schedule). Default: 1f1b, in inference forward.",
-)
-@click.option("--microbatches", type=int, help="Micro-batches of a step of the pipeline. Default: two for each stage.")
-@click.option("--chunks", type=int, help="Stages of a rank, for interleaved, zb1p and forward. Default: 1, of interleaved 2.")
+@pipeline_options
 @click.option("--replicas", type=int, metavar="N", help="Slots for experts in all, more than experts: evenly popular ones, over ep.")
 @click.option("--placement", metavar="FILE.json", help="Slots for experts as dsc place -o wrote them.")
 @click.option(

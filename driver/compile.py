@@ -158,7 +158,7 @@ def compile(
     require(passes is None or recipe is None, "--recipe belongs to the default pipeline; in --passes write quantize-fp8{recipe=...}")
     require(passes is None or mesh is None, '--mesh belongs to the default pipeline; in --passes write shard-experts{mesh="..."}')
     require(dispatch == "auto" or bool(mesh), "--dispatch says how tokens go to other ranks: it needs --mesh")
-    order = _order(mesh, mode, schedule, microbatches, chunks) if passes is None else None
+    order = order_of(mesh, mode, schedule, microbatches, chunks) if passes is None else None
     placing = placing_pass(mesh, replicas, placement, shared)
     require(passes is None or not placing, "redundant experts belong to the default pipeline; in --passes write place-experts{...}")
     if passes is None:
@@ -257,7 +257,7 @@ def default_pipeline(
     return f"{first},quantize-fp8{{recipe={recipe}{',stored=true' if stored else ''}}},{DEFAULT_PASSES}{last}"
 
 
-def _order(mesh: str | None, mode: str, schedule: str | None, microbatches: int | None, chunks: int | None) -> Schedule | None:
+def order_of(mesh: str | None, mode: str, schedule: str | None, microbatches: int | None, chunks: int | None) -> Schedule | None:
     """What ranks along pp follow; None where there is one stage."""
     asked = schedule is not None or microbatches is not None or chunks is not None
     require(not asked or mesh is not None, "--schedule, --microbatches and --chunks are for a pipeline: they need --mesh pp=2 or more")
@@ -280,10 +280,10 @@ def placing_pass(mesh: str | None, replicas: int | None, placement: str | Path |
 
 
 def _update_of(module: Module, config: dict[str, Any] | None) -> Module | None:
-    """The optimiser's program for a differentiated model; of a sharded one that of a rank, over its parts; none of one in stages."""
+    """The optimiser's program for a differentiated model; of a sharded one that of a rank, over its parts, and by stages if it has some."""
     from .train_program import assemble
 
-    return assemble(module, config).update if config and bundles(module) and not is_staged(module) else None
+    return assemble(module, config).update if config and bundles(module) else None
 
 
 def _check_weights(weights: str, module: Module, config: dict[str, Any] | None) -> str:

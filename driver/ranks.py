@@ -93,7 +93,6 @@ def rank_program(
     on_ranks = cast(RankRunner, runner)
     on_device = cast(ResidentRunner, runner) if hasattr(runner, "resident") else None
     enter, room = (on_device.resident, on_device.empty) if on_device else (on_ranks.program, empty)
-    entered = {func.name: _from(module, func.name) for func in module.funcs}
 
     def program(rank: int) -> Program[Held]:
         def own(name: str, type: Tensor) -> np.ndarray:  # one function, since a backend keeps for it what it has prepared
@@ -103,7 +102,7 @@ def rank_program(
             return _plain(on_ranks.program(module, own, inputs_of(module, inputs, rank), observe))
 
         def run(name: str, arguments: Sequence[Data]) -> Program[tuple[Data, ...]]:
-            return enter(entered[name], own, arguments, observe)
+            return enter(plan.entered[name], own, arguments, observe)
 
         found = along_pp(plan, mesh.index("pp", rank), run, lambda m: inputs_of(module, inputs, rank, m), room)
         return _fetched(found, module, on_device) if on_device else found
@@ -121,11 +120,6 @@ def _fetched(program: Program[Held], module: Module, runner: ResidentRunner) -> 
 def _plain(program: Program[tuple[Data, ...]]) -> Program[Held]:
     """The results of a program that is not cut into stages."""
     return {(index, 0): data for index, data in enumerate((yield from program))}
-
-
-def _from(module: Module, name: str) -> Module:
-    """The module as a program that runs the function `name`."""
-    return module.replace(funcs=(module[name], *(func for func in module.funcs if func.name != name)))
 
 
 def inputs_of(module: Module, inputs: Sequence[Data], rank: int, microbatch: int = 0) -> tuple[Data, ...]:

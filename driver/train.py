@@ -79,6 +79,9 @@ def train(
     overrides: Sequence[str] = (),
     backend: str = "numpy",
     mesh: str | None = None,
+    schedule: str | None = None,
+    microbatches: int | None = None,
+    chunks: int | None = None,
     ranks: Ranks | None = None,
     timeout: float = TIMEOUT,
     on_step: Callable[[int, curve.Row], None] = lambda step, row: None,
@@ -94,7 +97,8 @@ def train(
     With a `mesh` ("dp=2,ep=2") the run is that of its `ranks`: "local", all in this process, or "torchrun", where this is one of them, dp
     is filled from their number if it is left out, and a rank waits `timeout` seconds for the others. `batch` counts the sequences of all
     ranks, by default one for each along dp. A run may go on with another mesh, or on one rank; `on_note` is told of such a change. Under
-    torchrun rank 0 alone has rows, and calls.
+    torchrun rank 0 alone has rows, and calls. With pp in the mesh a step is that of a pipeline, `schedule`, `microbatches` and `chunks` are
+    as in `compile`, and `batch` is that of all micro-batches. Without pp, `microbatches` accumulate gradients.
 
     Raises `DscError` for a fault of the user's; where the run had begun, its state is saved first, and the message says where. Where ranks
     are lost, what they had is lost since the last checkpoint.
@@ -116,8 +120,10 @@ def train(
         if resume and batch is None:
             batch = _recorded(run).get("batch")
         files = [open_text(path) for path in data]
-        on_mesh = str(over) if over.world > 1 else None
-        made = programs(source, batch=batch, seq=seq, recipe=recipe, overrides=overrides, mesh=on_mesh)
+        order = {"schedule": schedule, "microbatches": microbatches, "chunks": chunks}
+        order = {name: given for name, given in order.items() if given is not None}
+        on_mesh = str(over) if over.world > 1 or order else None
+        made = programs(source, batch=batch, seq=seq, recipe=recipe, overrides=overrides, mesh=on_mesh, **order)  # type: ignore[arg-type]
         chosen = open_tokenizer(tokenizer, int(made.config["vocab_size"]), fim)
         batches = Batches(files, chosen, made.batch, made.seq, seed, fim)
     settings = {
@@ -162,7 +168,8 @@ class _Loop:
         """Step until the end. Whatever stops it before, the state after the last whole step is saved, unless other processes are gone."""
         p, first, began = self.stepper.programs, state.step, time.perf_counter()
         masters = [{name: kept[0] for name, kept in held.kept.items()} for held in state.held]
-        mean = Average(p.average, p.trained, self.ema, self.stepper.runner, averages or masters) if self.ema else None
+        modules = [p.averages[p.place(rank)] for rank in self.stepper.team.mine] if self.ema else []
+        mean = Average(modules, self.ema, self.stepper.runner, averages or masters) if self.ema else None
         lines = curve.Curve(self.run / curve.FILE, _columns(p), state.step) if leads(self.stepper.team) else None
         steps = self.stepper.schedule.steps
         try:
@@ -251,7 +258,7 @@ def _claimed(run: Path, settings: Mapping[str, Any], programs: Programs, note: C
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         with (run / LOCK).open("a") as lock:
             _lock(run, lock.fileno())
-            found, mesh = _recorded(run), str(programs.mesh)
+            found, mesh = _recorded(run), programs.layout
             before = found.pop("mesh", str(Mesh())) if found else mesh
             if found:
                 config = differences(found.pop("config", {}), programs.config)

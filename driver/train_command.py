@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .cli import cli, json_option, resumed
+from .cli import cli, json_option, pipeline_options, resumed
 from .curve import Row
 from .ui import emit_json, note, plural
 
@@ -38,7 +38,10 @@ EVERY = 10.0
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json. Default: bytes.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
 @click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
-@click.option("--mesh", metavar="dp=N,ep=N,...", help="Train on the ranks of this mesh. Default: none; under torchrun dp is their number.")
+@click.option(
+    "--mesh", metavar="pp=N,dp=N,ep=N,...", help="Train on the ranks of this mesh. Default: none; under torchrun dp is their number."
+)
+@pipeline_options
 @click.option("--ranks", type=click.Choice(["local", "torchrun"]), help="Where they run. Default: torchrun where it started us.")
 @click.option("--timeout", type=float, default=600.0, metavar="SECONDS", help="How long a rank waits for others. Default: 600.")
 @json_option
@@ -54,6 +57,7 @@ def train(source: str, data: tuple[Path, ...], more: tuple[Path, ...], out: Path
     dsc train deepseek-v3-tiny --data notes.txt more.txt -o run --steps 200 --lr 2e-3
     dsc train deepseek-v3-tiny --data notes.txt -o run8 --steps 200 --lr 2e-3 --recipe deepseek-v3
     dsc train deepseek-v3-tiny --data notes.txt -o run4 --steps 200 --mesh dp=4,ep=2 --ranks local
+    dsc train deepseek-v3-tiny --data notes.txt -o runp --steps 200 --batch 8 --mesh pp=2,dp=2,ep=2 --schedule zb1p --ranks local
     torchrun --nproc-per-node 4 -m dsc train deepseek-v3-tiny --data notes.txt -o run4 --steps 200 --mesh ep=2
     """
     from .ranks import is_first, started_by_torchrun

@@ -150,11 +150,12 @@ def as_program(
 
 @dataclass(frozen=True)
 class Part:
-    """An array of which ranks hold parts: its whole type, how it is split, and what each rank of this process has, in their order."""
+    """An array of which `ranks` hold parts: its whole type, how it is split, and what each rank of this process has, in their order."""
 
     type: Tensor
     split: Split
-    held: Sequence[Array]
+    ranks: Sequence[int]
+    held: Sequence[Array | None]
 
 
 class Whole(Mapping[str, np.ndarray]):
@@ -182,18 +183,18 @@ class Whole(Mapping[str, np.ndarray]):
             self[name]
 
 
-def _collected(whole: Part, own: Array, mesh: Mesh, rank: int, name: str) -> Program[Array]:
+def _collected(whole: Part, own: Array | None, mesh: Mesh, rank: int, name: str) -> Program[Array]:
     """The whole on rank 0, to which the first holder of each part sends it."""
     shape = tuple(map(bound, whole.type.shape))
     holders: dict[tuple[int, ...], tuple[int, tuple[slice, ...]]] = {}
-    for other in range(mesh.world):
+    for other in whole.ranks:
         index = part(whole.split, shape, mesh, other)
         holders.setdefault(tuple(s.start for s in index), (other, index))
     if rank:
         if rank in (holder for holder, _ in holders.values()):
             yield Send("world", mesh.world, (own,), 0, op=f"checkpoint of {name}")
-        return np.empty(0, own.dtype)
-    if len(holders) == 1:
+        return np.empty(0, STORAGE[whole.type.dtype])
+    if own is not None and len(holders) == 1:
         return own
     found = np.empty(shape, STORAGE[whole.type.dtype])
     for holder, index in holders.values():

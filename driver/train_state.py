@@ -41,9 +41,9 @@ class Held:
     """What one rank has of a run. Arrays are never written to: a step makes new ones, so any state may be kept or saved at leisure."""
 
     weights: Mapping[str, Array]
-    """Every weight as the model reads it, the gates' biases among them."""
+    """Every weight that the rank reads, as the model reads it, the gates' biases among them."""
     kept: Mapping[str, tuple[Array, ...]]
-    """Master weight and moments of each trained weight, in the order of `passes.optimizer.STATE`."""
+    """Master weight and moments of each weight that the rank updates, in the order of `passes.optimizer.STATE`."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,13 @@ def first_state(programs: Programs, seed: int, folder: Path | None = None, ranks
     held = []
     for rank in ranks:
         weights, kept = {}, {}
-        for name, tensor in programs.weights.items():
+        updated = set(programs.kept_at[programs.place(rank)])
+        for name in programs.read_at[programs.place(rank)]:
+            tensor = programs.weights[name]
             wanted = Wanted(name, "f32", _shape(tensor))
             own = _part(programs, programs.weight_splits[name], tensor, rank)
             weights[name] = rounded(part_of(source, wanted, own), tensor.dtype)
-            if name in programs.trained:
+            if name in updated:
                 master = np.array(part_of(source, wanted, _part(programs, programs.state_splits[name], tensor, rank)))
                 kept[name] = (master, np.zeros(master.shape, moment), np.zeros(master.shape, moment))
         held.append(Held(weights, kept))
@@ -158,15 +160,21 @@ def save(
 
 
 def _weight(programs: Programs, state: State, name: str) -> Part:
-    return Part(programs.weights[name], programs.weight_splits[name], [held.weights[name] for held in state.held])
+    ranks = programs.holders(name, programs.read_at)
+    return Part(programs.weights[name], programs.weight_splits[name], ranks, [held.weights.get(name) for held in state.held])
 
 
 def _averaged(programs: Programs, state: State, averages: Sequence[Mapping[str, Array]], name: str) -> Part:
     """The average of a trained weight in float32; what is not trained as it is."""
     if name not in programs.trained:
         return _weight(programs, state, name)
-    wide = Tensor(DType.f32, programs.weights[name].shape)
-    return Part(wide, programs.state_splits[name], [values[name] for values in averages])
+    return _updated(programs, name, DType.f32, [values.get(name) for values in averages])
+
+
+def _updated(programs: Programs, name: str, dtype: DType, held: Sequence[Array | None]) -> Part:
+    """What ranks that update a weight have of it, in their parts."""
+    ranks = programs.holders(name, programs.kept_at)
+    return Part(Tensor(dtype, programs.weights[name].shape), programs.state_splits[name], ranks, held)
 
 
 def _state(programs: Programs, state: State) -> dict[str, Part]:
@@ -175,8 +183,8 @@ def _state(programs: Programs, state: State) -> dict[str, Part]:
     found = {}
     for name in programs.trained:
         for i, (what, dtype) in enumerate(zip(STATE, dtypes, strict=True)):
-            type = Tensor(dtype, programs.weights[name].shape)
-            found[f"{name}.{what}"] = Part(type, programs.state_splits[name], [held.kept[name][i] for held in state.held])
+            own = [held.kept[name][i] if name in held.kept else None for held in state.held]
+            found[f"{name}.{what}"] = _updated(programs, name, dtype, own)
     return dict(sorted(found.items(), key=lambda item: -item[1].type.dtype.bits))
 
 
@@ -211,11 +219,12 @@ def load(
             {name: _part(programs, splits[name], programs.weights[name], rank) for name in splits}
             for splits in (programs.weight_splits, programs.state_splits)
         )
-        weights = {name: np.array(part_of(stored, item, own[name])) for name, item in wanted.items()}
-        kept = {name: tuple(np.array(file[f"{name}.{what}"].array()[state[name]]) for what in STATE) for name in programs.trained}
+        updated = programs.kept_at[programs.place(rank)]
+        weights = {name: np.array(part_of(stored, wanted[name], own[name])) for name in programs.read_at[programs.place(rank)]}
+        kept = {name: tuple(np.array(file[f"{name}.{what}"].array()[state[name]]) for what in STATE) for name in updated}
         held.append(Held(weights, kept))
         if ema:
-            wide = {name: Wanted(name, DType.f32.name, wanted[name].shape) for name in programs.trained}
+            wide = {name: Wanted(name, DType.f32.name, wanted[name].shape) for name in updated}
             averages.append({name: np.array(part_of(ema, item, state[name])) for name, item in wide.items()})
     return State(int(record["step"]), Position(**record["position"]), tuple(held)), averages if ema else None
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from ..backends import Runner, Site
 from ..backends.arrays import Array, Data, widen
+from ..distributed.pipeline import once
+from ..distributed.pipeline import program as along_pp
 from ..distributed.world import Gather, Program
 from ..ir.core import Module, Op, Trait
 from ..ir.errors import DscError
@@ -21,11 +23,12 @@ from ..passes.optimizer import STATE
 from .data import Batches
 from .learning_rate import Schedule
 from .measure import flat
-from .ranks import cut
+from .ranks import cut, empty, inputs_of
 from .train_program import Programs
 from .train_ranks import Alone, Team, as_program, leads
 from .train_state import Held, State
 
+NEVER = np.iinfo(np.int64).max
 LONGEST = 400
 """Characters of a verdict that ranks tell one another."""
 
@@ -58,24 +61,54 @@ class Stepper:
         gradients = by_name(p.step, results)
         rate, speed = self.schedule.learning_rate(number), self.schedule.balance_speed(number)
         scalars = [rate, *p.adamw.corrections(number), *([speed] if p.gates else [])]
-        inputs: list[Array] = [np.array(x, np.float32) for x in scalars]
+        inputs: list[Any] = [np.array(x, np.float32) for x in scalars]
         inputs += [measured["counts"]] if p.gates else []
         for name in p.trained:
-            inputs += [gradients[name], *held.kept[name]]
-        inputs += [held.weights[name] for name in p.gates]
+            inputs += [gradients.get(name), *held.kept.get(name, [None] * len(STATE))]
+        inputs += [held.weights.get(name) for name in p.gates]
         del results, gradients
-        norm, *updated = yield from as_program(self.runner, p.update, _no_weights, inputs)
+        norm, *updated = yield from self._update(inputs, rank)
         weights, kept, width = dict(held.weights), {}, 1 + len(STATE)
         for i, name in enumerate(p.trained):
-            weights[name], *rest = updated[i * width : (i + 1) * width]
-            kept[name] = tuple(rest)
-        weights.update(zip(p.gates, updated[width * len(p.trained) :], strict=True))
+            if name in held.kept:
+                weights[name], *rest = updated[i * width : (i + 1) * width]
+                kept[name] = tuple(rest)
+        others = (*p.gates, *(name for stage in p.stages for name in stage.reads))
+        new = zip(others, updated[width * len(p.trained) :], strict=True)
+        weights |= {name: value for name, value in new if value is not None}
         return Held(weights, kept), {**measured, "learning_rate": np.float32(rate), "gradient_norm": norm}
 
-    def _forward_and_backward(self, held: Held, batch: Sequence[Array], rank: int, observe: Any = None) -> Program[tuple[Data, ...]]:
-        step = self.programs.step
-        mine = [cut(x, split, self.team.mesh, rank) for x, split in zip(batch, input_splits(step), strict=True)]
-        return as_program(self.runner, step, lambda name, _: held.weights[name], mine, observe)
+    def _forward_and_backward(self, held: Held, batch: Sequence[Array], rank: int, observe: Any = None) -> Program[list[Any]]:
+        """The results of the step; of a pipeline None for gradients that are at home on other ranks."""
+        step, plan, mesh = self.programs.step, self.programs.plan, self.team.mesh
+
+        def weights(name: str, tensor: Tensor) -> Array:
+            return held.weights[name]
+
+        if plan is None:
+            mine = [cut(x, split, mesh, rank) for x, split in zip(batch, input_splits(step), strict=True)]
+            return list((yield from as_program(self.runner, step, weights, mine, observe)))
+
+        def run(name: str, arguments: Sequence[Data]) -> Program[tuple[Data, ...]]:
+            return as_program(self.runner, plan.entered[name], weights, arguments, observe)
+
+        place, metrics = mesh.index("pp", rank), range(len(self.programs.metrics))
+        found = yield from along_pp(plan, place, run, lambda m: inputs_of(step, batch, rank, m), empty, metrics)
+        return [found.get((index, 0)) for index in range(len(step.main.results))]
+
+    def _update(self, inputs: Sequence[Any], rank: int) -> Program[list[Any]]:
+        """The results of the update; of a pipeline None for what is at home on other ranks, but for the norm."""
+        update, plan = self.programs.update, self.programs.update_plan
+        if plan is None:
+            return list((yield from as_program(self.runner, update, _no_weights, inputs)))
+
+        def run(name: str, arguments: Sequence[Data]) -> Program[tuple[Data, ...]]:
+            return as_program(self.runner, plan.entered[name], _no_weights, arguments)
+
+        main = update.main
+        have = {value: data for value, data in zip(main.params, inputs, strict=True) if data is not None}
+        found = yield from once(plan, self.team.mesh.index("pp", rank), run, have, empty, main.results[:1])
+        return [found.get(value) for value in main.results]
 
     def _blame(self, state: State, batch: Sequence[Array], loss: float, norm: float) -> NoReturn:
         """Run the step once more, watching every op, and say which was the first to make something that is not finite."""
@@ -88,7 +121,7 @@ class Stepper:
             verdict = np.frombuffer(watch.fault.encode()[:LONGEST].ljust(LONGEST), np.uint8)
             size = self.team.mesh.world
             texts = yield Gather("world", size, np.array(verdict), op="verdicts")
-            seen = yield Gather("world", size, np.array([watch.seen]), op="verdicts")
+            seen = yield Gather("world", size, np.array([watch.seen if watch.fault else NEVER]), op="verdicts")
             first = min(range(size), key=lambda rank: int(seen[rank][0]))
             text = texts[first].tobytes().decode(errors="ignore").strip()
             return f"{text} on rank {first}" if text and size > 1 else text
@@ -130,10 +163,10 @@ Values = Mapping[str, Array]
 
 
 class Average:
-    """The moving average of the master weights of each rank, computed in a thread of its own while the next step runs."""
+    """The moving average of the master weights of each rank, computed by its module in a thread of its own while the next step runs."""
 
-    def __init__(self, module: Module, trained: Sequence[str], decay: float, runner: Runner, start: Sequence[Values]) -> None:
-        self.module, self.trained, self.decay, self.runner = module, trained, np.array(decay, np.float32), runner
+    def __init__(self, modules: Sequence[Module], decay: float, runner: Runner, start: Sequence[Values]) -> None:
+        self.modules, self.decay, self.runner = modules, np.array(decay, np.float32), runner
         self._thread = ThreadPoolExecutor(1, "average")
         self._values: Future[list[Values]] = Future()
         self._values.set_result(list(start))
@@ -144,11 +177,11 @@ class Average:
 
     def _next(self, old: list[Values], state: State) -> list[Values]:
         found: list[Values] = []
-        for values, held in zip(old, state.held, strict=True):
+        for module, values, held in zip(self.modules, old, state.held, strict=True):
             inputs = [self.decay]
-            for name in self.trained:
-                inputs += [values[name], held.kept[name][0]]
-            found.append(dict(zip(self.trained, self.runner.run(self.module, _no_weights, inputs), strict=True)))
+            for name, (master, *_) in held.kept.items():
+                inputs += [values[name], master]
+            found.append(dict(zip(held.kept, self.runner.run(module, _no_weights, inputs), strict=True)))
         return found
 
     def values(self) -> list[Values]:

@@ -32,11 +32,15 @@ def bundles(module: Module) -> tuple[tuple[str, ...], ...]:
 
 
 def by_name(module: Module, results: Sequence[Any]) -> dict[str, Any]:
-    """The gradients among what a run returned, by the full name of the weight. `results` are all results of the main function."""
+    """The gradients among what a run returned, by the full name of the weight.
+
+    `results` are all results of the main function, None for those that a rank of a pipeline does not have.
+    """
     named = bundles(module)
     require(len(results) == len(module.main.results), f"@{module.main.name} has {len(module.main.results)} results, found {len(results)}")
     given = results[len(results) - len(named) :]
-    return {name: gradient for names, bundle in zip(named, given, strict=True) for name, gradient in zip(names, bundle, strict=True)}
+    pairs = ((names, bundle) for names, bundle in zip(named, given, strict=True) if bundle is not None)
+    return {name: gradient for names, bundle in pairs for name, gradient in zip(names, bundle, strict=True)}
 
 
 def law(module: Module, func: Func) -> Iterator[tuple[Func, str]]:

@@ -7,12 +7,15 @@ A module that was cut says with the attribute `stages` which calls of main, by t
 F is the forward pass, B the backward pass, or I and W its parts for inputs and for weights; a stage lacks what it has nothing to do in.
 Main is the sequence of these calls for one micro-batch, and then of the ends: a plain program. A rank of a pipeline runs the calls of its
 stages alone, for each micro-batch in the order of a schedule, and `end` once, after all micro-batches: it takes what was added up over
-them, gradients and metrics, and is the place for what ranks have to add up among themselves.
+them, gradients and metrics, and is the place for what ranks have to add up among themselves. An optimiser's update is cut likewise, into
+calls that are all made once: `squares` of a stage's gradients, their `norm` on the first stage, the `update` of the weights that are at
+home on the stage, and the `read` of those that it reads besides (passes/optimizer.py).
 
 What calls hand on, a law of the verifier: F takes inputs of main and what the stage before returns, B and I what the stage's own F and the
-B or I of the stage after return, W what I does (or what I would take, where the stage has none); an end takes anything. So ranks talk to
-neighbours only. Over micro-batches, floats that ends take are averaged and whole numbers added; what main returns of anything but an end
-is joined along dimension 0. The attribute `cut` says of each input whether a micro-batch takes its own part of it, along dimension 0.
+B or I of the stage after return, W what I does (or what I would take, where the stage has none). So ranks talk to neighbours only, until
+the micro-batches are over: what is done once takes anything. Over micro-batches, floats that ends take are averaged and whole numbers
+added; what main returns of anything but an end is joined along dimension 0. The attribute `cut` says of each input whether a micro-batch
+takes its own part of it, along dimension 0.
 
 A function that runs the forward pass of one stage and the backward pass of another as one, their communication under each other's
 computation, stands in the attribute `overlapped`: [{forward=@stage0_fwd, backward=@stage1_bwd, as=@both}] with the parameters of the
@@ -32,7 +35,10 @@ from .ops.control import Call
 
 ATTRIBUTE, CUT, OVERLAPPED = "stages", "cut", "overlapped"
 FORWARD, BACKWARD, INPUT, WEIGHT, END = "F", "B", "I", "W", "end"
-ROLES = (FORWARD, BACKWARD, INPUT, WEIGHT, END)
+SQUARES, NORM, UPDATE, READ = "squares", "norm", "update", "read"
+ONCE = (END, SQUARES, NORM, UPDATE, READ)
+"""The roles in which a rank runs a stage once, after all micro-batches."""
+ROLES = (FORWARD, BACKWARD, INPUT, WEIGHT, *ONCE)
 
 
 @dataclass(frozen=True)
@@ -156,4 +162,4 @@ def _may_take(role: str, stage: int, home: int, made: str, stages: Stages) -> bo
             return (home, made) == (stage, INPUT)
         case "W":
             return (home, made) == (stage, FORWARD) or (home == stage + 1 and made in (BACKWARD, INPUT))
-    return made != END
+    return True

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
+from typing import TypeAlias
 
 from ..ir.core import Builder, Func, Module, Symbol, Value
 from ..ir.errors import require
@@ -17,11 +18,15 @@ from ..ir.ops.control import Call, Literal
 from ..ir.ops.elementwise import Add, Cast, Div, Gt, Lt, Minimum, Mul, Sqrt, Sub
 from ..ir.ops.reduce import Mean, Sum
 from ..ir.ops.shape import Concat, Reshape, Slice
+from ..ir.stages import ATTRIBUTE as STAGES
+from ..ir.stages import CUT, NORM, READ, SQUARES, UPDATE
 from ..ir.types import DType, Tensor
 from ..ir.verify import verify
 
 F32 = DType.f32
 SCALAR = Tensor(F32, ())
+
+Values: TypeAlias = dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ class AdamW:
         return 1 / (1 - self.beta1**step), 1 / (1 - self.beta2**step)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a stage of a pipeline has of an update: trained weights and gates that are at home there, and weights that it reads besides."""
+
+    weights: tuple[str, ...]
+    gates: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
 def update_module(
     weights: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],
@@ -51,6 +65,7 @@ def update_module(
     counts: Tensor | None = None,
     adamw: AdamW | None = None,
     groups: Sequence[Collection[str]] = (),
+    stages: Sequence[Stage] = (),
 ) -> Module:
     """The program that ends a step: `@update`, and a function for each shape of weight.
 
@@ -63,52 +78,143 @@ def update_module(
         gradient, master f32, mean, variance                        for each weight, in order
         bias f32[experts]                                           for each gate, in order
 
-    and its results norm f32[], that of all gradients before clipping; for each weight the weight, master, mean and variance; the biases.
+    and its results norm f32[], that of all gradients before clipping; for each weight the weight, master, mean and variance; the biases;
+    and where the model is cut into `stages`, for each stage the weights that it reads of others. Then @update is a call for each role of a
+    stage (`ir/stages.py`): squares, those of its gradients; norm, of all, on the first stage, where the order of sums is that of one stage
+    that has everything; update; and read, which takes new weights from where they are at home.
     """
-    adamw = adamw or AdamW()
+    b = Builder("update", "update")
+    made = _Update(b, adamw or AdamW(), weights, groups or (tuple(weights),))
     missing = [name for name in weights if name not in gradients]
     require(not missing, f"there is no gradient for {', '.join(missing)}")
-    library = _Library(adamw)
-    b = Builder("update", "update")
-    rate, mean_correction, variance_correction = (
-        b.param(name, SCALAR) for name in ("learning_rate", "mean_correction", "variance_correction")
-    )
-    speed, loads = (b.param("balance_speed", SCALAR), b.param("counts", counts)) if counts else (None, None)
-    states: list[tuple[Value, Value, Value, Value]] = []
+    for name in SCALARS:
+        made.have[name] = b.param(name, SCALAR)
+    if counts:
+        require(len(gates) == counts.shape[0], f"{len(gates)} gates, but the counts are {counts}")
+        made.have |= {"balance_speed": b.param("balance_speed", SCALAR), "counts": b.param("counts", counts)}
+        made.rows = {name: row for row, name in enumerate(gates)}
     for name, tensor in weights.items():
-        kept = (Tensor(F32, tensor.shape), Tensor(adamw.moments, tensor.shape), Tensor(adamw.moments, tensor.shape))
-        gradient = b.param(f"{name}.gradient", gradients[name])
-        states.append((gradient, *(b.param(f"{name}.{what}", t) for what, t in zip(STATE, kept, strict=True))))  # type: ignore[arg-type]
-    squares = {}
-    for name, (gradient, *_) in zip(weights, states, strict=True):
-        b.component = name
-        squares[name] = _call(b, library.squares(gradient.tensor), [gradient]).result
-    b.component = "update"
-    norm, scale = _clip(b, [[squares[name] for name in group] for group in groups or (tuple(weights),)], adamw.clip)
-    keep = b.emit(Sub(_number(b, 1.0), b.emit(Mul(rate, _number(b, adamw.decay))).result, names=("keep",))).result
-    step = b.emit(Mul(rate, mean_correction, names=("step_size",))).result
-    results, updates = [norm], {}
-    for (name, tensor), (gradient, *state) in zip(weights.items(), states, strict=True):
-        b.component = name
-        decayed = [keep] if tensor.rank > 1 else []
-        operands = [gradient, *state, scale, step, variance_correction, *decayed]
-        call = _call(b, library.adamw(tensor, gradient.tensor), operands, ("weight", *STATE))
-        results += call.results
-        for old, new in zip(state, range(len(results) - 3, len(results)), strict=True):
-            updates[b.params.index(old)] = new
-    if speed and loads:
-        require(len(gates) == loads.shape[0], f"{len(gates)} gates, but the counts are {loads.type}")
-        for row, name in enumerate(gates):
-            b.component = name
-            bias = b.param(name, Tensor(F32, loads.shape[1:]))
-            load = b.emit(Reshape(b.emit(Slice(loads, 0, row, row + 1)).result, loads.shape[1:])).result  # type: ignore[arg-type]
-            results.append(_call(b, library.balance(bias.tensor), [bias, load, speed]).result)
-            updates[len(b.params) - 1] = len(results) - 1
-    return verify(Module((b.finish(results, updates), *library.funcs.values()), stage="differentiated"))
+        types = (gradients[name], Tensor(F32, tensor.shape), *(Tensor(made.adamw.moments, tensor.shape),) * 2)
+        keys = (f"{name}.{what}" for what in ("gradient", *STATE))
+        made.have |= {key: b.param(key, type) for key, type in zip(keys, types, strict=True)}
+    made.have |= {name: b.param(name, Tensor(F32, counts.shape[1:])) for name in gates if counts}
+    before = dict(made.have)
+    made.stages(stages)
+    given, results = {value: i for i, value in enumerate(b.params)}, [made.have["norm"]]
+    updates = {}
+    for name in weights:
+        results.append(made.have[f"{name}.weight"])
+        for key in (f"{name}.{what}" for what in STATE):
+            updates[given[before[key]]] = len(results)
+            results.append(made.have[key])
+    for name in gates if counts else ():
+        updates[given[before[name]]] = len(results)
+        results.append(made.have[name])
+    results += [made.have[f"{name}.stage{at}"] for at, stage in enumerate(stages) for name in stage.reads]
+    cut = {STAGES: made.records, CUT: (False,) * len(b.params)} if stages else {}
+    funcs = (b.finish(results, updates), *made.funcs, *made.library.funcs.values())
+    return verify(Module(funcs, stage="differentiated", attributes=cut))
 
 
+SCALARS = ("learning_rate", "mean_correction", "variance_correction")
 STATE = ("master", "mean", "variance")
 """What the optimiser keeps of a weight, in the order of its parameters and results."""
+
+
+class _Update:
+    """@update as it is made: its values by name, and what each stage does. Without stages main does it all itself."""
+
+    def __init__(self, b: Builder, adamw: AdamW, weights: Mapping[str, Tensor], groups: Sequence[Collection[str]]) -> None:
+        self.b, self.adamw, self.weights, self.groups = b, adamw, weights, groups
+        self.library = _Library(adamw)
+        self.have: dict[str, Value] = {}
+        self.rows: dict[str, int] = {}
+        """Of each gate its row of the counts."""
+        self.funcs: list[Func] = []
+        self.records: tuple[dict[str, str], ...] = ()
+
+    def stages(self, stages: Sequence[Stage]) -> None:
+        """Everything, of all stages."""
+        self.records = tuple({} for _ in stages)
+        one = Stage(tuple(self.weights), tuple(self.rows))
+        every: list[tuple[int | None, Stage]] = [*enumerate(stages)] or [(None, one)]
+        for at, stage in every:
+            self.run(at, SQUARES, [f"{name}.gradient" for name in stage.weights], partial(self.squares, stage, at))
+        self.run(0 if stages else None, NORM, [key for key in self.have if key.startswith("squares.")], self.norm)
+        for at, stage in ((at, stage) for at, stage in every if stage.weights or stage.gates):
+            takes = [*SCALARS, "clip", *(f"{name}.{what}" for name in stage.weights for what in ("gradient", *STATE))]
+            self.run(at, UPDATE, [*takes, *(("balance_speed", "counts", *stage.gates) if stage.gates else ())], partial(self.update, stage))
+        for at, stage in every:
+            self.run(at, READ, [f"{name}.weight" for name in stage.reads], partial(self.read, stage, at))
+
+    def run(self, at: int | None, role: str, takes: Sequence[str], body: Callable[[Builder, Values], Values]) -> None:
+        """Do what `body` does, which takes values by name and gives some: here, or in a function of stage `at`, which is called."""
+        given = {key: self.have[key] for key in takes}
+        if not given:
+            return
+        if at is None:
+            self.have |= body(self.b, given)
+            return
+        inner = Builder(f"stage{at}_{role}", f"stage{at}_{role}")
+        made = body(inner, {key: inner.param(value.name, value.type) for key, value in given.items()})
+        self.funcs.append(inner.finish(list(made.values())))
+        self.b.component = f"stage{at}.{role}"
+        call = _call(self.b, self.funcs[-1], list(given.values()))
+        self.records[at][role] = call.id
+        self.have |= dict(zip(made, call.results, strict=True))
+
+    def squares(self, stage: Stage, at: int | None, b: Builder, given: Values) -> Values:
+        """The squares of the stage's gradients, added up weight by weight: a vector for each group."""
+        found: Values = {}
+        component = b.component
+        for i, group in enumerate(self.groups):
+            rows = []
+            for name in (name for name in stage.weights if name in group):
+                b.component = name
+                gradient = given[f"{name}.gradient"]
+                square = _call(b, self.library.squares(gradient.tensor), [gradient]).result
+                rows.append(b.emit(Reshape(square, (1,))).result)
+            b.component = component
+            if rows:
+                found[f"squares.{i}.{at}"] = b.emit(Concat(tuple(rows), 0, names=("squares",))).result
+        return found
+
+    def norm(self, b: Builder, given: Values) -> Values:
+        """The norm of all gradients, and what to multiply them by so that it is at most `clip`: as torch.nn.utils.clip_grad_norm_."""
+        totals = []
+        for i in range(len(self.groups)):
+            rows = tuple(value for key, value in given.items() if key.startswith(f"squares.{i}."))
+            totals.append(b.emit(Sum(b.emit(Concat(rows, 0)).result if len(rows) > 1 else rows[0], (0,))).result)
+        total = reduce(lambda x, y: b.emit(Add(x, y)).result, totals)
+        norm, limit = b.emit(Sqrt(total, names=("norm",))).result, self.adamw.clip
+        if limit == float("inf"):
+            return {"norm": norm, "clip": _number(b, 1.0)}
+        ratio = b.emit(Div(_number(b, limit), b.emit(Add(norm, _number(b, 1e-6))).result)).result
+        return {"norm": norm, "clip": b.emit(Minimum(ratio, _number(b, 1.0), names=("clip",))).result}
+
+    def update(self, stage: Stage, b: Builder, given: Values) -> Values:
+        """New weights and state, and biases of gates."""
+        found: Values = {}
+        rate = given["learning_rate"]
+        keep = b.emit(Sub(_number(b, 1.0), b.emit(Mul(rate, _number(b, self.adamw.decay))).result, names=("keep",))).result
+        step = b.emit(Mul(rate, given["mean_correction"], names=("step_size",))).result
+        for name in stage.weights:
+            tensor, gradient = self.weights[name], given[f"{name}.gradient"]
+            b.component = name
+            decayed = [keep] if tensor.rank > 1 else []
+            operands = [gradient, *(given[f"{name}.{what}"] for what in STATE), given["clip"], step, given["variance_correction"], *decayed]
+            call = _call(b, self.library.adamw(tensor, gradient.tensor), operands, ("weight", *STATE))
+            found |= {f"{name}.{what}": value for what, value in zip(("weight", *STATE), call.results, strict=True)}
+        for name in stage.gates:
+            loads, bias, row = given["counts"], given[name], self.rows[name]
+            b.component = name
+            load = b.emit(Reshape(b.emit(Slice(loads, 0, row, row + 1)).result, loads.shape[1:])).result  # type: ignore[arg-type]
+            found[name] = _call(b, self.library.balance(bias.tensor), [bias, load, given["balance_speed"]]).result
+        return found
+
+    def read(self, stage: Stage, at: int | None, b: Builder, given: Values) -> Values:
+        """Weights that other stages have updated, as they are."""
+        return {f"{name}.stage{at}": given[f"{name}.weight"] for name in stage.reads}
 
 
 def average_module(weights: Mapping[str, Tensor]) -> Module:
@@ -129,20 +235,6 @@ def average_module(weights: Mapping[str, Tensor]) -> Module:
         results.append(_call(b, library.average(wide), [average, master, share]).result)
         updates[len(b.params) - 2] = len(results) - 1
     return verify(Module((b.finish(results, updates), *library.funcs.values()), stage="differentiated"))
-
-
-def _clip(b: Builder, groups: Sequence[Sequence[Value]], limit: float) -> tuple[Value, Value]:
-    """The norm of all gradients, and what to multiply them by so that it is at most `limit`: as torch.nn.utils.clip_grad_norm_."""
-    totals = []
-    for squares in groups:
-        rows = tuple(b.emit(Reshape(s, (1,))).result for s in squares)
-        totals.append(b.emit(Sum(b.emit(Concat(rows, 0)).result, (0,))).result)
-    total = reduce(lambda x, y: b.emit(Add(x, y)).result, totals)
-    norm = b.emit(Sqrt(total, names=("norm",))).result
-    if limit == float("inf"):
-        return norm, _number(b, 1.0)
-    ratio = b.emit(Div(_number(b, limit), b.emit(Add(norm, _number(b, 1e-6))).result)).result
-    return norm, b.emit(Minimum(ratio, _number(b, 1.0), names=("clip",))).result
 
 
 class _Library:

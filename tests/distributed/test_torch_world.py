@@ -30,6 +30,7 @@ from dsc.driver import train_program
 from dsc.driver.curve import read
 from dsc.driver.measure import same_bits
 from dsc.ir.mesh import Mesh, mesh_of, parse_mesh
+from dsc.ir.stages import stages_of
 from dsc.ir.types import DType
 from dsc.ir.walk import walk
 
@@ -219,28 +220,32 @@ def test_a_rank_that_fails_says_why_and_ends_the_others(artifact: Path, forks: A
 
 
 def test_a_rank_killed_in_a_training_step_costs_no_more_than_that_step(tmp_path: Path, forks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It dies in the backward pass of step 2. The run goes on in one process, with the curve and the weights of one never stopped."""
+    """It has the second stage, and dies in the backward pass of step 2. The run goes on in one process, as one that was never stopped."""
     sizes = ("num_hidden_layers=2", "hidden_size=48", "n_routed_experts=8", "moe_intermediate_size=24", "intermediate_size=64")
     sets = [part for size in sizes for part in ("--set", size)]
-    options = ["--steps", "3", "--batch", "4", "--seq", "8", "--save-every", "1", "--mesh", "dp=4,ep=2", "--lr", "2e-3", *sets]
+    options = ["--steps", "3", "--batch", "4", "--seq", "8", "--save-every", "1", "--mesh", "pp=2,dp=2,ep=2", "--lr", "2e-3", *sets]
+    options += ["--schedule", "zb1p", "--microbatches", "2"]
     asked = ["train", "deepseek-v3-tiny", "--data", TEXT, "-o", str(tmp_path / "killed"), *options]
-    given = {"batch": 4, "seq": 8, "overrides": sizes, "mesh": str(parse_mesh("dp=4,ep=2"))}
+    order = {"mesh": str(parse_mesh("pp=2,dp=2,ep=2")), "schedule": "zb1p", "microbatches": 2}
+    given = {"batch": 4, "seq": 8, "overrides": sizes, **order}
     made = train_program.programs("deepseek-v3-tiny", **given)
     forks.ask("compile", source="deepseek-v3-tiny", **given)
     monkeypatch.setattr("dsc.driver.train.programs", lambda *_, **__: made)
 
     def in_one_process(out: str, resume: bool = False) -> None:
-        more = {"mesh": "dp=4,ep=2", "ranks": "local", "steps": 3, "save_every": 1, "learning_rate": 2e-3, "overrides": sizes}
-        dsc.train("deepseek-v3-tiny", [TEXT], tmp_path / out, batch=4, seq=8, resume=resume, **more)
+        more = {**given, "ranks": "local", "steps": 3, "save_every": 1, "learning_rate": 2e-3}
+        dsc.train("deepseek-v3-tiny", [TEXT], tmp_path / out, resume=resume, **more)
 
-    norms = sum(op.name == "rms_norm_backward" for _, _, op in walk(made.step))
+    functions = [made.step[call.callee] for call in stages_of(made.step).calls[1].values()]
+    norms = 2 * sum(op.name == "rms_norm_backward" for func in functions for _, _, op in walk(made.step, func))
     at = f"2@rms_norm_backward:{norms + norms // 2}"
     start = time.monotonic()
     files = [(NULL, NULL, tmp_path / f"errors{rank}") for rank in range(4)]
     ended = [process.wait(200) for process in forks.ranks(4, FAILING, "kill", at, *asked, files=files)]
     assert ended == [2, 2, -signal.SIGKILL, 2]
     (line,) = [line for *_, file in files for line in file.read_text().splitlines() if line.startswith("dsc: error: ")]
-    told = re.fullmatch(r"dsc: error: rank 2 ended; rank 0 waited in (\w+)\(.*\) at @.* \S+#\S+; the last checkpoint is (\S+)", line)
+    place = r"(\dRECV_B\d.*|\w+\(.*\) at @.* \S+#\S+)"
+    told = re.fullmatch(rf"dsc: error: rank 2 ended; rank 0 waited in {place}; the last checkpoint is (\S+)", line)
     assert told, line
     assert time.monotonic() - start < 200, "the time-out of ten minutes should not matter here"
     assert Path(told[2]) == tmp_path / "killed" / "checkpoints" / "step-00000001"

@@ -220,7 +220,7 @@ func @twice(%x: f32[4]) {
         ("call(@twice, [%b])", "call(@twice, [%a])", "F of stage 2 takes %a of F of stage 0"),
         ('{F="stage1.F#1"}, ', "", "stage1.F#1 of @main belong to no stage"),
         ("stage1.F#1", "stage2.F#1", "stage 2 has a call stage2.F#1, which @main lacks, or has for another stage"),
-        ('{F="stage0.F#1"}', "{G=1}", "stage 0 is {'G': 1}, expected the ids of calls for some of F, B, I, W, end"),
+        ('{F="stage0.F#1"}', "{G=1}", "stage 0 is {'G': 1}, expected the ids of calls for some of F, B, I, W, end, "),
         ("cut=[true]", "cut=[true, true]", "expected true or false for each of 1 inputs"),
         ("return %c", "%d: f32[4] = neg(%c)  @ main#1 F\n  return %d", "@main calls the functions of its stages and does nothing else"),
         ("cut=[true]", "cut=[true], overlapped=[{forward=@twice, backward=@twice, as=@g}]", "no function @g, which overlapped names"),

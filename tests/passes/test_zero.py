@@ -25,10 +25,11 @@ from dsc.ir.gradients import bundles
 from dsc.ir.mesh import parse_mesh
 from dsc.ir.ops.collective import AllGather, AllReduce, Collective, ReduceScatter
 from dsc.ir.sharding import axes, input_splits, result_splits, weight_splits, whole
+from dsc.ir.stages import NORM, READ, SQUARES, UPDATE, stages_of
 from dsc.ir.types import DType, Tensor
 from dsc.ir.walk import walk
 from dsc.passes.manager import parse_pipeline, run_pipeline
-from dsc.passes.optimizer import AdamW
+from dsc.passes.optimizer import STATE, AdamW
 from dsc.testing.sampling import seeded
 
 MESHES = ["dp=4", "dp=4,ep=2", "dp=2,tp=2,ep=2", "dp=2,tp=2,ep=4", "dp=3,ep=1", "dp=6,ep=2"]
@@ -47,7 +48,7 @@ def programs(mesh: str = "", zero: int = 1, adamw: AdamW | None = None) -> Progr
     if not mesh:
         return assemble(step(), {}, adamw)
     made = assemble(dsc.apply(step(), f'shard-experts{{mesh="{mesh}",zero={zero}}}'), {}, adamw)
-    for module in (made.update, made.average):
+    for module in (made.update, *made.averages):
         assert dsc.parse(str(module)) == module
     return made
 
@@ -103,7 +104,8 @@ def test_what_does_not_divide_is_cut_elsewhere_or_stays_whole() -> None:
 def stepped(made: Programs, rounds: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first and the last of some updates, by result name, from whole results put together: gradients are seeded, counts too."""
     update, mesh = made.update, made.mesh
-    names = [r.name for r in update.main.results]
+    names = ["norm", *(f"{name}.{what}" for name in made.trained for what in ("weight", *STATE)), *made.gates]
+    names += [f"{name} of stage {i}" for i, stage in enumerate(made.stages) for name in stage.reads]
     values = {p.name: seeded(p.name, t) for p, t in zip(update.main.params, whole_types(made), strict=True)}
     values |= {name: np.abs(x) for name, x in values.items() if name.endswith("variance")}
     scalars = (3e-3, *made.adamw.corrections(1), 1e-3)
@@ -160,6 +162,21 @@ def test_a_clipped_update_differs_by_the_rounding_of_the_norm() -> None:
     for name, expected in one.items():
         found, limit = many[name].astype(np.float64), 16 * 2.0**-24 if expected.dtype == np.float32 else 2.0**-7
         assert np.abs(found - expected.astype(np.float64)).max() <= limit * np.abs(expected.astype(np.float64)).max(), name
+
+
+def test_the_update_by_stages_runs_from_top_to_bottom_too() -> None:
+    """Calls of the stages' functions, in a module that prints and parses; a rank that runs it all gets what one rank would."""
+    free = AdamW(clip=float("inf"))
+    made = assemble(dsc.apply(step(), 'split-stages{stages=2},shard-experts{mesh="pp=2,dp=2,ep=2"}'), {}, free)
+    assert dsc.parse(str(made.update)) == made.update
+    assert [list(calls) for calls in stages_of(made.update).calls] == [[SQUARES, NORM, UPDATE], [SQUARES, UPDATE, READ]]
+    assert made.stages[1].reads == ("model.embed_tokens.weight",)
+    assert sorted(name for stage in made.stages for name in stage.weights) == sorted(made.trained)
+    for one, many in zip(stepped(programs(adamw=free)), stepped(made), strict=True):
+        copy = many.pop("model.embed_tokens.weight of stage 1")
+        assert np.array_equal(copy, one["model.embed_tokens.weight.weight"])
+        assert float(many.pop("norm")) == pytest.approx(float(one.pop("norm")), rel=6 * 2.0**-24)
+        assert not [name for name in one if not np.array_equal(one[name], many[name])]
 
 
 def test_updates_name_what_is_replaced() -> None:
