@@ -36,6 +36,9 @@ Run: TypeAlias = Callable[[str, Sequence[Data]], Program[tuple[Data, ...]]]
 Key: TypeAlias = tuple[int, int]
 """A result of main and the micro-batch that it is of; 0 for those that stand for all."""
 
+Transfer: TypeAlias = tuple[int, int, list[Value]]
+"""The rank along pp that sends, the one that receives, and what."""
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -68,6 +71,37 @@ class Pipeline:
     def held(self, place: int) -> tuple[tuple[int, bool], ...]:
         """Stages and directions whose home is the rank at `place` along pp, in order."""
         return tuple(sorted(key for key, rank in self.schedule.home.items() if rank == place))
+
+    def summed(self, stage: int) -> tuple[Value, ...]:
+        """What a stage makes of each micro-batch for calls that are made once: it is added up."""
+        stages = self.stages
+        made = (value for call in stages.calls[stage].values() for value in call.results if stages.at[call][1] not in ONCE)
+        return tuple(value for value in made if any(role in ONCE for _, role in stages.readers.get(value, ())))
+
+    def deliveries(self, everywhere: Sequence[Value] = ()) -> Iterator[tuple[Call | None, list[Transfer]]]:
+        """The calls that are made once, in order, each with what its ranks are sent for it; then None, with what is wanted `everywhere`.
+
+        A value comes from the nearest rank that has it.
+        """
+        stages = self.stages
+        there = {value: set(self.places(stage)) for stage in range(len(stages)) for value in self.summed(stage)}
+
+        def sent(values: Sequence[Value], targets: Sequence[int]) -> Iterator[Transfer]:
+            for target in targets:
+                messages: defaultdict[int, list[Value]] = defaultdict(list)
+                for value in dict.fromkeys(values):
+                    if value.owner is not None and target not in there[value]:
+                        messages[min(sorted(there[value]), key=lambda rank: abs(rank - target))].append(value)
+                        there[value].add(target)
+                yield from ((source, target, message) for source, message in messages.items())
+
+        for op in stages.main.ops:
+            assert isinstance(op, Call)
+            stage, role = stages.at[op]
+            if role in ONCE:
+                yield op, list(sent(op.args, self.places(stage)))
+                there |= {value: set(self.places(stage)) for value in op.results}
+        yield None, list(sent(everywhere, range(self.schedule.ranks)))
 
     def returned(self, place: int) -> tuple[Key, ...]:
         """The results that the rank at `place` along pp has in the end, in the order of main."""
@@ -131,39 +165,20 @@ def once(
     """Make those of main's calls that are made once, in their order, and give what the rank at `place` has in the end.
 
     `have` is what it has before: parameters of main, those that its stages take, and what they made of micro-batches. What a call takes
-    of another stage comes from the nearest rank that has it, as do values that are wanted `everywhere`. All ranks go through one list.
+    of another stage it is sent, as are values that are wanted `everywhere` (`Pipeline.deliveries`, one list for all ranks).
     """
-    found, stages, size = dict(have), plan.stages, plan.schedule.ranks
-    there = {value: set(plan.places(stage)) for call, (stage, role) in stages.at.items() if role not in ONCE for value in call.results}
-    """Which ranks have a value."""
-
-    def bring(values: Sequence[Value], target: int, what: str) -> Program[None]:
-        messages: defaultdict[int, list[Value]] = defaultdict(list)
-        for value in dict.fromkeys(values):
-            if value.owner is not None and target not in there[value]:
-                messages[min(sorted(there[value]), key=lambda rank: abs(rank - target))].append(value)
-                there[value].add(target)
-        for source, message in messages.items():
+    found, size = dict(have), plan.schedule.ranks
+    for call, transfers in plan.deliveries(everywhere):
+        what = f"{'arguments' if call else 'results'} of @{call.callee if call else plan.stages.main.name}"
+        for source, target, values in transfers:
             if place == source:
-                yield from _send([found[value] for value in message], target, size, what)
+                yield from _send([found[value] for value in values], target, size, what)
             elif place == target:
-                received = yield from _receive([value.type for value in message], source, size, what, empty)
-                found.update(zip(message, received, strict=True))
-
-    for op in stages.main.ops:
-        assert isinstance(op, Call)
-        stage, role = stages.at[op]
-        if role not in ONCE:
-            continue
-        places = plan.places(stage)
-        for target in places:
-            yield from bring(op.args, target, f"{role} of stage {stage}")
-        there |= {value: set(places) for value in op.results}
-        if place in places:
-            results = yield from run(str(op.callee), [found[value] for value in op.args])
-            found.update(zip(op.results, results, strict=True))
-    for target in range(size):
-        yield from bring(everywhere, target, f"results of @{stages.main.name}")
+                received = yield from _receive([value.type for value in values], source, size, what, empty)
+                found.update(zip(values, received, strict=True))
+        if call and place in plan.places(plan.stages.at[call][0]):
+            results = yield from run(str(call.callee), [found[value] for value in call.args])
+            found.update(zip(call.results, results, strict=True))
     return found
 
 
@@ -285,7 +300,7 @@ class _Rank:
         home = self.plan.schedule.home
         for stage in dict.fromkeys(stage for stage, _ in self.plan.held(self.place)):
             ranks = [home.get((stage, reverse)) for reverse in (False, True)]
-            values = [v for call in self.stages.calls[stage].values() for v in call.results if self.is_summed(v)]
+            values = self.plan.summed(stage)
             mine = [[self.sums.pop((v, reverse), None) for v in values] for reverse in (False, True)]
             if None not in ranks and ranks[0] != ranks[1]:
                 own = ranks.index(self.place)
@@ -293,10 +308,6 @@ class _Rank:
             for value, down, up in zip(values, *mine, strict=True):
                 total = down if up is None else up if down is None else _added(down, up)
                 self.totals[value] = _divided(total, value.type, self.plan.schedule.microbatches)
-
-    def is_summed(self, value: Value) -> bool:
-        """Whether something takes it that is done once."""
-        return any(role in ONCE for _, role in self.stages.readers.get(value, ()))
 
     def swapped(self, values: Sequence[Value], mine: list[Data], other: int, what: str) -> Program[list[Data]]:
         """What the other rank has; the one that comes first along pp sends first."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import permutations
 from typing import Any
 
-from ..ir.core import Module
+from ..distributed.pipeline import Pipeline
+from ..ir.core import Module, Value
 from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
+from ..ir.ops.control import Call
 from ..ir.routing import Routing, routing_by_gate
-from ..ir.stages import BACKWARD, END, FORWARD, INPUT, is_staged, stages_of
+from ..ir.stages import BACKWARD, END, FORWARD, INPUT, is_staged
 from ..ir.types import Tensor, bound
 from ..ir.walk import walk
 from ..schedule.actions import Schedule
@@ -101,19 +104,33 @@ def _leaving(mesh: Mesh, axis: str, op: Collective) -> Fraction:
     return Fraction(sum(mesh.crosses(a, b) for a, b in steps), len(steps))
 
 
-def handed_on(module: Module, schedule: Schedule) -> Iterator[Sent]:
+def handed_on(plan: Pipeline) -> Iterator[Sent]:
     """What stages send to their neighbours for one micro-batch, by the call that made it; nothing where both are on one rank."""
-    stages, mesh = stages_of(module), mesh_of(module)
-    way, each = min(reverse for _, reverse in schedule.home), mesh.dp * mesh.tp  # where there are two, one is as long as the other
-    for (stage, reverse), place in sorted(schedule.home.items()):
+    stages, home = plan.stages, plan.schedule.home
+    way = min(reverse for _, reverse in home)  # where there are two, one is as long as the other
+    for (stage, reverse), place in sorted(home.items()):
         for step, role, values in ((1, FORWARD, stages.forward(stage)), (-1, BACKWARD, stages.backward(stage))):
-            other = schedule.home.get((stage + step, reverse), place)
-            if other == place or not values or reverse != way:
-                continue
-            call = stages.calls[stage].get(role) or stages.calls[stage][INPUT]
-            number = sum(v.type.bytes for v in values)
-            crossing = Fraction(number * sum(mesh.crosses(place * each + i, other * each + i) for i in range(each)), each)
-            yield Sent(str(call.callee), "", call.id, call.phase.name, "send", "pp", mesh.pp, number, int(crossing))
+            other = home.get((stage + step, reverse), place)
+            if other != place and values and reverse == way:
+                yield _between(plan, stages.calls[stage].get(role) or stages.calls[stage][INPUT], place, other, values)
+
+
+def delivered(plan: Pipeline) -> Iterator[Sent]:
+    """What ranks along pp send one another for calls that are made once, after all micro-batches."""
+    for stage in range(len(plan.stages)):
+        end, places = plan.stages.calls[stage].get(END), plan.places(stage)
+        if end and len(places) > 1:  # each tells the other its sums
+            yield from (_between(plan, end, a, b, plan.summed(stage)) for a, b in permutations(places, 2))
+    for call, transfers in plan.deliveries():
+        yield from (_between(plan, call, *transfer) for transfer in transfers if call)
+
+
+def _between(plan: Pipeline, call: Call, source: int, target: int, values: Sequence[Value]) -> Sent:
+    """What a rank of one place along pp sends to one of another."""
+    mesh = mesh_of(plan.module)
+    each, number = mesh.dp * mesh.tp, sum(value.type.bytes for value in values)
+    crossing = Fraction(number * sum(mesh.crosses(source * each + i, target * each + i) for i in range(each)), each)
+    return Sent(str(call.callee), "", call.id, call.phase.name, "send", "pp", mesh.pp, number, int(crossing))
 
 
 def describe_comm(module: Module, update: Module | None = None, schedule: Schedule | None = None) -> tuple[dict[str, Any], str]:
@@ -122,7 +139,7 @@ def describe_comm(module: Module, update: Module | None = None, schedule: Schedu
     Of a program that is cut into stages it is what one rank of each stage sends for a micro-batch, and once at the end.
     """
     if is_staged(module):
-        return _describe_pipeline(module, schedule or schedule_for(module))
+        return _describe_pipeline(Pipeline(module, schedule or schedule_for(module)), update)
     every = list(sent(module))
     after = list(sent(update)) if update and ATTRIBUTE in update.attributes else []
     total, crossing = _total(every)
@@ -135,20 +152,24 @@ def describe_comm(module: Module, update: Module | None = None, schedule: Schedu
     return value, f"{_by_call([*every, *after])}\n\n{summary}"
 
 
-def _describe_pipeline(module: Module, schedule: Schedule) -> tuple[dict[str, Any], str]:
-    ends = {str(calls[END].callee) for calls in stages_of(module).calls if END in calls}
-    every = [*sent(module), *handed_on(module, schedule)]
+def _describe_pipeline(plan: Pipeline, update: Module | None) -> tuple[dict[str, Any], str]:
+    ends = {str(call.callee) for call, _ in plan.deliveries() if call}
+    every = [*sent(plan.module), *handed_on(plan), *delivered(plan)]
     once = [one for one in every if one.func in ends]
     each = [one for one in every if one.func not in ends]
     (many, leaving), (total, crossing) = _total(each), _total(once)
-    value: dict[str, Any] = {"mesh": mesh_of(module).record(), "microbatches": schedule.microbatches}
+    value: dict[str, Any] = {"mesh": mesh_of(plan.module).record(), "microbatches": plan.schedule.microbatches}
     value |= {"bytes": many + total, "crossing": leaving + crossing, "collectives": [vars(one) for one in every]}
     value |= {"microbatch": {"bytes": many, "crossing": leaving}, "end": {"bytes": total, "crossing": crossing}}
     summary = (
         f"one rank of each stage, together, send {size(many)} for a micro-batch, {size(leaving)} to other nodes, "
-        f"and {size(total)} at the end of a step of {schedule.microbatches}, {size(crossing)} to other nodes"
+        f"and {size(total)} at the end of a step of {plan.schedule.microbatches}, {size(crossing)} to other nodes"
     )
-    return value, f"{_by_call(every)}\n\n{summary}"
+    after = [*sent(update), *delivered(Pipeline(update, plan.schedule))] if update else []
+    if after:
+        value["update"] = {**dict(zip(("bytes", "crossing"), _total(after), strict=True)), "collectives": [vars(one) for one in after]}
+        summary += "; in the update {}, {} to other nodes".format(*map(size, _total(after)))
+    return value, f"{_by_call([*every, *after])}\n\n{summary}"
 
 
 def _by_call(every: Sequence[Sent]) -> str:

@@ -98,27 +98,6 @@ def test_a_schedule_needs_a_pipeline(tmp_path: Path, refused: Any) -> None:
     assert "a schedule is for all ranks of a pipeline" in "\n".join(refused("run", tmp_path / "out", "--schedule", "1f1b"))
 
 
-def test_training_says_that_it_knows_no_pipeline(tmp_path: Path, refused: Any) -> None:
-    (tmp_path / "a.txt").write_text("some text to train on. " * 999)
-    said = "\n".join(
-        refused(
-            "train",
-            "deepseek-v3-tiny",
-            "--data",
-            tmp_path / "a.txt",
-            "-o",
-            tmp_path / "run",
-            "--mesh",
-            "pp=2",
-            "--ranks",
-            "local",
-            "--steps",
-            "1",
-        )
-    )
-    assert "training goes without a pipeline; pp=1 would fit" in said
-
-
 def test_a_rank_holds_the_parameters_of_its_stage(command: Any, tmp_path: Path) -> None:
     """The 1,161,216 of experts lie on two ranks, and both stages read the embedding: the prediction of the token after the next as well."""
     options = ("deepseek-v3-tiny", "-o", tmp_path / "out", "--mode", "train", "--seq", 4, "--mesh", "pp=2,dp=2,ep=2")

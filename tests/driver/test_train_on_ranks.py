@@ -302,8 +302,9 @@ def test_the_command(short: Train, command: Any, tmp_path: Path) -> None:
     """`short` is here for the programs that it has compiled already."""
     sets = [part for override in SMALL for part in ("--set", override)]
     asked = ["train", "deepseek-v3-tiny", "--data", TEXT, "-o", tmp_path / "run", "--steps", 2, "--batch", 4, "--seq", 8, *sets]
-    done = command(*asked, "--mesh", "dp=2,ep=2", "--ranks", "local", "--backend", "numpy-f64")
+    order = ("--schedule", "gpipe", "--microbatches", "1")
+    done = command(*asked, "--mesh", "pp=2,dp=2,ep=2", *order, "--ranks", "local", "--backend", "numpy-f64")
     assert done.code == 0, done.err
     assert done.out.startswith("step 2: loss ")
     again = command(*asked, "--resume", "--backend", "numpy-f64")
-    assert "goes on with mesh pp=1,dp=1,ep=1,tp=1, was pp=1,dp=2,ep=2,tp=1" in again.err
+    assert "goes on with mesh pp=1,dp=1,ep=1,tp=1, was pp=2,dp=2,ep=2,tp=1, gpipe of 1 micro-batches" in again.err
