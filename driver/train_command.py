@@ -38,9 +38,7 @@ EVERY = 10.0
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json. Default: bytes.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the model's config.")
 @click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
-@click.option(
-    "--mesh", metavar="pp=N,dp=N,ep=N,...", help="Train on the ranks of this mesh. Default: none; under torchrun dp is their number."
-)
+@click.option("--mesh", metavar="pp=N,dp=N,ep=N,...", help="Train on this mesh of ranks. Default: none; under torchrun dp is their number.")
 @pipeline_options
 @click.option("--ranks", type=click.Choice(["local", "torchrun"]), help="Where they run. Default: torchrun where it started us.")
 @click.option("--timeout", type=float, default=600.0, metavar="SECONDS", help="How long a rank waits for others. Default: 600.")
