@@ -287,7 +287,6 @@ def test_an_update_that_lacks_something_is_found(short: Train, compiled: Any, mo
         ),
         ({"mesh": "pp=2", "ranks": "local", "schedule": "dualpipe", "microbatches": 2}, "--microbatches is 2, but dualpipe takes"),
         ({"mesh": "dp=4,ep=3", "ranks": "local"}, "mesh pp=1,dp=4,ep=3,tp=1: ep=3 does not divide dp x tp"),
-        ({"mesh": "dp=2", "ranks": "local", "backend": "triton"}, "backend triton does not run on many ranks"),
         ({"mesh": "dp=2", "ranks": "local", "timeout": 0.0}, "--timeout is 0.0, expected more than 0"),
     ],
 )
