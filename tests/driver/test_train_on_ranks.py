@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,6 @@ import pytest
 import dsc
 from dsc import DscError
 from dsc.backends.numpy_ref.run import FLOAT64
-from dsc.driver import compile as compiling
 from dsc.driver import train_program
 from dsc.driver.curve import read
 from dsc.driver.train import Outcome, train
@@ -45,13 +44,9 @@ Train = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def compiled() -> Iterator[Callable[..., Programs]]:
-    """`train_program.programs`, each program made once, and each model traced once for all meshes."""
-    traced: dict[str, Any] = {}
-    original = compiling.read
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "read", lambda *a, **k: traced.get(key := repr((a, k))) or traced.setdefault(key, original(*a, **k)))
-        yield cache(lambda source, **options: train_program.programs(source, **options))
+def compiled() -> Callable[..., Programs]:
+    """`train_program.programs`, each program made once."""
+    return cache(lambda source, **options: train_program.programs(source, **options))
 
 
 @pytest.fixture
