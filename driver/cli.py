@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MemoryError as error:
         _fail(f"out of memory{f': {error}' if str(error) else ''}", debug)
     except Exception as error:
-        _fail(f"internal error: {type(error).__name__}: {error} (dsc --debug {shlex.join(given)} shows where)", debug)
+        first = str(error).partition("\n")[0]
+        _fail(f"internal error: {type(error).__name__}: {first} (dsc --debug {shlex.join(given)} shows where)", debug)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -77,6 +77,7 @@ def read(
     require(mode in MODES, f"unknown mode {mode}; expected one of {', '.join(MODES)}")
     for name, given in (("batch", batch), ("seq", seq), ("context", context)):
         require(given is None or given > 0, f"--{name} is {given}, expected 1 or more")
+        require(given is None or given < 2**31, f"--{name} is {given}, expected less than 2^31")
     found = resolve(source)
     sizes = [f"--{name}" for name, given in (("batch", batch), ("seq", seq), ("context", context)) if given]
     if found.kind in ("dsc", "factory"):

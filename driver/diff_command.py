@@ -60,10 +60,13 @@ def diff(
     from .artifact import load
     from .diff import diff as compare
     from .report_diff import show
-    from .run import say_defaults
+    from .run import check_writable, say_defaults
 
     if axis or plot:
         require(b is None, "--sweep and --plot quantise one artifact: give A alone")
+        if plot:
+            require(plot.suffix == ".png", f"--plot {plot}: expected a name that ends in .png")
+            check_writable(plot)
         return _sweep(load(a), axis or "recipe", recipe, weights, inputs, plot, as_json)
     names = tuple(n for n in backends.split(",") if n)
     first = load(a)

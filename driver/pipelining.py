@@ -25,6 +25,8 @@ def schedule_of(mesh: Mesh, mode: str, name: str | None, microbatches: int | Non
 
     Without a name it is `1f1b` in training, and otherwise `forward`. `DscError` where there is no such schedule.
     """
+    for option, number in {"--microbatches": microbatches, "--chunks": chunks}.items():
+        require(number is None or number > 0, f"{option} is {number}, expected 1 or more")
     name = name or ("1f1b" if mode == "train" else "forward")
     if name.endswith((".csv", ".txt")):
         return read_schedule(Path(name))

@@ -110,7 +110,7 @@ def train(
     run = Path(out)
     with said_once(ranks):
         runner = backends.get(backend)
-        _check_numbers(steps=steps, save_every=save_every, learning_rate=learning_rate, timeout=timeout)
+        _check_numbers(steps=steps, save_every=save_every, lr=learning_rate, timeout=timeout)
         require(ema is None or 0 < ema < 1, f"--ema is {ema}, expected a decay between 0 and 1")
         require(len(data) > 0, "there is no data to train on")
         over = parse_mesh(mesh or "", int(os.environ.get("WORLD_SIZE", "0")) if ranks == "torchrun" else None)

@@ -34,8 +34,9 @@ def generate(name: str, stages: int, microbatches: int, chunks: int | None = Non
     require(chunks in (None, 1) or several, f"--chunks is {chunks}, but a rank of {name} has 1: interleaved takes more")
     if name == "gpipe":
         return Schedule(tuple(tuple(Action(k, s, m) for k in (Kind.F, Kind.B) for m in range(microbatches)) for s in range(stages)), name)
-    per_rank = chunks or (2 if name == "interleaved" else 1)
-    require(per_rank > 0 and stages % per_rank == 0, f"{stages} stages do not make ranks of {per_rank}")
+    per_rank = (2 if name == "interleaved" else 1) if chunks is None else chunks
+    require(per_rank > 0, f"--chunks is {chunks}, expected 1 or more")
+    require(stages % per_rank == 0, f"{stages} stages do not make ranks of {per_rank}")
     rows = _interleaved(stages // per_rank, microbatches, per_rank, name == "zb1p")
     if name == "forward":
         rows = [tuple(step for step in row if isinstance(step, Action) and step.kind is Kind.F) for row in rows]

@@ -49,7 +49,8 @@ def search(
     part. DualPipe holds two copies of the parameters, one for each direction; DualPipeV one, for its two stages are halves. `peak` is in
     activations of a micro-batch in 1/ranks of the model.
     """
-    require(ranks > 0 and microbatches > 0, f"found {ranks} ranks and {microbatches} micro-batches, expected 1 or more")
+    require(ranks > 0, f"--stages is {ranks}, expected 1 or more")
+    require(microbatches > 0, f"--microbatches is {microbatches}, expected 1 or more")
     needs = memory or Memory()
     found = []
     for name in NAMES:

@@ -338,7 +338,7 @@ def test_what_is_refused(short: Train, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"steps": 0}, "--steps is 0, expected more than 0"),
-        ({"learning_rate": -1.0}, "--learning-rate is -1.0, expected more than 0"),
+        ({"learning_rate": -1.0}, "--lr is -1.0, expected more than 0"),
         ({"save_every": 0}, "--save-every is 0, expected more than 0"),
         ({"ema": 1.0}, "--ema is 1.0, expected a decay between 0 and 1"),
         ({"fim": 2.0}, "--fim is 2, expected a share between 0 and 1"),
