@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..ir.core import Func, Module, Op, Value
+from ..ir.core import Func, Module, Op, Value, called
 from ..ir.ops.control import Call, Pack, Unpack
 from ..ir.types import Bundle, Type
 
@@ -21,16 +22,43 @@ class Link:
 
 
 def links(module: Module) -> tuple[Link, ...]:
-    """Every bundle that a caller hands from one function to the next, each once."""
-    return tuple(dict.fromkeys(_links(module)))
+    """Every bundle that a caller hands from one function to the next, each once: at once, or inside of other bundles, as stages do."""
+    every = _Sources(module)
+    calls = ((func, op) for func in module.funcs for op in func.ops if isinstance(op, Call))
+    bundles = ((func, call, i, value) for func, call in calls for i, value in enumerate(call.args) if isinstance(value.type, Bundle))
+    return tuple(dict.fromkeys(Link(*made, str(call.callee), i) for func, call, i, value in bundles for made in every(func, value)))
 
 
-def _links(module: Module) -> Iterator[Link]:
-    for func in module.funcs:
-        for call in func.ops:
-            for index, value in enumerate(call.args if isinstance(call, Call) else ()):
-                if isinstance(value.type, Bundle) and isinstance(value.owner, Call) and isinstance(call, Call):
-                    yield Link(value.owner.callee, value.index, call.callee, index)
+class _Sources:
+    """Of a bundle, the results of functions that it is: followed through the callers of functions, and bundles that it lies in."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.known: dict[Value, tuple[tuple[str, int], ...]] = {}
+        self.calls: defaultdict[str, list[tuple[Func, Call]]] = defaultdict(list)
+        for func in module.funcs:
+            for op in func.ops:
+                if isinstance(op, Call):
+                    self.calls[str(op.callee)].append((func, op))
+
+    def __call__(self, func: Func, value: Value) -> tuple[tuple[str, int], ...]:
+        if value not in self.known:
+            self.known[value] = ()  # what a function is handed of its own results adds nothing
+            self.known[value] = tuple(dict.fromkeys(self._found(func, value)))
+        return self.known[value]
+
+    def _found(self, func: Func, value: Value) -> Iterator[tuple[str, int]]:
+        owner = value.owner
+        if isinstance(owner, Call):
+            yield str(owner.callee), value.index
+        elif isinstance(owner, Unpack):
+            for name, result in self(func, owner.x):
+                pack = self.module[name].results[result].owner
+                if isinstance(pack, Pack):
+                    yield from self(self.module[name], pack.values[value.index])
+        elif owner is None:
+            for caller, call in self.calls[func.name]:
+                yield from self(caller, call.args[func.params.index(value)])
 
 
 def packed(module: Module, link: Link) -> Pack | None:
@@ -51,11 +79,26 @@ def retyped(module: Module) -> Module:
         results = {func.name: tuple(r.type for r in func.results) for func in module.funcs}
         after = module.map(lambda func: _retyped(func, results, func.params))  # noqa: B023 - it is called at once
         if after is module:  # calls give what is returned, so parameters may become what calls are given
-            taken = {str(op.callee): op.args for func in module.funcs for op in func.ops if isinstance(op, Call)}
-            after = module.map(lambda func: _retyped(func, results, taken.get(func.name, func.params)))  # noqa: B023
+            after = _given(module, results)
         if after is module:
             return module
         module = after
+
+
+def _given(module: Module, results: Mapping[str, tuple[Type, ...]]) -> Module:
+    """The parameters of each function as its callers have them, callers first: what these hand on depends on what they are given."""
+    depth = {func.name: 0 for func in module.funcs}
+    for _ in module.funcs:
+        before = dict(depth)
+        for func in module.funcs:
+            depth |= {name: max(depth[name], depth[func.name] + 1) for name in called(module, func)}
+        if depth == before:
+            break
+    made, taken = {func.name: func for func in module.funcs}, dict[str, Sequence[Value]]()
+    for func in sorted(module.funcs, key=lambda func: depth[func.name]):
+        made[func.name] = _retyped(func, results, taken.get(func.name, func.params))
+        taken |= {str(op.callee): op.args for op in made[func.name].ops if isinstance(op, Call)}
+    return module.map(lambda func: made[func.name])
 
 
 def _retyped(func: Func, results: Mapping[str, tuple[Type, ...]], given: Sequence[Value]) -> Func:

@@ -10,6 +10,7 @@ from ..ir.core import Func, Module, Op, Phase, Trait, Value
 from ..ir.errors import require
 from ..ir.ops.control import Call, Pack, Unpack
 from ..ir.types import Bundle
+from .bundles import links, packed, retyped
 from .outline import is_free
 from .simplify import drop_unused
 
@@ -61,21 +62,16 @@ def can_rerun(op: Op) -> bool:
 
 
 def pairs(module: Module) -> tuple[Pair, ...]:
-    """Every pair of functions of which each serves the other alone."""
-    found: dict[tuple[str, int, str, int], None] = {}
-    for func in module.funcs:
-        for op in func.ops:
-            for i, v in enumerate(op.args if isinstance(op, Call) else ()):
-                if isinstance(op, Call) and isinstance(v.owner, Call) and isinstance(v.type, Bundle):
-                    found[str(v.owner.callee), v.index, str(op.callee), i] = None
-    made = []
-    for forward, result, backward, param in found:
-        alone = sum(forward == f or backward == b for f, _, b, _ in found) == 1
-        f, b = module[forward], module[backward]
-        pack = f.results[result].owner
-        unpacks = [op for op in b.ops if b.params[param] in op.operands]
-        if alone and isinstance(pack, Pack) and pack.phase is Phase.F and len(unpacks) == 1 and isinstance(unpacks[0], Unpack):
-            made.append(Pair(f, b, result, param, pack, unpacks[0]))
+    """Every pair of functions of which each serves the other alone. One whose residuals are those of functions that it calls is none."""
+    every, made = links(module), []
+    for link in every:
+        alone = sum(link.source == other.source or link.target == other.target for other in every) == 1
+        f, b = module[link.source], module[link.target]
+        pack, param = packed(module, link), b.params[link.param]
+        unpacks = [op for op in b.ops if param in op.operands]
+        own = pack and pack.phase is Phase.F and not any(isinstance(v.type, Bundle) and isinstance(v.owner, Call) for v in pack.values)
+        if alone and pack and own and len(unpacks) == 1 and isinstance(unpacks[0], Unpack):
+            made.append(Pair(f, b, link.result, link.param, pack, unpacks[0]))
     return tuple(made)
 
 
@@ -104,7 +100,6 @@ def carried_out(module: Module, pairs: Collection[Pair], plan: Plan) -> Module:
     """`module` with the residuals of `plan`: the bundles hold them, and backward runs again what it has no longer, right before the first
     op that reads it, in phase R."""
     changed: dict[str, Func] = {}
-    types: dict[tuple[str, int], Bundle] = {}
     for pair in pairs:
         if pair.forward.name not in plan:
             continue
@@ -113,10 +108,7 @@ def carried_out(module: Module, pairs: Collection[Pair], plan: Plan) -> Module:
             continue
         forward, backward = _forward(pair, saved), _backward(pair, saved)
         changed[forward.name], changed[backward.name] = forward, backward
-        types[forward.name, pair.result] = forward.results[pair.result].bundle
-    if not changed:
-        return module
-    return module.replace(funcs=tuple(_retyped(changed.get(f.name, f), types) for f in module.funcs))
+    return retyped(module.map(lambda func: changed.get(func.name, func))) if changed else module
 
 
 def _forward(pair: Pair, saved: Collection[Value]) -> Func:
@@ -166,25 +158,6 @@ def _fresh(id: str, taken: set[str]) -> str:
         number += 1
     taken.add(f"{id}.{number}")
     return f"{id}.{number}"
-
-
-def _retyped(func: Func, types: Mapping[tuple[str, int], Bundle]) -> Func:
-    """`func` with calls whose bundles have other fields now."""
-    values: dict[Value, Value] = {}
-    ops: list[Op] = []
-    for op in func.ops:
-        new = op.with_operands(lambda v: values.get(v, v))
-        if isinstance(new, Call):
-            given = tuple(types.get((new.callee, i), t) for i, t in enumerate(new.result_types))
-            new = new if given == new.result_types else new.copy(result_types=given)
-        elif new is op:
-            ops.append(op)
-            continue
-        ops.append(new)
-        values.update(zip(op.results, new.results, strict=True))
-    if all(a is b for a, b in zip(func.ops, ops, strict=True)):
-        return func
-    return Func(func.name, func.params, tuple(ops), tuple(values.get(r, r) for r in func.results), func.updates)
 
 
 def listed(pair: Pair, again: Collection[Op]) -> Collection[Value]:

@@ -14,6 +14,7 @@ from ..ir.ops.elementwise import SwiGLU
 from ..ir.ops.linalg import Matmul
 from ..ir.ops.norm import RmsNorm
 from ..ir.ops.quant import ScaledMatmul
+from ..ir.stages import is_staged
 from ..ir.timeline import timeline
 from .manager import Declined, Pass, register
 from .pairs import Pair, Plan, carried_out, listed, pairs, rerun, runs
@@ -32,7 +33,8 @@ class Recompute(Pass):
     with them for what only moves, turns or quantises their results. With `budget-gb` (10^9 bytes) the pass chooses: residuals and
     workspace of one run stay within it at every point, and what is run again takes the least time, by the roofline of `device`. Inputs,
     weights, their gradients and the optimiser's state are not part of the budget. A function has one choice for all of its calls. Routing,
-    whole numbers, handles and calls are never run again. What was chosen and what it costs is among the notes (`--why`).
+    whole numbers, handles and calls are never run again. Of a pipeline's stages less is kept of each micro-batch (a policy only, no
+    budget): the pass comes after `split-stages`. What was chosen and what it costs is among the notes (`--why`).
 
     Before `recompute`:
 
@@ -157,6 +159,8 @@ class Recompute(Pass):
 
     def _plan(self, module: Module, found: Sequence[Pair], cost: Callable[[Pair, Op], float]) -> Plan:
         if self.budget_gb is not None:
+            staged = "a rank of a pipeline holds several micro-batches of its stages: policy=deepseek would fit"
+            require(not is_staged(module), f"budget-gb bounds one run of all of @{module.main.name}, but {staged}")
             return cheapest(module, found, self.budget_gb * 1e9, cost)
         if self.policy == "deepseek":
             return {pair.forward.name: listed(pair, [op for op in pair.forward.ops if in_deepseeks_list(op)]) for pair in found}

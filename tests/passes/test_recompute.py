@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import chain, combinations
 from random import Random
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import dsc
 from dsc import DscError, backends
 from dsc.driver.measure import same_bits
+from dsc.driver.memory import by_stage
 from dsc.hardware.cost import seconds
 from dsc.hardware.device import device
 from dsc.ir.core import Builder, Func, Module, Op, Phase, Symbol, Trait, Value
@@ -22,7 +24,7 @@ from dsc.ir.ops.linalg import Matmul
 from dsc.ir.ops.norm import RmsNorm
 from dsc.ir.ops.reduce import Mean
 from dsc.ir.timeline import timeline
-from dsc.ir.types import DType, Tensor
+from dsc.ir.types import Bundle, DType, Tensor
 from dsc.ir.verify import verify
 from dsc.models.trace import trace
 from dsc.passes.manager import PASSES
@@ -168,6 +170,11 @@ def test_no_plan_is_much_better(seed: int) -> None:
         recomputed(module, least - 1)
 
 
+@cache
+def traced() -> Module:
+    return trace("deepseek-v3-tiny", mode="train", seq=8, overrides=["num_hidden_layers=2"])
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Module:
     return dsc.apply(trace("deepseek-v3-tiny", mode="train", seq=32), "simplify,autodiff,simplify")
@@ -207,6 +214,32 @@ def test_after_quantisation(tiny: Module) -> None:
     module = dsc.apply(tiny, "quantize-fp8,simplify")
     same(module, dsc.apply(module, "recompute"))
     same(module, recomputed(module, 0.8 * peak(module)))
+
+
+@pytest.mark.parametrize("split", ["", "{split=true}"])
+def test_stages_keep_of_their_layers_what_the_layers_keep(split: str) -> None:
+    """In bundles within bundles, which main hands on: the same choice as without stages, the same bits, and less for a micro-batch."""
+    module = dsc.apply(traced(), f"simplify,autodiff{split},simplify")
+    staged = dsc.apply(module, "split-stages{stages=2}")
+    after, plain = dsc.apply(staged, "recompute"), dsc.apply(module, "recompute")
+    assert dsc.parse(str(after)) == after
+    kept = [{pair.forward.name: pair.pack.result.type for pair in pairs(m)} for m in (after, plain)]
+    assert kept[0] == kept[1]
+    same(staged, after)
+    before, now = (sum(found["residual_bytes"] for found in by_stage(m)) for m in (staged, after))
+    bundles = [
+        sum(v.type.bytes for op in m.main.ops if op.phase is Phase.F for v in op.results if isinstance(v.type, Bundle))
+        for m in (module, plain)
+    ]
+    assert before - now == bundles[0] - bundles[1] > 0
+
+
+def test_stages_come_first_and_have_no_budget() -> None:
+    module = dsc.apply(traced(), "simplify,autodiff")
+    with pytest.raises(DscError, match="split-stages takes a module at the stages from traced to quantized, but this one is"):
+        dsc.apply(module, "recompute,split-stages{stages=2}")
+    with pytest.raises(DscError, match="budget-gb bounds one run of all of @main, but a rank of a pipeline holds several micro-batches"):
+        dsc.apply(module, "split-stages{stages=2},recompute{budget-gb=1}")
 
 
 def test_nothing_is_asked(tiny: Module) -> None:
