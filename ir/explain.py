@@ -77,7 +77,8 @@ def _kind(hint: Any) -> str:
 
 
 def place(what: Any) -> str:
-    """`file:line` of a class or function, the file relative to the package."""
+    """`file:line` of a class or function, or of what it wraps, the file relative to the package."""
+    what = inspect.unwrap(what)
     file = Path(inspect.getsourcefile(what) or "?")
     line = inspect.getsourcelines(what)[1]
     return f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file}:{line}"

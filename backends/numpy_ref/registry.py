@@ -12,6 +12,7 @@ interpreter does for it, is one of three:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal, TypeVar
 
 from ...distributed.world import Program, alone
@@ -50,7 +51,7 @@ def collective(cls: type[Collective]) -> Callable[[Function], Function]:
 
     def attach(program: Function) -> Function:
         COLLECTIVES[cls] = program
-        reference(cls, operands="blocks")(lambda op, wide, *operands: alone(program(op, wide, *operands)))
+        reference(cls, operands="blocks")(wraps(program)(lambda op, wide, *operands: alone(program(op, wide, *operands))))
         return program
 
     return attach

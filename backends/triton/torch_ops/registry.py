@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -57,7 +58,7 @@ def collective(cls: type[Collective]) -> Callable[[Function], Function]:
 
     def attach(program: Function) -> Function:
         COLLECTIVES[cls] = program
-        torch_op(cls)(lambda op, *operands: alone(program(op, *operands)))
+        torch_op(cls)(wraps(program)(lambda op, *operands: alone(program(op, *operands))))
         return program
 
     return attach
