@@ -63,7 +63,8 @@ def ulp(x: Array, dtype: DType) -> NDArray[np.float64]:
 
 def fits(value: object, type: Type) -> bool:
     """Whether `value` is of `type`: the dtype, the rank, every extent; a ragged one up to its bound."""
-    type = landed(type)
+    if not isinstance(type, Tensor):
+        type = landed(type)
     if isinstance(type, Bundle):
         same = isinstance(value, tuple) and len(value) == len(type.fields)
         return same and all(map(fits, cast(tuple[object, ...], value), type.fields))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 from ..distributed.world import Program, alone
@@ -28,6 +29,9 @@ from .arrays import Array, Data, describe, fits
 Held: TypeAlias = Any
 """What a value is while the backend has it: whatever `hold` makes of an array, or for a bundle a tuple of such."""
 
+Compute: TypeAlias = Callable[[tuple[Held, ...]], tuple[Held, ...]]
+"""What one op does: operands in, results out."""
+
 
 class Eager(ABC):
     """A `Runner` made of what one op gives."""
@@ -35,6 +39,10 @@ class Eager(ABC):
     @abstractmethod
     def compute(self, op: Op, operands: tuple[Held, ...]) -> tuple[Held, ...]:
         """The results of one op, as many as it has: of any but `param`, `constant`, `call`, `fused` and `done`."""
+
+    def prepare(self, op: Op) -> Compute:
+        """What `compute` does of `op`, for any number of runs: what follows from the op alone may be worked out here."""
+        return partial(self.compute, op)
 
     def hold(self, x: Array, type: Tensor) -> Held:
         """An array as the backend works with it. Nobody writes to it."""
@@ -111,10 +119,55 @@ def check_inputs(main: Func, inputs: Sequence[Data]) -> None:
 
 def checked(op: Op, results: tuple[Data, ...]) -> tuple[Data, ...]:
     """`results`, if each is of the type that the op's rule gives it."""
-    for value, result in zip(op.results, results, strict=True):
-        if not fits(result, value.type):  # said only then: describing costs more than many an op
-            raise DscError(f"%{value.name}: expected {value.type}, found {describe(result)}")
-    return results
+    return tuple([fitted(value, result) for value, result in zip(op.results, results, strict=True)])
+
+
+def fitted(value: Value, found: Data) -> Data:
+    """`found`, if it is of the type of `value`."""
+    if not fits(found, value.type):  # said only then: describing costs more than many an op
+        raise DscError(f"%{value.name}: expected {value.type}, found {describe(found)}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One op, made ready. Values are numbered: the parameters of the function, then what each op gives."""
+
+    op: Op
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+    dies: tuple[int, ...]
+    """What nothing reads afterwards."""
+    compute: Compute | None
+    """What a rank does alone; None of an op that needs the module, its weights or other ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A function made ready for one backend: its steps, the numbers of its results, and how many values there are besides parameters."""
+
+    steps: tuple[Step, ...]
+    results: tuple[int, ...]
+    count: int
+
+
+def plan_of(backend: Eager, func: Func) -> Plan:
+    """How `backend` runs `func`: worked out once for all calls, ranks and runs."""
+    found: tuple[Eager, Plan] | None = func.kept.get(id(backend))
+    if found is None:  # kept beside the backend, whose id is nobody else's as long as it lives
+        found = func.kept[id(backend)] = backend, _plan(backend, func)
+    return found[1]
+
+
+def _plan(backend: Eager, func: Func) -> Plan:
+    made = tuple(result for op in func.ops for result in op.results)
+    number = {value: i for i, value in enumerate((*func.params, *made))}
+
+    def step(op: Op, dying: Sequence[Value]) -> Step:
+        takes, gives, dies = (tuple(number[v] for v in values) for values in (op.operands, op.results, dying))
+        return Step(op, takes, gives, dies, None if isinstance(op, Param | Constant | Call | Collective | Done) else backend.prepare(op))
+
+    return Plan(tuple(map(step, func.ops, last_uses(func))), tuple(number[v] for v in func.results), len(made))
 
 
 @dataclass(frozen=True)
@@ -125,8 +178,6 @@ class _Run:
     module: Module
     weights: Weights
     observe: Observer | None
-    dying: dict[str, tuple[tuple[Value, ...], ...]] = field(default_factory=dict)
-    """The values to let go of after each op, by function."""
     runs: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often each function has been entered with each prefix."""
 
@@ -137,62 +188,71 @@ class _Run:
 
     def steps(self, func: Func, within: Site, inputs: Sequence[Held]) -> Program[tuple[Held, ...]]:
         """The results of `func`, whose ops are seen in the function, prefix and run of `within`."""
-        if func.name not in self.dying:
-            self.dying[func.name] = last_uses(func)
-        values: dict[Value, Held] = dict(zip(func.params, inputs, strict=True))
-        for op, dying in zip(func.ops, self.dying[func.name], strict=True):
-            operands = tuple(values[v] for v in op.operands)
-            site = Site(within.func, within.weights, op.id, within.run)
+        plan = plan_of(self.backend, func)
+        values: list[Held] = [*inputs, *(None,) * plan.count]
+        for step in plan.steps:
+            op, operands = step.op, tuple([values[i] for i in step.takes])
             try:
-                if isinstance(op, Fused):  # its ops keep the ids that they had here, and are seen before the whole
-                    results = self.observed(site, op, operands, (yield from self.steps(self.module[op.callee], within, operands)))
-                elif isinstance(op, Call):
-                    results = yield from self.call(self.module[op.callee], join(within.weights, op.weights), operands)
-                elif isinstance(op, Transfer) and op.start:
-                    flight = yield from self.backend.begin(site, op, operands)
-                    values.update((result, flight) for result in op.results)
-                    continue
-                elif isinstance(op, Done):
-                    results = yield from self.backend.land(site, operands[0])
-                    results = self.observed(site, op, results, results)
-                elif isinstance(op, Collective):
-                    results = self.observed(site, op, operands, (yield from self.backend.together(site, op, operands)))
+                if step.compute is not None:
+                    results = step.compute(operands)
+                elif isinstance(op, Param):
+                    name, type = join(within.weights, op.path), cast(Tensor, op.result_types[0])
+                    results = (self.source("weight", name, self.weights(name, type), type),)
                 else:
-                    results = self.observed(site, op, operands, self.execute(site, op, operands))
+                    results = yield from self.special(within, op, operands)
+                if self.observe is not None:
+                    results = self.observed(self.observe, at(within, op), op, operands, results)
             except OpError:
                 raise
             except DscError as error:
-                raise OpError(f"{site}: {op.name}: {error}") from None
-            values.update(zip(op.results, results, strict=True))
-            for value in dying:
-                del values[value]
-        return tuple(values[v] for v in func.results)
+                raise OpError(f"{at(within, op)}: {op.name}: {error}") from None
+            if len(step.gives) == len(results) == 1:
+                values[step.gives[0]] = results[0]
+            else:
+                for i, result in zip(step.gives, results, strict=True):
+                    values[i] = result
+            for i in step.dies:
+                values[i] = None
+        return tuple(values[i] for i in plan.results)
 
-    def execute(self, site: Site, op: Op, operands: tuple[Held, ...]) -> tuple[Held, ...]:
-        """The results of one op that a rank runs alone."""
-        if isinstance(op, Param):
-            name = join(site.weights, op.path)
-            return self.source(f"weight {name}", op, self.weights(name, op.result.tensor))
-        if isinstance(op, Constant):
-            require(op.path in self.module.constants, f"the module has no constant {op.path!r}")
-            return self.source(f"constant {op.path}", op, self.module.constants[op.path])
-        return self.backend.compute(op, operands)
+    def special(self, within: Site, op: Op, operands: tuple[Held, ...]) -> Program[tuple[Held, ...]]:
+        """The results of an op that needs the module or other ranks."""
+        match op:
+            case Fused():  # its ops keep the ids that they had here, and are seen before the whole
+                return (yield from self.steps(self.module[op.callee], within, operands))
+            case Call():
+                return (yield from self.call(self.module[op.callee], join(within.weights, op.weights), operands))
+            case Transfer(start=True):
+                flight = yield from self.backend.begin(at(within, op), op, operands)
+                return (flight,) * len(op.results)
+            case Done():
+                return (yield from self.backend.land(at(within, op), operands[0]))
+            case Collective():
+                return (yield from self.backend.together(at(within, op), op, operands))
+        assert isinstance(op, Constant)
+        require(op.path in self.module.constants, f"the module has no constant {op.path!r}")
+        return (self.source("constant", op.path, self.module.constants[op.path], op.result.tensor),)
 
-    def observed(self, site: Site, op: Op, operands: tuple[Held, ...], results: tuple[Held, ...]) -> tuple[Held, ...]:
-        """`results` as the observer leaves them."""
-        if self.observe is None:
+    def observed(self, observe: Observer, site: Site, op: Op, operands: tuple[Held, ...], results: tuple[Held, ...]) -> tuple[Held, ...]:
+        """`results` as the observer leaves them. It sees no calls, and of a started collective the end."""
+        if (isinstance(op, Call) and not isinstance(op, Fused)) or (isinstance(op, Transfer) and op.start):
             return results
-        backend = self.backend
-        replaced = self.observe(site, op, backend.given(op.operands, operands), backend.given(op.results, results))
+        backend, taken = self.backend, results if isinstance(op, Done) else operands
+        replaced = observe(site, op, backend.given(op.operands, taken), backend.given(op.results, results))
         if replaced is None:
             return results
         return tuple(_each(backend.hold, x, v.type) for x, v in zip(checked(op, tuple(replaced)), op.results, strict=True))
 
-    def source(self, what: str, op: Op, found: Data) -> tuple[Held, ...]:
-        """What a weight or a constant brought, if it is of the declared type."""
-        if not fits(found, op.result.type):
-            raise DscError(f"{what}: expected {op.result.type}, found {describe(found)}")
-        return (self.backend.hold(found, op.result.tensor),)
+    def source(self, what: str, name: str, found: Data, type: Tensor) -> Held:
+        """A weight or a constant, if it is of the declared type."""
+        if not fits(found, type):
+            raise DscError(f"{what} {name}: expected {type}, found {describe(found)}")
+        return self.backend.hold(found, type)
+
+
+def at(within: Site, op: Op) -> Site:
+    """Where `op` stands."""
+    return Site(within.func, within.weights, op.id, within.run)
 
 
 class OpError(DscError):

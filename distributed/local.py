@@ -81,14 +81,12 @@ def _posted(mesh: Mesh, rank: int, asked: Request | Start | Wait) -> _Posted:
         return ticket
     request = asked.request if isinstance(asked, Start) else asked
     size = mesh.size(request.axis)
-    require(request.size == size, f"{where(request)}: the mesh {mesh} has {size} ranks along {request.axis}")
+    if request.size != size:
+        raise DscError(f"{where(request)}: the mesh {mesh} has {size} ranks along {request.axis}")
     group = mesh.group(request.axis, rank)
-    match request:
-        case Send(to=to):
-            group = (rank, group[to])
-        case Receive(source=source):
-            group = (group[source], rank)
-    require(not isinstance(request, Send | Receive) or group[0] != group[1], f"{where(request)}: a rank does not send to itself")
+    if isinstance(request, Send | Receive):
+        group = (rank, group[request.to]) if isinstance(request, Send) else (group[request.source], rank)
+        require(group[0] != group[1], f"{where(request)}: a rank does not send to itself")
     return _Posted(rank, request, group)
 
 

@@ -174,24 +174,27 @@ class RankWeights:
         self.mesh = mesh_of(module)
         self.splits = weight_splits(module)
         self.keep = keep
-        self.kept: dict[tuple[int, str], np.ndarray] = {}
+        self.whole: dict[str, np.ndarray] = {}
+        self.parts: dict[tuple[int, str], np.ndarray] = {}
         self.wanted = {name: _wanted(name, whole(tensor, self.splits[name], self.mesh)) for name, tensor in weights_of(module).items()}
         source.check(list(self.wanted.values()))
 
     def get(self, rank: int, name: str) -> np.ndarray:
         """The part of `rank`; of a checkpoint no more is read."""
-        wanted = self.wanted[name]
-        index = part(self.splits[name], wanted.shape, self.mesh, rank)
-        if self.keep == "all":
-            if (0, name) not in self.kept:
-                self.kept[0, name] = self.source.get(wanted)
-            return self.kept[0, name][index]
-        if (rank, name) in self.kept:
-            return self.kept[rank, name]
-        found = read_part(self.source, wanted, index)
-        if self.keep == "own":
-            self.kept[rank, name] = found
+        found = self.parts.get((rank, name))
+        if found is None:
+            found = self.read(name, part(self.splits[name], self.wanted[name].shape, self.mesh, rank))
+            if self.keep != "none":
+                self.parts[rank, name] = found
         return found
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a weight, from the source or from the whole that has been read."""
+        if self.keep != "all":
+            return read_part(self.source, self.wanted[name], index)
+        if name not in self.whole:
+            self.whole[name] = self.source.get(self.wanted[name])
+        return self.whole[name][index]
 
 
 def _wanted(name: str, tensor: Type) -> Wanted:

@@ -267,6 +267,11 @@ class Func:
     """Parameter index -> result index. An executor may write the result into the parameter's memory."""
 
     @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What executors work out of this very function and keep as long as it lives, each under a key of its own."""
+        return {}
+
+    @cached_property
     def canonical(self) -> tuple[Any, ...]:
         """What two equal functions share: everything but the names of values."""
         number: dict[Value, int] = {}
@@ -327,7 +332,8 @@ class Module:
         return {func.name: func for func in self.funcs}
 
     def __getitem__(self, name: str) -> Func:
-        require(name in self.by_name, f"no function @{name}; the module has {', '.join('@' + f for f in self.by_name)}")
+        if name not in self.by_name:
+            raise DscError(f"no function @{name}; the module has {', '.join('@' + f for f in self.by_name)}")
         return self.by_name[name]
 
     def replace(self, **changes: Any) -> Module:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -64,7 +65,7 @@ class Mesh:
         """How often each expert is held: dp x tp / ep."""
         return self.dp * self.tp // self.ep
 
-    @property
+    @cached_property
     def axes(self) -> Mapping[str, tuple[int, int]]:
         """Stride and size of each axis."""
         stage, local = self.dp * self.tp, min(self.ep, self.node)
@@ -81,7 +82,8 @@ class Mesh:
         }
 
     def _axis(self, axis: str) -> tuple[int, int]:
-        require(axis in self.axes, f"mesh {self} has no axis {axis}; it has {', '.join(self.axes)}")
+        if axis not in self.axes:
+            raise DscError(f"mesh {self} has no axis {axis}; it has {', '.join(self.axes)}")
         return self.axes[axis]
 
     def size(self, axis: str) -> int:

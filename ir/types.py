@@ -44,6 +44,8 @@ class DType(Enum):
         self.kind = kind
         self.bits = bits
 
+    __hash__ = object.__hash__  # Enum's is written in Python, and tables by dtype are looked up for every op that runs
+
     @property
     def is_float(self) -> builtins.bool:
         return self.kind == "float"

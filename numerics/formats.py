@@ -88,9 +88,9 @@ def round_to(x: ArrayLike, fmt: Format, *, saturate: bool = True) -> Array:
     largest becomes what the format has there instead: NaN in E4M3, infinity in E5M2. Other formats ignore the option.
     """
     source = np.asarray(x)
-    if fmt is F16 and source.dtype == np.float64:
+    if (source.dtype == np.float32 and (fmt is BF16 or fmt is F16)) or (source.dtype == np.float64 and fmt is F16):
         with np.errstate(all="ignore"):
-            return source.astype(np.float16)  # numpy rounds float64 to float16 once
+            return source.astype(fmt.dtype, order="C")  # these casts round once, as the table says
     values = np.ascontiguousarray(source).reshape(-1)
     out = np.empty(values.shape, fmt.dtype)
     for start in range(0, values.size, BLOCK):
@@ -189,16 +189,11 @@ def _values_of_codes(dtype: np.dtype[Any]) -> NDArray[np.float32]:
 
 def widen(x: Array, dtype: DTypeLike = np.float32) -> Array:
     """The exact values of `x` (any shape, any format's storage type) as float32 or float64. Rounds only float64 asked for as float32."""
-    target = np.dtype(dtype)
     if x.dtype.itemsize == 1:
         require(x.dtype in _ONE_BYTE, f"codes of type {x.dtype}, expected one of {', '.join(str(d) for d in _ONE_BYTE)}")
         # "wrap" spares numpy the bounds check, which a byte cannot fail
-        wide: Array = _values_of_codes(x.dtype).take(x.view(np.uint8), mode="wrap")
-    elif x.dtype == BF16.dtype:
-        wide = (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    else:
-        return x.astype(target, copy=False)
-    return wide.astype(target, copy=False)
+        x = _values_of_codes(x.dtype).take(x.view(np.uint8), mode="wrap")
+    return x.astype(dtype, copy=False)
 
 
 _ONE_BYTE = (F8E4M3.dtype, F8E5M2.dtype, E8M0.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,24 +14,27 @@ from .registry import reference
 from .shape import require_inside
 
 SCORES = 1 << 19
-"""Scores held at a time: 2 MiB in float32, about what stays in a second-level cache."""
+"""Scores of one head held at a time: 2 MiB in float32."""
+
+TOGETHER = 1 << 17
+"""Scores up to which several heads are worked on at once: 512 KiB in float32, about what stays in a second-level cache."""
 
 
 @reference(ops.Attention, operands="blocks")
 def attention(op: ops.Attention, wide: np.dtype[np.floating], q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     result = np.empty((*q.shape[:-1], v.shape[-1]), wide)
     for at, key, value in _blocks(op, wide, q, k, v):
-        result[at.head][at.rows] = weighted(_scores(op, at, widen(q[at.head][at.rows], wide), key, mask), value)
+        result[at.queries] = weighted(_scores(op, at, _widened(q[at.queries], wide), key, mask), value)
     return result
 
 
 class _Block(NamedTuple):
-    """Some queries of one head."""
+    """Some queries of some heads."""
 
-    head: tuple[int, ...]
-    """The index of the query head, batch included."""
-    shared: tuple[int, ...]
-    """The index of its key head."""
+    queries: tuple[Any, ...]
+    """Where they lie, batch, heads and rows."""
+    shared: tuple[Any, ...]
+    """Where their key heads lie, batch included."""
     rows: slice
     seen: int
     """How many keys the last of these queries can see."""
@@ -42,28 +45,37 @@ class _Block(NamedTuple):
 def _blocks(
     op: ops.Attention | ops.AttentionBackward, wide: np.dtype[np.floating], q: Array, k: Array, v: Array
 ) -> Iterator[tuple[_Block, Array, Array]]:
-    """Every block with the keys and values that it sees, which are widened once for each key head."""
+    """Every block with the keys and values that it sees, which are widened once for each key head. Small heads come several at a time."""
     *lead, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[-3:-1]
-    block = max(1, SCORES // max(1, keys))
-    for *batch, kv_head in np.ndindex(*lead, kv_heads):
-        shared = (*batch, kv_head)
-        key, value = (widen(x[shared], wide) for x in (k, v))
-        for h in range(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads):
-            for start in range(0, queries, block):
-                rows = slice(start, min(start + block, queries))
-                seen = min(keys, rows.stop) if op.causal else keys
-                yield _Block((*batch, h), shared, rows, seen, (*q.shape[:-1], keys)), key[:seen], value[:seen]
+    together, block = max(1, TOGETHER // max(1, queries * keys)), max(1, SCORES // max(1, keys))
+    group = heads // kv_heads
+    for batch in np.ndindex(*lead):
+        for first in range(0, kv_heads, together):
+            shared = (*batch, slice(first, min(first + together, kv_heads)))
+            key, value = (_widened(x[shared], wide) for x in (k, v))
+            for of_group in range(group):
+                some = slice(first * group + of_group, shared[-1].stop * group, group)
+                for start in range(0, queries, block):
+                    rows = slice(start, min(start + block, queries))
+                    seen = min(keys, rows.stop) if op.causal else keys
+                    at = _Block((*batch, some, rows), shared, rows, seen, (*q.shape[:-1], keys))
+                    yield at, key[:, :seen], value[:, :seen]
+
+
+def _widened(x: Array, wide: np.dtype[np.floating]) -> Array:
+    """`x`, head after head in memory where it has to be copied."""
+    return x if x.dtype == wide else widen(np.ascontiguousarray(x), wide)
 
 
 def _scores(op: ops.Attention | ops.AttentionBackward, at: _Block, q: Array, key: Array, mask: Array | None) -> Array:
     """q k^T * scale of one block, masked."""
-    scores = np.matmul(q, key.T)
+    scores = np.matmul(q, key.swapaxes(-1, -2))
     scores *= op.scale
     if mask is not None and mask.dtype.kind in "iu":
         np.copyto(scores, -np.inf, where=~same_document(mask, at.shape[-1], at.rows, slice(at.seen)))
     elif mask is not None:
-        _apply(np.broadcast_to(mask, at.shape)[at.head][at.rows, : at.seen], scores)
+        _apply(np.broadcast_to(mask, at.shape)[at.queries][..., : at.seen], scores)
     if op.causal:
         np.copyto(scores, -np.inf, where=np.arange(at.seen) > np.arange(at.rows.start, at.rows.stop)[:, None])
     return scores
@@ -88,7 +100,7 @@ def _apply(mask: Array, scores: Array) -> None:
 def _exponentials(scores: Array) -> Array:
     """e^(scores - max scores) along the last axis, in place of `scores`; their sum, 1 for a row that is -inf throughout."""
     largest = scores.max(-1, keepdims=True, initial=-np.inf)
-    largest[np.isneginf(largest)] = 0
+    largest[largest == -np.inf] = 0
     scores -= largest
     np.exp(scores, out=scores)
     total = scores.sum(-1, keepdims=True)
@@ -97,7 +109,7 @@ def _exponentials(scores: Array) -> Array:
 
 
 def weighted(scores: Array, v: Array) -> Array:
-    """softmax(scores) v for scores [n, L], which it overwrites, and v [L, D]; 0 for a row that is -inf throughout."""
+    """softmax(scores) v for scores [..., n, L], which it overwrites, and v [..., L, D]; 0 for a row that is -inf throughout."""
     total = _exponentials(scores)
     result = np.matmul(scores, v)
     result /= total
@@ -117,16 +129,16 @@ def attention_backward(
 ) -> tuple[Array, Array, Array]:
     dq, dk, dv = (np.zeros(x.shape, wide) for x in (q, k, v))
     for at, key, value in _blocks(op, wide, q, k, v):
-        query, gradient, result = (widen(x[at.head][at.rows], wide) for x in (q, dout, out))
+        query, gradient, result = (_widened(x[at.queries], wide) for x in (q, dout, out))
         p = _scores(op, at, query, key, mask)
         p /= _exponentials(p)
-        ds = np.matmul(gradient, value.T)
-        ds -= np.einsum("nd,nd->n", gradient, result)[:, None]
+        ds = np.matmul(gradient, value.swapaxes(-1, -2))
+        ds -= np.einsum("hnd,hnd->hn", gradient, result)[..., None]
         ds *= p
         ds *= op.scale
-        np.matmul(ds, key, out=dq[at.head][at.rows])
-        dk[at.shared][: at.seen] += np.matmul(ds.T, query)
-        dv[at.shared][: at.seen] += np.matmul(p.T, gradient)
+        np.matmul(ds, key, out=dq[at.queries])
+        dk[at.shared][:, : at.seen] += np.matmul(ds.swapaxes(-1, -2), query)
+        dv[at.shared][:, : at.seen] += np.matmul(p.swapaxes(-1, -2), gradient)
     return dq, dk, dv
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from ...distributed.world import Exchange, Gather, Index, Program
-from ...ir.errors import require
+from ...ir.errors import DscError
 from ...ir.ops import collective as ops
-from ...ir.types import DType
+from ...ir.types import DType, bound
 from ..arrays import Array, rounded, widen
 from .registry import collective, reference
 
@@ -67,29 +68,28 @@ def own_part(op: ops.OwnPart, wide: Wide, x: Array) -> Program[Array]:
 
 @collective(ops.AllToAll)
 def all_to_all(op: ops.AllToAll, wide: Wide, x: Array) -> Program[Array]:
-    parts = np.split(x, op.size)
-    found = yield Exchange(op.axis, op.size, tuple((part,) for part in parts), ((parts[0].shape,),) * op.size)
+    parts = x.reshape(op.size, len(x) // op.size, *x.shape[1:])
+    found = yield Exchange(op.axis, op.size, tuple([(part,) for part in parts]), ((parts.shape[1:],),) * op.size)
     return np.concatenate([part for (part,) in found])
 
 
 @collective(ops.AllToAllRows)
 def all_to_all_rows(op: ops.AllToAllRows, wide: Wide, *operands: Array) -> Program[Any]:
     *xs, send, recv = operands
-    require(bool((send >= 0).all() and (recv >= 0).all()), f"send is {send.tolist()} and recv {recv.tolist()}, expected no negative number")
-    require(int(send.sum()) <= len(xs[0]), f"send is {send.tolist()}, {send.sum()} rows in all, but there are {len(xs[0])}")
-    require(int(recv.sum()) <= _limit(op), f"{recv.sum()} rows arrive, but there is room for {_limit(op)}: {op.rows}")
-    messages = zip(*(_cut(x, send) for x in xs), strict=True)
-    shapes = tuple(tuple((int(rows), *x.shape[1:]) for x in xs) for rows in recv)
+    sent, received = send.tolist(), recv.tolist()
+    if min(*sent, *received) < 0:
+        raise DscError(f"send is {sent} and recv {received}, expected no negative number")
+    if sum(sent) > len(xs[0]):
+        raise DscError(f"send is {sent}, {sum(sent)} rows in all, but there are {len(xs[0])}")
+    if sum(received) > bound(op.rows):
+        raise DscError(f"{sum(received)} rows arrive, but there is room for {bound(op.rows)}: {op.rows}")
+    messages = zip(*(_cut(x, sent) for x in xs), strict=True)
+    shapes = tuple(tuple([(rows, *x.shape[1:]) for x in xs]) for rows in received)
     found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
     rows = tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
     return rows if len(rows) > 1 else rows[0]
 
 
-def _limit(op: ops.AllToAllRows) -> int:
-    return op.rows if isinstance(op.rows, int) else op.rows.bound
-
-
-def _cut(x: Array, counts: Array) -> Iterator[Array]:
+def _cut(x: Array, counts: Sequence[int]) -> list[Array]:
     """The first counts[0] rows of x, the next counts[1], ..."""
-    stops = np.cumsum(counts, dtype=np.int64)
-    return (x[stop - count : stop] for stop, count in zip(stops, counts, strict=True))
+    return [x[stop - count : stop] for stop, count in zip(accumulate(counts), counts, strict=True)]

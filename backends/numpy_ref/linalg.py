@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from math import prod
 
 import numpy as np
 
-from ...ir.errors import require
+from ...ir.errors import DscError
 from ...ir.ops import linalg as ops
 from ..arrays import Array, widen
 from .registry import reference
@@ -29,13 +30,13 @@ def grouped_matmul(op: ops.GroupedMatmul, wide: np.dtype[np.floating], x: Array,
 
 def multiply_groups(x: Array, w: Array, counts: Array, transpose_b: bool, wide: np.dtype[np.floating]) -> Array:
     """`grouped_matmul` in dtype `wide`. Matrices of groups without rows are never read."""
-    ends = check_counts(counts, len(x))
+    groups = rows_of_groups(counts, len(x))
     result = np.empty((len(x), w.shape[1 if transpose_b else 2]), wide)
-    for group in np.flatnonzero(counts):
-        rows = slice(ends[group] - counts[group], ends[group])
-        matrix = widen(w[group], wide)
-        np.matmul(widen(x[rows], wide), matrix.T if transpose_b else matrix, out=result[rows])
-    result[ends[-1] if len(ends) else 0 :] = 0
+    for matrix, rows in zip(w, groups, strict=True):
+        if rows.start < rows.stop:
+            matrix = widen(matrix, wide)
+            np.matmul(widen(x[rows], wide), matrix.T if transpose_b else matrix, out=result[rows])
+    result[groups[-1].stop if groups else 0 :] = 0
     return result
 
 
@@ -46,17 +47,18 @@ def grouped_matmul_wgrad(op: ops.GroupedMatmulWgrad, wide: np.dtype[np.floating]
 
 def multiply_groups_of_rows(a: Array, b: Array, counts: Array, wide: np.dtype[np.floating]) -> Array:
     """`grouped_matmul_wgrad` in dtype `wide`."""
-    ends = check_counts(counts, len(a))
     result = np.zeros((len(counts), a.shape[1], b.shape[1]), wide)
-    for group in np.flatnonzero(counts):
-        rows = slice(ends[group] - counts[group], ends[group])
-        np.matmul(widen(a[rows], wide).T, widen(b[rows], wide), out=result[group])
+    for out, rows in zip(result, rows_of_groups(counts, len(a)), strict=True):
+        if rows.start < rows.stop:
+            np.matmul(widen(a[rows], wide).T, widen(b[rows], wide), out=out)
     return result
 
 
-def check_counts(counts: Array, rows: int) -> Array:
-    """Where each group ends, as int64. `DscError` where a count is negative or all groups together have more than `rows` rows."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    require(not len(counts) or counts.min() >= 0, f"counts are {counts.tolist()}, expected 0 or more")
-    require(not len(ends) or ends[-1] <= rows, f"counts add up to {ends[-1:].sum()} rows, but there are {rows}")
-    return ends
+def rows_of_groups(counts: Array, rows: int) -> list[slice]:
+    """Where each group lies. `DscError` where a count is negative or all groups together have more than `rows` rows."""
+    given: list[int] = counts.tolist()
+    if min(given, default=0) < 0:
+        raise DscError(f"counts are {given}, expected 0 or more")
+    if sum(given) > rows:
+        raise DscError(f"counts add up to {sum(given)} rows, but there are {rows}")
+    return [slice(end - count, end) for end, count in zip(accumulate(given), given, strict=True)]

@@ -22,7 +22,7 @@ def route(op: ops.Route, logits: Array, bias: Array | None = None) -> tuple[Arra
     if op.top_groups < op.groups:
         choice = _keep_groups(op, choice)
     ids = descending(choice)[:, : op.top_k]
-    weights = np.take_along_axis(scores, ids, 1)
+    weights = scores[np.arange(len(ids))[:, None], ids]
     if op.normalize:
         weights /= weights.sum(1, keepdims=True) + 1e-20
     weights *= op.scale
@@ -35,7 +35,7 @@ def _keep_groups(op: ops.Route, choice: Array) -> Array:
     grouped = choice.reshape(tokens, op.groups, experts // op.groups)
     score = grouped.max(-1) if op.group_score == "max" else np.sort(grouped, -1)[..., -2:].sum(-1)
     outside = np.ones((tokens, op.groups, 1), np.bool)
-    np.put_along_axis(outside, descending(score)[:, : op.top_groups, None], False, 1)
+    outside[np.arange(tokens)[:, None], descending(score)[:, : op.top_groups]] = False
     return np.where(outside, -np.inf, grouped).reshape(tokens, experts)
 
 
@@ -112,16 +112,19 @@ def slot_weights(op: ops.SlotWeights, rows: Array, handle: tuple[Array]) -> Arra
 @reference(ops.Regroup, operands="stored")
 def regroup(op: ops.Regroup, *operands: Array) -> tuple[Array, ...] | Array:
     *xs, counts = operands
-    lengths = counts.astype(np.int64)
-    starts = (np.cumsum(lengths) - lengths.reshape(lengths.size)).reshape(lengths.shape)
-    total = int(lengths.sum())
+    lengths = counts.T.ravel()
+    starts = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape).T.ravel()
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
     require(total <= len(xs[0]), f"counts add up to {total}, but there are {len(xs[0])} rows")
-    blocks = [np.arange(start, start + length) for start, length in zip(starts.T.flat, lengths.T.flat, strict=True)]
-    order = np.concatenate([*blocks, np.empty(0, np.int64)])
-    found = tuple(np.zeros_like(x) for x in xs)
-    for out, x in zip(found, xs, strict=True):
-        out[:total] = x.take(order, axis=0)
+    order = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+    found = tuple([_filled(x.take(order, axis=0), len(x)) for x in xs])
     return found if len(found) > 1 else found[0]
+
+
+def _filled(rows: Array, count: int) -> Array:
+    """`rows`, and zeros behind them up to `count`."""
+    return rows if len(rows) == count else np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 @reference(ops.DispatchGroups, operands="stored")

@@ -11,7 +11,7 @@ from ...ir.ops import quant as ops
 from ...numerics import scale, tensorcore
 from ...numerics.formats import FORMATS
 from ..arrays import STORAGE, Array
-from .linalg import check_counts, multiply_groups, multiply_groups_of_rows
+from .linalg import multiply_groups, multiply_groups_of_rows, rows_of_groups
 from .registry import reference
 
 
@@ -51,7 +51,7 @@ def grouped_scaled_matmul(
         result = np.zeros((*x.shape[:2], w.shape[1]), wide)
         result[kept] = grouped_scaled_matmul(op, wide, x[kept], x_scales[kept], w, w_scales, counts)
         return result
-    used, groups = int(check_counts(counts, len(x))[-1]), counts.tolist()
+    used, groups = rows_of_groups(counts, len(x))[-1].stop, counts.tolist()
     rows, factors = _used(x, x_scales, op.x_tile, used, groups)
     if wide == np.float64 and op.accumulation.arithmetic == "float32":
         values, matrices = scale.dequantize(rows, factors, op.x_tile, groups, wide), scale.dequantize(w, w_scales, op.w_tile, dtype=wide)
@@ -65,7 +65,7 @@ def grouped_scaled_matmul(
 def grouped_scaled_matmul_wgrad(
     op: ops.GroupedScaledMatmulWgrad, wide: np.dtype[Any], a: Array, a_scales: Array, b: Array, b_scales: Array, counts: Array
 ) -> Array:
-    used, groups = int(check_counts(counts, len(a))[-1]), counts.tolist()
+    used, groups = rows_of_groups(counts, len(a))[-1].stop, counts.tolist()
     a, a_scales = _used(a, a_scales, op.a_tile, used, groups)
     b, b_scales = _used(b, b_scales, op.b_tile, used, groups)
     if wide == np.float64 and op.accumulation.arithmetic == "float32":

@@ -11,7 +11,7 @@ from .registry import reference
 
 @reference(ops.Sum)
 def sum(op: ops.Sum, x: Array) -> Array:
-    return np.sum(x, axis=op.axes, keepdims=op.keepdims, dtype=x.dtype)
+    return x.sum(axis=op.axes, keepdims=op.keepdims, dtype=x.dtype)
 
 
 @reference(ops.Mean)
@@ -72,7 +72,7 @@ def log_softmax(op: ops.LogSoftmax, x: Array) -> Array:
 def descending(x: Array) -> Array:
     """Indices along the last axis that sort `x` from the largest down, equals by lower index first; a NaN is the largest."""
     last = x.shape[-1] - 1
-    return last - np.argsort(x[..., ::-1], axis=-1, kind="stable")[..., ::-1]
+    return last - x[..., ::-1].argsort(axis=-1, kind="stable")[..., ::-1]
 
 
 @reference(ops.TopK)

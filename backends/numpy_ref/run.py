@@ -7,8 +7,8 @@ the run is a program (`distributed/world.py`) that stops at each collective unti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from ...ir.ops.fused import QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
 from ...ir.types import Bundle, DType, Tensor, landed
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, rounded, widen
-from ..eager import Eager, checked
+from ..eager import Compute, Eager, fitted
 from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill REFERENCES
 from .registry import COLLECTIVES, OPERANDS, REFERENCES, reference
 
@@ -55,7 +55,15 @@ class Interpreter(Eager):
             return self.compute(op, tuple(operands))
 
     def compute(self, op: Op, operands: tuple[Data, ...]) -> tuple[Data, ...]:
-        return _all_stored(op, _computed(op, operands, self._wide(op)))
+        return self.prepare(op)(operands)
+
+    def prepare(self, op: Op) -> Compute:
+        computed = _computing(op, self._wide(op))
+        if len(op.results) == 1:
+            store = _storing(op.result)
+            return lambda operands: (store(computed(operands)),)
+        stored = tuple(map(_storing, op.results))
+        return lambda operands: tuple([store(x) for store, x in zip(stored, computed(operands), strict=True)])
 
     def together(self, site: Site, op: Collective, operands: tuple[Data, ...]) -> Program[tuple[Data, ...]]:
         """The results of a collective, whose requests say where it stands."""
@@ -79,7 +87,8 @@ class Interpreter(Eager):
             try:
                 request = program.send(answer)
             except StopIteration as done:
-                return _all_stored(op, done.value if len(op.results) > 1 else (done.value,))
+                found = done.value if len(op.results) > 1 else (done.value,)
+                return tuple(_storing(v)(x) for v, x in zip(op.results, found, strict=True))
             answer = yield _named(request, op, site)
 
     def given(self, values: Sequence[Value], held: Sequence[Data]) -> tuple[Data, ...]:
@@ -91,7 +100,9 @@ class Interpreter(Eager):
 
 def _named(asked: Any, op: Collective, site: Site) -> Request:
     """The request of a collective's program, saying what it is of and where that stands."""
-    request: Request = replace(asked, op=op.signature, site=str(site))
+    request: Request = asked
+    object.__setattr__(request, "op", op.signature)  # nobody has seen it yet
+    object.__setattr__(request, "site", str(site))
     return request
 
 
@@ -120,38 +131,42 @@ for _cls in (RmsNormQuantize, SwiGLUQuantize, QuantizeTwice):
 def unrounded(op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
     """The results of one op computed in float64 and left so: what is rounded once to become the results."""
     with np.errstate(all="ignore"):
-        return _computed(op, operands, STORAGE[DType.f64])
-
-
-def _computed(op: Op, operands: Sequence[Data], wide: np.dtype[Any]) -> tuple[Data, ...]:
-    function, takes = REFERENCES[type(op)], OPERANDS[type(op)]
-    if takes == "stored":
-        found = function(op, *operands)
-    elif takes == "blocks":
-        found = function(op, wide, *operands)
-    else:
-        found = function(op, *(_widened(v, x, wide) for v, x in zip(op.operands, operands, strict=True)))
+        found = _computing(op, STORAGE[DType.f64])(tuple(operands))
     return (found,) if len(op.results) == 1 else tuple(found)
+
+
+def _computing(op: Op, wide: np.dtype[Any]) -> Callable[[tuple[Data, ...]], Any]:
+    """What the reference of `op` makes of operands, not yet rounded."""
+    function, takes = REFERENCES[type(op)], OPERANDS[type(op)]
+    floats = tuple(isinstance(v.type, Tensor) and v.dtype.is_float for v in op.operands)
+    if takes == "blocks":
+        return lambda operands: function(op, wide, *operands)
+    if takes == "stored" or not any(floats):
+        return lambda operands: function(op, *operands)
+    return lambda operands: function(op, *[widen(x, wide) if is_float else x for x, is_float in zip(operands, floats)])  # noqa: B905 - hot
 
 
 def _is_f64(value: Value) -> bool:
     return isinstance(value.type, Tensor) and value.type.dtype is DType.f64
 
 
-def _widened(value: Value, x: Data, wide: np.dtype[Any]) -> Data:
-    return widen(x, wide) if isinstance(x, np.ndarray) and value.dtype.is_float else x
-
-
-def _stored(value: Value, x: Any) -> Data:
-    """What a reference returned, rounded to the dtype of the result; of whole numbers the low bits, as hardware keeps."""
+def _storing(value: Value) -> Callable[[Any], Data]:
+    """What becomes of what a reference returned: it is rounded to the dtype of the result; of whole numbers the low bits are kept."""
     type = landed(value.type)
     if isinstance(type, Bundle):
-        return tuple(x)
-    array = np.asarray(x)
-    if type.dtype.is_float and array.dtype.kind == "f":
-        return rounded(array, type.dtype)
-    return array.astype(STORAGE[type.dtype], copy=False) if type.dtype.is_int and array.dtype.kind in "iu" else array
+        return lambda x: fitted(value, tuple(x))
+    dtype, storage, extents = type.dtype, STORAGE[type.dtype], type.shape
+    cast = STORAGE[DType.f32] if dtype in (DType.bf16, DType.f16) else None
 
+    def store(x: Any) -> Data:
+        array = np.asarray(x)
+        if array.dtype is cast:  # `rounded` does the same, but that takes longer to find out than many an op
+            array = array.astype(storage, order="C")
+        elif array.dtype is not storage or dtype is DType.e5m6:
+            if dtype.is_float and array.dtype.kind == "f":
+                array = rounded(array, dtype)
+            elif dtype.is_int and array.dtype.kind in "iu":
+                array = array.astype(storage)
+        return array if array.dtype is storage and array.shape == extents else fitted(value, array)
 
-def _all_stored(op: Op, found: Sequence[Any]) -> tuple[Data, ...]:
-    return checked(op, tuple(_stored(v, x) for v, x in zip(op.results, found, strict=True)))
+    return store
