@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..ir.types import Bundle, DType, Tensor, Type, bound, landed
+from ..ir.types import Bundle, DType, Tensor, Type, landed
 from ..numerics import formats
 
 Array = NDArray[Any]
@@ -73,7 +73,7 @@ def fits(value: object, type: Type) -> bool:
     if value.shape == type.shape:
         return True
     return value.ndim == type.rank and all(
-        found == dim if isinstance(dim, int) else found <= bound(dim) for found, dim in zip(value.shape, type.shape, strict=True)
+        [found == dim if isinstance(dim, int) else found <= dim.bound for found, dim in zip(value.shape, type.shape, strict=True)]
     )
 
 

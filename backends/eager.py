@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeAlias, cast
 
 from ..distributed.world import Program, alone
@@ -134,7 +135,8 @@ class Step:
     """One op, made ready. Values are numbered: the parameters of the function, then what each op gives."""
 
     op: Op
-    takes: tuple[int, ...]
+    take: Callable[[list[Held]], tuple[Held, ...]]
+    """The operands, out of all values."""
     gives: tuple[int, ...]
     dies: tuple[int, ...]
     """What nothing reads afterwards."""
@@ -165,9 +167,17 @@ def _plan(backend: Eager, func: Func) -> Plan:
 
     def step(op: Op, dying: Sequence[Value]) -> Step:
         takes, gives, dies = (tuple(number[v] for v in values) for values in (op.operands, op.results, dying))
-        return Step(op, takes, gives, dies, None if isinstance(op, Param | Constant | Call | Collective | Done) else backend.prepare(op))
+        compute = None if isinstance(op, Param | Constant | Call | Collective | Done) else backend.prepare(op)
+        return Step(op, _taking(takes), gives, dies, compute)
 
     return Plan(tuple(map(step, func.ops, last_uses(func))), tuple(number[v] for v in func.results), len(made))
+
+
+def _taking(numbers: tuple[int, ...]) -> Callable[[list[Held]], tuple[Held, ...]]:
+    """The values of these numbers, as fast as Python can."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    return (lambda values: (values[numbers[0]],)) if numbers else (lambda values: ())
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,7 @@ class _Run:
         plan = plan_of(self.backend, func)
         values: list[Held] = [*inputs, *(None,) * plan.count]
         for step in plan.steps:
-            op, operands = step.op, tuple([values[i] for i in step.takes])
+            op, operands = step.op, step.take(values)
             try:
                 if step.compute is not None:
                     results = step.compute(operands)
@@ -206,11 +216,8 @@ class _Run:
                 raise
             except DscError as error:
                 raise OpError(f"{at(within, op)}: {op.name}: {error}") from None
-            if len(step.gives) == len(results) == 1:
-                values[step.gives[0]] = results[0]
-            else:
-                for i, result in zip(step.gives, results, strict=True):
-                    values[i] = result
+            for i, result in zip(step.gives, results, strict=True):
+                values[i] = result
             for i in step.dies:
                 values[i] = None
         return tuple(values[i] for i in plan.results)

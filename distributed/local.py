@@ -134,10 +134,10 @@ def _answers(met: tuple[_Posted, ...]) -> list[Any]:
             raise DscError(f"ranks gather arrays of different types along {given.axis}, {where(given)}:\n{rows}")
         return [_handed(given, tuple(found))] * len(partners)
     exchanges = [r for r in requests if isinstance(r, Exchange)]
-    answers = [tuple(r.messages[j] for r in exchanges) for j in range(len(partners))]
+    answers = list(zip(*(r.messages for r in exchanges), strict=True))
     for receiver, request, answer in zip(partners, exchanges, answers, strict=True):
         for sender, message, expected in zip(partners, answer, request.shapes, strict=True):
-            shapes = tuple(tuple(x.shape) for x in message)
+            shapes = tuple([tuple(x.shape) for x in message])
             if shapes != expected:
                 raise DscError(f"rank {sender} sends {_shapes(shapes)}, but rank {receiver} expects {_shapes(expected)}: {where(request)}")
     return [_handed(given, answer) for answer in answers]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import Any
@@ -41,8 +41,9 @@ class Mesh:
     node: int = NODE
 
     def __post_init__(self) -> None:
-        for name, extent in asdict(self).items():
-            require(isinstance(extent, int) and extent >= 1, f"mesh: {name} is {extent}, expected a whole number, 1 or more")
+        for name, extent in self.record().items():
+            if not (isinstance(extent, int) and extent >= 1):
+                raise DscError(f"mesh: {name} is {extent}, expected a whole number, 1 or more")
         stage = self.dp * self.tp
         if stage % self.ep:
             fits = ", ".join(str(n) for n in _divisors(stage))
@@ -116,7 +117,7 @@ class Mesh:
 
     def record(self) -> dict[str, int]:
         """The mesh as a module's attribute."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def __str__(self) -> str:
         node = f",node={self.node}" if self.node != NODE else ""

@@ -143,7 +143,15 @@ def _computing(op: Op, wide: np.dtype[Any]) -> Callable[[tuple[Data, ...]], Any]
         return lambda operands: function(op, wide, *operands)
     if takes == "stored" or not any(floats):
         return lambda operands: function(op, *operands)
-    return lambda operands: function(op, *[widen(x, wide) if is_float else x for x, is_float in zip(operands, floats)])  # noqa: B905 - hot
+    if any(v.dtype.bits == 8 for v, is_float in zip(op.operands, floats, strict=True) if is_float):
+        return lambda operands: function(op, *[widen(x, wide) if is_float else x for x, is_float in zip(operands, floats, strict=True)])
+    if len(floats) == 1:  # NumPy's own cast is exact; to say so by `widen`, operand by operand, would take as long as a small op
+        return lambda operands: function(op, operands[0].astype(wide, copy=False))
+    if floats == (True, True):
+        return lambda operands: function(op, operands[0].astype(wide, copy=False), operands[1].astype(wide, copy=False))
+    return lambda operands: function(
+        op, *[x.astype(wide, copy=False) if is_float else x for x, is_float in zip(operands, floats, strict=True)]
+    )
 
 
 def _is_f64(value: Value) -> bool:
