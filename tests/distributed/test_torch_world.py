@@ -244,7 +244,8 @@ def test_a_rank_killed_in_a_training_step_costs_no_more_than_that_step(tmp_path:
     ended = [process.wait(200) for process in forks.ranks(4, FAILING, "kill", at, *asked, files=files)]
     assert ended == [2, 2, -signal.SIGKILL, 2]
     lines = [line for *_, file in files for line in file.read_text().splitlines() if line.startswith("dsc: error: ")]
-    wanted = re.compile(r"dsc: error: rank 2 ended; rank 0 waited in (\w+)\(.*\) at @.* \S+#\S+; the last checkpoint is (\S+)")
+    place = r"(\dRECV_B\d.*|\w+\(.*\) at @.* \S+#\S+)"
+    wanted = re.compile(rf"dsc: error: rank 2 ended; rank 0 waited in {place}; the last checkpoint is (\S+)")
     found = [told for line in lines if (told := wanted.fullmatch(line))]
     assert len(found) == 1, lines  # without torchrun, which ends those that are left, they may say of rank 0 that it has ended
     (told,) = found
