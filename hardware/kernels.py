@@ -149,11 +149,10 @@ class Compute:
         return sum(map(self.bytes, there.fields)) if isinstance(there, Bundle) else self.size(there) * there.dtype.bits / 8
 
     def _share(self, op: Op) -> float:
-        """Of the FLOPs at the bound of a ragged dimension, those at its length."""
-        share = 1.0
-        for dim in {d for v in (*op.operands, *op.results) if isinstance(v.type, Tensor) for d in v.shape if isinstance(d, Ragged)}:
-            share *= self.extent(dim) / max(1, dim.bound)
-        return share
+        """Of the FLOPs at the bound of a ragged dimension, those at its length: the largest tensor's, whose rows others follow."""
+        largest = max((v.tensor for v in (*op.operands, *op.results) if isinstance(v.type, Tensor)), key=lambda t: t.size, default=None)
+        dims = largest.shape if largest else ()
+        return prod(self.extent(d) / max(1, d.bound) for d in dims if isinstance(d, Ragged))
 
     def _peak(self, operand: Value) -> float:
         type, peak = operand.type, self.device.peak

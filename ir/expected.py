@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from math import ceil
 
-from .core import Module
+from .core import Module, Value
 from .ops.collective import AllToAllRows
 from .ops.moe import DispatchGroups
+from .ops.quant import Quantize
 from .routing import Routing, routing_of
 from .types import Bundle, Dim, Ragged, Tensor, Type, bound, landed
 
@@ -39,6 +40,10 @@ def mean_rows(module: Module) -> dict[Ragged, int]:
                     if isinstance(dim, Ragged):
                         tokens[dim] = tokens.get(x.shape[0], _mean(x.shape[0], rows))
                         rows[dim] = min(dim.bound, ceil(tokens[dim] * _copies(op, routing)))
+                case Quantize(x=x, counts=Value() as counts, tile=tile):
+                    down = op.results[1].shape[0]
+                    if isinstance(down, Ragged):
+                        rows[down] = min(down.bound, _mean(x.shape[0], rows) // tile[0] + bound(counts.shape[0]))
     return rows
 
 

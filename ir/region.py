@@ -1,8 +1,10 @@
 """What one kernel can compute from one read: ops element by element, and along rows.
 
 A region has a space, the shape [..., C] of its widest ops, seen as rows of C elements. A value lies *full* in it, element for element, or,
-in a region that goes along rows, as one number for each *row*. `member` says whether an op can belong to a region, `region_of` whether
-several ops together are one, and each says why not.
+in a region that goes along rows, as one number for each *row*. Where something is quantised in tiles down the columns, as the product for
+the gradient of weights takes it, the region goes by *blocks*, squares as large as a tile, in which those along rows lie, too; what is made
+down the columns may be written transposed. `member` says whether an op can belong to a region, `region_of` whether several ops together are
+one, and each says why not.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .ops.elementwise import Cos, Pow, Remainder, Sin
 from .ops.norm import RmsNorm
 from .ops.quant import Dequantize, Quantize
 from .ops.reduce import Max, Mean, Min, Sum
-from .ops.shape import Reshape
+from .ops.shape import Reshape, Transpose
 from .types import DType, Shape, Tensor, bound
 
 WIDEST = 1 << 16
@@ -26,6 +28,9 @@ WIDEST = 1 << 16
 
 COMPUTED = (DType.f32, DType.bf16, DType.f16, DType.f8e4m3, DType.f8e5m2, DType.bool)
 """What values within a region are: all that float32 holds, and bool."""
+
+LARGEST_BLOCK = 128
+"""Rows and columns of a block, at most: more do not fit in registers."""
 
 LIBRARY = (Pow, Remainder, Sin, Cos)
 """Ops element by element that no few instructions compute for every operand: exact remainders, and angles far from 0."""
@@ -40,11 +45,15 @@ class Region:
     space    the shape of the widest ops; its last extent is the row's
     rowwise  whether something goes along rows: if not, the space is as good as flat
     rows     the values that are one number for each row; the others that the ops make are full, scales of `quantize` apart
+    block    rows and columns of a block, 0 where the region does not go by blocks
+    counts   the rows of each group, at which blocks restart
     """
 
     space: Shape
     rowwise: bool
     rows: frozenset[Value]
+    block: int = 0
+    counts: Value | None = None
 
 
 def free(op: Op) -> bool:
@@ -52,14 +61,23 @@ def free(op: Op) -> bool:
     return isinstance(op, Reshape) or (isinstance(op, Literal) and len(op.values) == 1 and op.result.tensor.size == 1)
 
 
+def downward(op: Op) -> bool:
+    """Whether an op makes tiles down the columns of a matrix, or turns what one made."""
+    if isinstance(op, Transpose):
+        return op.x.owner is not None and isinstance(op.x.owner, Quantize) and downward(op.x.owner) and op.perm == (1, 0)
+    return isinstance(op, Quantize) and op.tile[1] == 1 and 1 < op.tile[0] <= LARGEST_BLOCK and op.x.tensor.rank == 2
+
+
 def member(op: Op) -> str | None:
     """Why `op` cannot be in a region; None where it can."""
     if isinstance(op, Literal):
         return None if free(op) else f"{op.result.type} of several numbers"
     if isinstance(op, Quantize | Dequantize):
-        width = op.tile[1]
-        if op.tile[0] != 1 or width & (width - 1):
-            return f"tiles of {list(op.tile)}, expected [1, a power of two]"
+        width = max(op.tile) if downward(op) else op.tile[1]
+        if (op.tile[0] != 1 and not downward(op)) or width & (width - 1):
+            return f"tiles of {list(op.tile)}, expected [1, a power of two], or the reverse of a matrix"
+    elif downward(op):
+        return None
     elif isinstance(op, Sum | Mean | Max | Min):
         last = op.x.tensor.rank - 1
         if tuple(a % (last + 1) for a in op.axes) != (last,):
@@ -70,7 +88,8 @@ def member(op: Op) -> str | None:
         return f"{op.name} is neither element by element nor along rows"
     quantised = isinstance(op, Quantize)
     for value in (*op.operands[:1], *(() if quantised else (*op.operands[1:], *op.results))):
-        if isinstance(value.type, Tensor) and value.dtype not in COMPUTED:
+        decoded = isinstance(op, Dequantize) and value is op.codes and value.dtype is DType.e5m6
+        if isinstance(value.type, Tensor) and value.dtype not in COMPUTED and not decoded:
             return f"{value.type}, expected one of {', '.join(map(str, COMPUTED))}"
     if isinstance(op, ROWWISE):
         width = bound(_domain(op)[-1]) if _domain(op) else 0
@@ -86,17 +105,18 @@ def _domain(op: Op) -> Shape:
 
 def region_of(ops: Sequence[Op]) -> Region:
     """How the values of `ops`, members all, lie in one kernel. `DscError` says why they do not fit in one."""
-    domains = [_domain(op) for op in ops if not isinstance(op, Literal)]
+    domains = [_domain(op) for op in ops if not isinstance(op, Literal | Transpose)]
     space = max(domains, key=_size, default=())
     rowwise = any(isinstance(op, ROWWISE) for op in ops)
+    block, counts = _blocks(ops)
     made = {value for op in ops for value in op.results}
     rows: set[Value] = set()
     for op in ops:
-        if isinstance(op, Literal):
+        if isinstance(op, Literal | Transpose):
             continue
         domain = _domain(op)
         row = not _full(domain, space, rowwise)
-        if row and not (rowwise and _row(domain, space)):
+        if row and not (rowwise and not block and _row(domain, space)):
             raise DscError(f"{op.name} over {_show(domain)} beside ops over {_show(space)}")
         if row and isinstance(op, ROWWISE):
             raise DscError(f"{op.name} along rows of {_show(domain)} beside rows of {_show(space)}")
@@ -105,7 +125,21 @@ def region_of(ops: Sequence[Op]) -> Region:
         for index, value in enumerate(op.operands):
             if value in made and not isinstance(value.owner, Literal):
                 _check(op, index, value, domain, value in rows)
-    return Region(space, rowwise, frozenset(rows))
+    return Region(space, rowwise, frozenset(rows), block, counts)
+
+
+def _blocks(ops: Sequence[Op]) -> tuple[int, Value | None]:
+    """The side of the blocks and the counts where they restart, if something goes down columns: all else has to lie in them."""
+    down = [op for op in ops if isinstance(op, Quantize) and downward(op)]
+    if not down:
+        return 0, None
+    block, counts = down[0].tile[0], down[0].counts
+    for op in ops:
+        if isinstance(op, Quantize) and (max(op.tile) != block or (downward(op) and op.counts is not counts)):
+            raise DscError(f"tiles of {list(op.tile)} beside tiles of {list(down[0].tile)}, or of other groups")
+        if isinstance(op, ROWWISE) and not isinstance(op, Quantize | Dequantize):
+            raise DscError(f"{op.name} along whole rows beside tiles of {list(down[0].tile)}")
+    return block, counts
 
 
 def _check(op: Op, index: int, value: Value, domain: Shape, row: bool) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..ir.core import Func, Module, Op, Phase, Symbol, Value, users
 from ..ir.errors import DscError
 from ..ir.ops.elementwise import SwiGLU
-from ..ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
+from ..ir.ops.fused import Fused, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.norm import RmsNorm
 from ..ir.ops.quant import Quantize
-from ..ir.ops.shape import Reshape, Transpose
-from ..ir.region import free, member, region_of
+from ..ir.ops.shape import Reshape
+from ..ir.region import downward, free, member, region_of
+from ..ir.types import Dim
 from .manager import Pass, register
+from .stashes import quantized_stashes
 
 MOST_TENSORS = 16
 """Tensors that a kernel reads and writes, at most: each takes registers for its address."""
@@ -26,8 +28,8 @@ class Fuse(Pass):
     """Gather ops element by element and along rows into regions that one kernel computes each.
 
     A region becomes a function, and one `fused` op in its place; a norm or SwiGLU with the quantisation of its result has a name.
-    What is read elsewhere is a result of the region. No op is computed twice, numbers and reshapes apart; ops of different phases stay
-    apart, and ops outside of regions keep their order.
+    What is read elsewhere is a result of the region. Ops that read the same tensor are in one region where that is possible. No op is
+    computed twice, numbers and reshapes apart; ops of different phases stay apart, and ops outside of regions keep their order.
 
     Before `fuse`:
 
@@ -79,11 +81,21 @@ class Fuse(Pass):
 
         func @f(%gate: bf16[4, 256], %up: bf16[4, 256], %dy: bf16[2, 3, 256]) {
           %q: f8e4m3[4, 256], %s: f32[4, 2] = swiglu_quantize(%gate, %up)   @ f#2 F
-          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %tq: f8e4m3[256, 6], %ts: f32[256, 1] = quantize_twice(%dy, transposed=true)  @ f#3 I
+          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %tq: f8e4m3[256, 6], %ts: f32[256, 1] = fused(@quantize_quantize_transpose_transpose, [%dy])  @ f#7.1 I
           return %q, %s, %dq, %ds, %tq, %ts
         }
 
-    The two quantisations of a gradient are of two phases: the one for weights is done with the one for inputs, which reads the same.
+        func @quantize_quantize_transpose_transpose(%dy: bf16[2, 3, 256]) {
+          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2] = quantize(%dy)         @ f#3 I
+          %dm: bf16[6, 256] = reshape(%dy, shape=[6, 256])                  @ f#4 W
+          %wq: f8e4m3[6, 256], %ws: f32[1, 256] = quantize(%dm, tile=[128, 1])  @ f#5 W
+          %tq: f8e4m3[256, 6] = transpose(%wq, perm=[1, 0])                 @ f#6 W
+          %ts: f32[256, 1] = transpose(%ws, perm=[1, 0])                    @ f#7 W
+          return %dq, %ds, %tq, %ts
+        }
+
+    The two quantisations of a gradient are of two phases: the one for weights is done with the one for inputs, which reads the same, in
+    another function if need be, where backward is split.
     """
 
     name: ClassVar[str] = "fuse"
@@ -93,77 +105,20 @@ class Fuse(Pass):
         names = {func.name for func in module.funcs}
         funcs: list[Func] = []
         regions: list[Func] = []
+        module = quantized_stashes(module)
         for func in module.funcs:
-            fusion = _Fusion(self, _pair(self, func), names)
+            fusion = _Fusion(self, func, names)
             funcs.append(fusion.rebuilt())
             regions += fusion.regions
         return module.replace(funcs=(*funcs, *regions), stage="lowered")
 
 
-# ---- two quantisations of one tensor
-
-
-def _pair(rule: Fuse, func: Func) -> Func:
-    """`func` with `quantize_twice` in place of a quantisation along rows and one down the columns of the same tensor."""
-    down: dict[Value, Quantize] = {}
-    for op in func.ops:
-        if isinstance(op, Quantize) and op.tile[1] == 1 and op.tile[0] > 1:
-            down.setdefault(_source(op.x), op)
-    new: dict[Value, Value] = {}
-    dropped: set[Op] = set()
-    made: dict[Op, QuantizeTwice] = {}
-    readers = users(func)
-    place = {op: i for i, op in enumerate(func.ops)}
-    for op in func.ops:
-        if not (isinstance(op, Quantize) and op.tile[0] == 1 and (other := down.get(_source(op.x)))):
-            continue
-        del down[_source(op.x)]
-        if reason := _unlike(op, other, place):
-            rule.decline(func, other, reason)
-            continue
-        turns = [_transposed(v, readers, func) for v in other.results]
-        turned = [turn for turn in turns if turn is not None and other.counts is None]
-        transposed = len(turned) == 2
-        second = tuple(turn.result for turn in turned) if transposed else other.results
-        values = (*op.results, *second)
-        names = tuple(v.name for v in values)
-        twice = QuantizeTwice(op.x, other.counts, op.tile[1], op.dtype, op.rule, transposed, id=op.id, phase=op.phase, names=names)
-        made[op] = twice
-        dropped |= {other, *(turned if transposed else ())}
-        new |= dict(zip(values, twice.results, strict=True))
-    if not made:
-        return func
-    ops = [made.get(op) or op for op in func.ops if op not in dropped]
-    return _unread(_replaced(func, ops, new), {op.x for op in dropped if isinstance(op, Quantize)})
-
-
-def _source(x: Value) -> Value:
-    """What x is a matrix of: reshapes that keep its rows do not count."""
-    while isinstance(x.owner, Reshape) and x.owner.x.shape[-1:] == x.shape[-1:]:
+def _matrix(x: Value) -> tuple[Value, Dim]:
+    """What matrix of rows x is: the value that it is a reshape of, and the length of a row."""
+    columns = x.shape[-1] if x.tensor.rank else 1
+    while isinstance(x.owner, Reshape):
         x = x.owner.x
-    return x
-
-
-def _unlike(op: Quantize, other: Quantize, place: Mapping[Op, int]) -> str | None:
-    """Why the two are not one `quantize_twice` in the place of the first."""
-    if (op.tile[1], op.dtype, op.rule) != (other.tile[0], other.dtype, other.rule):
-        return f"{op.id} quantises the same in tiles of {list(op.tile)}, {op.dtype}, by another rule or format"
-    if place[op] > place[other]:
-        return f"{op.id} quantises the same, but later"
-    if other.x.tensor.rank != 2:
-        return f"a stack of matrices {other.x.type}, expected one"
-    known = None if other.counts is None else other.counts.owner
-    if known is not None and place[known] > place[op]:
-        return f"its counts are not known yet where {op.id} reads the same"
-    return None
-
-
-def _transposed(value: Value, readers: Mapping[Value, list[Op]], func: Func) -> Transpose | None:
-    """The one op that reads `value`, if it turns the matrix."""
-    match readers.get(value, []):
-        case [Transpose(perm=(1, 0)) as turn] if value not in func.results:
-            return turn
-    return None
+    return x, columns
 
 
 def _replaced(func: Func, ops: list[Op], new: dict[Value, Value]) -> Func:
@@ -180,13 +135,6 @@ def _replaced(func: Func, ops: list[Op], new: dict[Value, Value]) -> Func:
         new |= {a: b for a, b in zip(op.results, changed.results, strict=True) if a is not b}
         body.append(changed)
     return Func(func.name, func.params, tuple(body), tuple(map(now, func.results)), func.updates)
-
-
-def _unread(func: Func, suspects: set[Value]) -> Func:
-    """`func` without the views that nothing reads any more, of those that made `suspects`."""
-    read = set(users(func)) | set(func.results)
-    ops = tuple(op for op in func.ops if not (isinstance(op, Reshape) and op.result in suspects and op.result not in read))
-    return func if len(ops) == len(func.ops) else Func(func.name, func.params, ops, func.results, func.updates)
 
 
 # ---- regions
@@ -214,6 +162,15 @@ class _Fusion:
                 for owner in self.made_by(value):
                     if self.group[owner] is not self.group[op]:
                         self.merge(self.group[owner], self.group[op])
+        readers: dict[tuple[Value, Dim], list[Op]] = {}
+        for op in self.group:
+            largest = max(v.tensor.size for v in (*op.operands, *op.results))
+            for matrix in dict.fromkeys(_matrix(v) for v in op.operands if v.tensor.size == largest):
+                readers.setdefault(matrix, []).append(op)
+        for first, *others in readers.values():
+            for op in others:
+                if self.group[first] is not self.group[op]:
+                    self.merge(self.group[first], self.group[op])
 
     def made_by(self, value: Value) -> Iterator[Op]:
         """The op of a region that makes `value`, by way of reshapes or not."""
@@ -236,7 +193,7 @@ class _Fusion:
             self.rule.decline(self.func, b[-1], f"not fused with {a[-1].id}: {reason}")
 
     def unfit(self, ops: list[Op]) -> str | None:
-        phases = dict.fromkeys(op.phase for op in ops)
+        phases = self.phases(ops)
         if len(phases) > 1:
             return f"phases {' and '.join(p.name for p in phases)}"
         body, results = self.body(ops), self.results(ops)
@@ -249,14 +206,20 @@ class _Fusion:
         tensors = len(self.operands(body)) + len(results)
         return f"{tensors} tensors to read and write, expected at most {MOST_TENSORS}" if tensors > MOST_TENSORS else None
 
+    def phases(self, ops: list[Op]) -> list[Phase]:
+        """Of a region: tiles down the columns of a gradient are for weights, but made where it is read for inputs."""
+        return list(dict.fromkeys(op.phase for op in ops if not downward(op)) or dict.fromkeys(op.phase for op in ops))
+
     def body(self, ops: list[Op]) -> list[Op]:
-        """The ops with the free ones that they read, those that lead from one of them to another."""
+        """The ops with the free ones that they read, those that lead from one of them to another or make them read the same."""
         chosen, found = set(ops), list[Op]()
+        read = {v for op in ops for v in op.operands}
 
         def visit(op: Op) -> None:
             for value in op.operands:
                 owner = value.owner
-                if owner is not None and owner not in found and free(owner) and owner in self.place and self.inside(owner, chosen):
+                known = owner is not None and owner not in found and owner in self.place
+                if owner is not None and known and free(owner) and (self.inside(owner, chosen) or _same(owner, read)):
                     visit(owner)
                     found.append(owner)
 
@@ -358,7 +321,7 @@ class _Fusion:
         last = ops[-1].id
         id = next(f"{last}.{n}" for n in range(1, len(taken) + 2) if f"{last}.{n}" not in taken) if last else ""
         taken.add(id)
-        phase: Phase = ops[0].phase
+        phase = self.phases(ops)[0]
         types = tuple(v.type for v in results)
         return Fused(Symbol(func.name), operands, types, id=id, phase=phase, names=tuple(v.name for v in results)), results
 
@@ -373,9 +336,14 @@ class _Fusion:
         return name
 
 
+def _same(op: Op, read: set[Value]) -> bool:
+    """Whether an op is a view of a matrix that is read in another form, too."""
+    return isinstance(op, Reshape) and any(v is not op.result and _matrix(v) == _matrix(op.result) for v in read)
+
+
 def _named(first: RmsNorm | SwiGLU, second: Quantize, body: list[Op]) -> bool:
     like = isinstance(first, RmsNorm) or first.gate.type == first.up.type
-    return len(body) == 2 and second.x is first.result and like
+    return len(body) == 2 and second.x is first.result and like and second.tile[0] == 1
 
 
 def _by_name(first: RmsNorm | SwiGLU, second: Quantize, keep: bool) -> Op:

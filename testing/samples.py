@@ -41,7 +41,7 @@ from ..ir.ops.elementwise import (
     Tanh,
     Where,
 )
-from ..ir.ops.fused import Fused, QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
+from ..ir.ops.fused import Fused, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import (
@@ -390,8 +390,6 @@ FUSED = [
     *(sample(SwiGLUQuantize, f"{dtype}[2, 3, 200]", f"{dtype}[2, 3, 200]") for dtype in ("f32", "bf16")),
     sample(SwiGLUQuantize, "bf16[5, 70]", ("bf16[5, 70]", wide), tile=(1, 16), rule=POWERS, keep=True),
     sample(SwiGLUQuantize, "bf16[5, 70]", "bf16[5, 70]", "f32[5, 1]", tile=(1, 16), tag="with weights"),
-    *(sample(QuantizeTwice, (f"{dtype}[2, 70, 200]", wide), transposed=turn) for dtype in ("f32", "bf16") for turn in (False, True)),
-    sample(QuantizeTwice, "bf16[23, 37]", ("i32[4]", counts(23)), tile=8, dtype=DType.f8e5m2, rule=POWERS, tag="of groups"),
 ]  # fmt: skip
 
 SAMPLES: tuple[Sample, ...] = (

@@ -1,26 +1,17 @@
 """Triton source of a region, one kernel: what `fuse` gathered, or a single op element by element, for which nobody wrote a kernel.
 
-The source is readable Python. It lies in `dsc/generated` beside the cache of compiled kernels, named by its content, and is imported from
-there: by this process, by those that compile, by a debugger. `dsc compile --target` copies it with all that it calls to
-`kernels/<target>/<name>.py`.
+The source is readable Python, in a file (`generated.py`).
 
-A program holds BLOCK elements of the region's space, or ROWS whole rows where something goes along them, and reads each operand once, by
-the index that broadcasting gives it. Every value is float32 (or bool) and, after each op, on the grid of its dtype, as the op's type rule
-rounds it. What an op is in Triton stands in `expressions.py`.
+A program holds BLOCK elements of the region's space, ROWS whole rows where something goes along them, or a square of TILE x TILE where
+something goes down columns, and reads each operand once, by the index that broadcasting gives it. Every value is float32 (or bool) and,
+after each op, on the grid of its dtype, as the op's type rule rounds it. What an op is in Triton stands in `expressions.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
 import re
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cache
 from math import inf, isnan, prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,16 +21,17 @@ from ...ir.errors import DscError, require
 from ...ir.ops.control import Literal
 from ...ir.ops.elementwise import Cast
 from ...ir.ops.quant import Dequantize, Quantize
-from ...ir.ops.shape import Reshape
+from ...ir.ops.shape import Reshape, Transpose
 from ...ir.printer import print_attribute
-from ...ir.region import Region, free, member, region_of
+from ...ir.region import Region, downward, free, member, region_of
 from ...ir.types import DType, Ragged
 from ..arrays import rounded, widen
 from .expressions import ALONG_ROWS, expression
+from .generated import load
 from .kernels.quantize import rule_constants
 from .registry import Declined, Launch, Slot
 from .targets import Target
-from .tiles import ceil_div, rows_of, warps
+from .tiles import ceil_div, power_of_two, rows_of, warps
 
 BLOCK = 2048
 
@@ -48,7 +40,8 @@ AT = "first + at"
 
 HELPERS = {
     "arithmetic": ("exp", "narrow", "rms_norm", "rounded", "row_max", "row_sum", "sigmoid", "silu", "swiglu_backward", "tanh", "widen"),
-    "kernels.quantize": ("quantize_rows",),
+    "groups": ("extents", "rows_of_tile"),
+    "kernels.quantize": ("quantize_columns", "quantize_rows"),
 }
 """The device functions that generated code calls, by module."""
 
@@ -81,9 +74,20 @@ def launch_of(func: Func, target: Target, operands: Sequence[Slot], results: Seq
     if not region.rowwise:
         arguments: dict[str, Any] = {**slots, "size": size}
         return Launch(kernel, (ceil_div(size, BLOCK),), arguments, {"BLOCK": BLOCK}, num_warps=warps(BLOCK))
-    rows, tile = size // columns, rows_of(columns)
+    rows, tile = size // max(1, columns), rows_of(columns)
+    if region.block:
+        groups = shapes[region.counts][0] if region.counts is not None else 0
+        return _in_blocks(kernel, region.block, groups, slots, rows, columns)
     constants = {"ROWS": tile.rows, "COLUMNS": columns, "WIDTH": tile.width}
     return Launch(kernel, (ceil_div(rows, tile.rows),), {**slots, "rows": rows}, constants, num_warps=tile.num_warps)
+
+
+def _in_blocks(kernel: Any, block: int, groups: int, slots: dict[str, Slot], rows: int, columns: int) -> Launch:
+    """Blocks of all rows, or, where they restart at groups, as many as there can be."""
+    down = rows // block + groups if groups else ceil_div(rows, block)
+    constants = {"TILE": block, "COLUMNS": columns, "GROUPS": power_of_two(groups) if groups else 0}
+    arguments: dict[str, Any] = {**slots, "rows": rows, "groups": groups, "tiles": down}
+    return Launch(kernel, (down, ceil_div(columns, block)), arguments, constants, num_warps=warps(block * block))
 
 
 def kernel_name(func: Func) -> str:
@@ -115,16 +119,21 @@ class _Source:
     def text(self) -> str:
         """A module that holds the kernel."""
         results = [f"Y{i}" for i in range(len(self.func.results))]
-        body = [line for op in self.func.ops for line in self.op(op)]
-        stores = [line for value, pointer in zip(self.func.results, results, strict=True) for line in self.store(value, pointer)]
+        places = list(zip(self.func.results, results, strict=True))
+        body: list[str] = []
+        for op in self.func.ops:  # each value is stored where it is made, so that it takes registers no longer than it has to
+            body += self.op(op)
+            body += (line for value, pointer in places if value in op.results for line in self.store(value, pointer))
         rowwise = self.region.rowwise
-        constants = ["ROWS: tl.constexpr", "COLUMNS: tl.constexpr", "WIDTH: tl.constexpr"] if rowwise else ["BLOCK: tl.constexpr"]
-        arguments = [*self.pointers.values(), *results, "rows" if rowwise else "size", *constants]
+        numbers, constants = (["rows"], ["ROWS", "COLUMNS", "WIDTH"]) if rowwise else (["size"], ["BLOCK"])
+        if self.region.block:
+            numbers, constants = ["rows", "groups", "tiles"], ["TILE", "COLUMNS", "GROUPS"]
+        arguments = [*self.pointers.values(), *results, *numbers, *(f"{name}: tl.constexpr" for name in constants)]
         lines = [
             "@triton.jit",
             f"def {kernel_name(self.func)}({', '.join(arguments)}):",
             f'    """{self.docstring()}"""',
-            *(f"    {line}" for line in (*self.where(), *body, *stores)),
+            *(f"    {line}" for line in (*self.where(), *body)),
         ]
         called = set(re.findall(r"(?<![.\w])\w+(?=\()", "\n".join(lines)))
         used = {module: sorted(called & set(names)) for module, names in HELPERS.items()}
@@ -146,12 +155,31 @@ class _Source:
     def where(self) -> list[str]:
         if not self.region.rowwise:
             return ["first = tl.program_id(0).to(tl.int64) * BLOCK", "at = tl.arange(0, BLOCK)", "inside = first + at < size"]
+        if self.region.block:
+            return [
+                "nth, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)",
+                *self.rows_of_block(),
+                "row = start + tl.arange(0, TILE)[:, None]",
+                "column = tile * TILE + tl.arange(0, TILE)[None, :]",
+                "inside = (row < stop) & (column < COLUMNS)",
+                "first = start * COLUMNS",
+                "at = tl.arange(0, TILE)[:, None] * COLUMNS + column",
+            ]
         return [
             "row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]",
             "column = tl.arange(0, WIDTH)[None, :]",
             "inside = (row < rows) & (column < COLUMNS)",
             "first = tl.program_id(0).to(tl.int64) * ROWS * COLUMNS",
             "at = tl.arange(0, ROWS)[:, None] * COLUMNS + column",
+        ]
+
+    def rows_of_block(self) -> list[str]:
+        if self.region.counts is None:
+            return ["start = nth * TILE", "stop = tl.minimum(start + TILE, rows)"]
+        counts = self.pointers[self.region.counts]
+        return [
+            f"starts, ends = extents({counts}, rows, groups, GROUPS, False)",
+            "_, start, stop = rows_of_tile(nth, starts, ends, TILE, GROUPS)",
         ]
 
     # ---- reading
@@ -206,6 +234,8 @@ class _Source:
         """The lines of one op, those that load its operands before them."""
         if isinstance(op, Literal):
             return
+        if isinstance(op, Transpose):
+            return  # stored so, see `store`
         if isinstance(op, Quantize):
             made = list(self.quantize(op))
         elif isinstance(op, Dequantize):
@@ -244,7 +274,12 @@ class _Source:
         x = self.read(op.x, op)
         rule = ", ".join(f"{k}={v!r}" for k, v in rule_constants(op.dtype, op.x.dtype, op.rule).items())
         codes, scales = (self.name(v) for v in op.results)
-        yield f"{codes}, {scales} = quantize_rows({x}, inside, ROWS, WIDTH, {op.tile[1]}, {rule})"
+        if downward(op):
+            yield f"{codes}, {scales} = quantize_columns(tl.where(inside, {x}, 0.0), {rule})"
+        elif self.region.block:
+            yield f"{codes}, {scales} = quantize_rows({x}, inside, TILE, TILE, TILE, {rule})"
+        else:
+            yield f"{codes}, {scales} = quantize_rows({x}, inside, ROWS, WIDTH, {op.tile[1]}, {rule})"
         yield f'{codes} = narrow({codes}, "{self.format(op.dtype)}", {op.rule.clamp})'
 
     def dequantize(self, op: Dequantize) -> Iterator[str]:
@@ -257,14 +292,19 @@ class _Source:
     # ---- writing
 
     def store(self, value: Value, pointer: str) -> Iterator[str]:
+        if value.owner is not None and downward(value.owner):
+            yield from self.store_down(value, pointer)
+            return
         name = self.names[value]
         if isinstance(value.owner, Quantize):
             if value.index == 0:
                 yield f"tl.store({pointer} + {AT}, {name}, mask=inside)"
             else:
                 tiles = self.shapes[value][-1]
-                yield f"tile = tl.arange(0, {name}.shape[1])[None, :]"
-                yield f"tl.store({pointer} + row * {tiles} + tile, {name}, mask=(row < rows) & (tile < {tiles}))"
+                mask = "row < stop" if self.region.block else f"(row < rows) & (tile < {tiles})"
+                if not self.region.block:
+                    yield f"tile = tl.arange(0, {name}.shape[1])[None, :]"
+                yield f"tl.store({pointer} + row * {tiles} + tile, {name}, mask={mask})"
             return
         at, mask = ("row", "row < rows") if value in self.region.rows else (AT, "inside")
         if value.dtype is DType.bool:
@@ -272,6 +312,23 @@ class _Source:
         else:
             stored = name if value.dtype is DType.f32 else f'narrow({name}, "{self.format(value.dtype)}")'
         yield f"tl.store({pointer} + {at}, {stored}, mask={mask})"
+
+    def store_down(self, value: Value, pointer: str) -> Iterator[str]:
+        """Codes of a square [TILE, TILE] or their scales [1, TILE], as they are or turned."""
+        turned = isinstance(value.owner, Transpose)
+        made = value.owner.x if isinstance(value.owner, Transpose) else value
+        name = self.names[made]
+        if made.index == 0:
+            if turned:
+                yield "down, across = start + tl.arange(0, TILE)[None, :], tile * TILE + tl.arange(0, TILE)[:, None]"
+                at, mask = "across.to(tl.int64) * rows + down", "(across < COLUMNS) & (down < stop)"
+                yield f"tl.store({pointer} + {at}, tl.trans({name}), mask={mask})"
+            else:
+                yield f"tl.store({pointer} + {AT}, {name}, mask=inside)"
+            return
+        used = f"tl.where(start < stop, {name}, 0.0)"  # of groups there may be fewer tiles than there is room for
+        at = "column * tiles + nth" if turned else "nth * COLUMNS + column"
+        yield f"tl.store({pointer} + {at}, {used}, mask=column < COLUMNS)"
 
 
 def _offset(of: Sequence[int], within: Sequence[int], at: str) -> str:
@@ -309,44 +366,3 @@ def _cast(x: str, source: DType, target: DType) -> str:
     if source is DType.bool and target is not DType.bool:
         return f"tl.where({x}, 1.0, 0.0)"
     return f"{x} != 0.0" if target is DType.bool and source is not DType.bool else x
-
-
-# ---- files
-
-
-def folder() -> Path:
-    """Where generated source lies: `dsc/generated` under XDG_CACHE_HOME, or under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsc" / "generated"
-
-
-GENERATED = "dsc_generated."
-"""What the names of generated modules begin with; the file's follows."""
-
-
-@cache
-def load(name: str, text: str) -> Any:
-    """The kernel `name` of a module whose text is `text`, written to a file of that content and imported from there."""
-    stem = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    file = folder() / f"{stem}.py"
-    if not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, prefix=".draft-", delete=False) as draft:
-                draft.write(text)
-            os.replace(draft.name, file)  # complete or absent, whoever else writes it
-        except OSError as error:
-            raise DscError(f"{file.parent}: generated kernels are written there: {error.strerror}; set XDG_CACHE_HOME") from None
-    return getattr(import_file(stem), name)
-
-
-def import_file(stem: str) -> Any:
-    """The generated module in the file `stem`.py."""
-    name = GENERATED + stem
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, folder() / f"{stem}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name]

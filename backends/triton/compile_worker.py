@@ -35,7 +35,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from .codegen import GENERATED, import_file
+    from .generated import GENERATED, import_file
 
     generated = job["module"].startswith(GENERATED)
     home = import_file(job["module"].removeprefix(GENERATED)) if generated else importlib.import_module(job["module"])

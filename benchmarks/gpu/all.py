@@ -40,7 +40,7 @@ from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from dsc.ir.ops.control import Param
 from dsc.ir.ops.elementwise import Add, SwiGLU, SwiGLUBackward
-from dsc.ir.ops.fused import QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
+from dsc.ir.ops.fused import RmsNormQuantize, SwiGLUQuantize
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from dsc.ir.ops.loss import CrossEntropy, CrossEntropyBackward
 from dsc.ir.ops.moe import Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights
@@ -299,7 +299,6 @@ def rows(bench: Bench, found: Machine) -> None:
         (CrossEntropy(value(BF16, s.tokens, s.vocabulary), value(I64, s.tokens)), below(s.vocabulary)),
         (RmsNormQuantize(x, weight, 1e-6), None),
         (SwiGLUQuantize(gate, up), None),
-        (QuantizeTwice(x), None),
         (RmsNormBackward(x, weight, x_gradient, 1e-6), None),
         (SwiGLUBackward(gate, up, value(BF16, s.tokens, s.width)), None),
         (RouteBackward(value(F32, s.tokens, s.experts), value(I32, s.tokens, s.top_k), value(F32, s.tokens, s.top_k)), chosen),

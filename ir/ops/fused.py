@@ -14,8 +14,7 @@ from .control import Call
 from .elementwise import SwiGLU
 from .norm import RmsNorm
 from .quant import Quantize
-from .rules import require_float, static
-from .shape import Reshape, Transpose
+from .rules import require_float
 
 
 @op("fused")
@@ -83,43 +82,6 @@ class SwiGLUQuantize(Op):
         y = b.emit(SwiGLU(self.gate, self.up, self.weight)).result
         found = b.emit(Quantize(y, tile=self.tile, dtype=self.dtype, rule=self.rule)).results
         return (y, *found) if self.keep else found
-
-
-@op("quantize_twice")
-class QuantizeTwice(Op):
-    """Codes and scales of x in tiles [1, tile] along its rows, and again in tiles [tile, 1] down its columns, from one read of x.
-
-    The first copy is like x. The second is of x[..., C] as a matrix [R, C]: where `transposed` its codes are [C, R] and its scales
-    [C, R / tile], as a product that sums over rows takes them, else [R, C] and [R / tile, C]. With `counts` (i32[groups]) the tiles of
-    the second copy restart at each group of rows. Activations and gradients are read so by the forward product and the one for weights
-    (DeepSeek-V3 report, section 3.5.2).
-    """
-
-    x: Value
-    counts: Value | None = None
-    tile: int = 128
-    dtype: DType = DType.f8e4m3
-    rule: ScaleRule = ScaleRule(floor=1e-4)
-    transposed: bool = False
-
-    def infer(self) -> tuple[Type, ...]:
-        return tuple(value.type for value in self.expand(Builder("types")))
-
-    def flops(self) -> int:
-        return 6 * self.x.tensor.size
-
-    def expand(self, b: Builder) -> tuple[Value, ...]:
-        require(self.x.tensor.rank >= 2, f"expected [..., rows, columns], found {self.x.type}")
-        require(not (self.transposed and self.counts), "tiles that restart at groups are not transposed")
-        along = b.emit(Quantize(self.x, tile=(1, self.tile), dtype=self.dtype, rule=self.rule))
-        x = self.x
-        if x.tensor.rank > 2:
-            shape = static(x, "quantize_twice of more than a matrix")
-            x = b.emit(Reshape(x, (x.tensor.size // max(1, shape[-1]), shape[-1]))).result
-        down = b.emit(Quantize(x, self.counts, (self.tile, 1), self.dtype, self.rule)).results
-        if self.transposed:
-            down = tuple(b.emit(Transpose(value, (1, 0))).result for value in down)
-        return (*along.results, *down)
 
 
 def expansion(op: Op, module: Module | None = None) -> Func | None:

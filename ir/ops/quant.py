@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..core import Op, Value, op
 from ..errors import require
 from ..quantization import Accumulation, ScaleRule
-from ..types import Dim, DType, Shape, Tensor, Type, bound
+from ..types import Dim, DType, Ragged, Shape, Tensor, Type, bound
 from .rules import require_float, require_int
 
 CODES = (DType.f8e4m3, DType.f8e5m2, DType.e5m6)
@@ -26,12 +26,14 @@ def scale_shape(shape: Shape, tile: tuple[int, int], groups: int = 0) -> Shape:
     """The shape of the scales of a tensor [..., rows, columns].
 
     Where rows are grouped and a tile spans several, tiles restart at each group: at most rows / tile + groups of them, and
-    as many rows of scales are kept, the unused ones 0.
+    as many rows of scales are kept, the unused ones 0. Of ragged rows they are ragged themselves: `rows_by_128` of `rows`.
     """
     rows, columns = shape[-2:]
     if tile[0] == 1:
         return (*shape[:-1], tiles(columns, tile[1]))
-    down = tiles(rows, tile[0]) if not groups else bound(rows) // tile[0] + groups
+    down: Dim = tiles(rows, tile[0]) if not groups else bound(rows) // tile[0] + groups
+    if groups and isinstance(rows, Ragged):
+        down = Ragged(f"{rows.name}_by_{tile[0]}", bound(down))
     return (*shape[:-2], down, tiles(columns, tile[1]))
 
 

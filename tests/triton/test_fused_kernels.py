@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import dsc
 from dsc import backends
 from dsc.backends.arrays import rounded, widen
-from dsc.backends.triton import aot, codegen, expressions
+from dsc.backends.triton import aot, expressions, generated
 from dsc.backends.triton.program import FunctionPlan, Step, layout_of, plan_function
 from dsc.backends.triton.run import Executor, machine
 from dsc.backends.triton.targets import TARGETS, parse_targets
@@ -25,8 +25,9 @@ from dsc.driver.diff import diff
 from dsc.driver.measure import same_bits
 from dsc.ir.core import OPS, Func, Module, Op, Trait, Value
 from dsc.ir.ops.elementwise import Add, Cast, Sub, SwiGLU, Tanh
-from dsc.ir.ops.fused import QuantizeTwice, RmsNormQuantize, SwiGLUQuantize
+from dsc.ir.ops.fused import RmsNormQuantize, SwiGLUQuantize
 from dsc.ir.ops.norm import RmsNorm
+from dsc.ir.printer import print_attribute
 from dsc.ir.quantization import RULES, ScaleRule
 from dsc.ir.region import LIBRARY
 from dsc.ir.types import DType, Tensor
@@ -91,22 +92,66 @@ RULED = [(shape, "deepseek-v3") for shape in SHAPES] + [
 ]
 
 
+TWICE = """
+module {{ stage=quantized }}
+
+func @f(%x: {dtype}[{shape}], %c: f8e4m3[{shape}], %s: f32[{lead}, {across}]{counts}) {{
+  %w: {dtype}[{shape}] = dequantize(%c, %s, tile=[1, {tile}], dtype={dtype})                                  @ f#1 I
+  %y: {dtype}[{shape}] = add(%x, %w)                                                                         @ f#2 I
+  %a: {format}[{shape}], %as: f32[{lead}, {across}] = quantize(%y, tile=[1, {tile}], dtype={format}, rule={rule})  @ f#3 I
+  %m: {dtype}[{rows}, {columns}] = reshape(%y, shape=[{rows}, {columns}])                                    @ f#4 W
+  %d: {format}[{rows}, {columns}], %ds: f32[{down}, {columns}] = quantize(%m, {given}tile=[{tile}, 1], dtype={format}, rule={rule})  @ f#5 W
+  {turn}
+  return %y, %a, %as, {result}
+}}
+"""
+
+
+def twice(shape: tuple[int, ...], rule: ScaleRule, tile: int = 128, format: str = "f8e4m3", turned: bool = True, groups: int = 0) -> Module:
+    """A sum that is quantised along its rows and down its columns, each copy with a reader of its own."""
+    *lead, columns = shape
+    rows = int(np.prod(lead))
+    down = rows // tile + groups if groups else -(-rows // tile)
+    turn = (
+        f"%t: {format}[{columns}, {rows}] = transpose(%d, perm=[1, 0])  @ f#6 W\n"
+        f"  %ts: f32[{columns}, {down}] = transpose(%ds, perm=[1, 0])  @ f#7 W"
+    )
+    return dsc.parse(
+        TWICE.format(
+            **{"dtype": "bf16", "shape": ", ".join(map(str, shape)), "lead": ", ".join(map(str, lead)), "across": -(-columns // tile)},
+            **{"tile": tile, "format": format, "rule": print_attribute(rule), "rows": rows, "columns": columns, "down": down},
+            **{"counts": f", %counts: i32[{groups}]" if groups else "", "given": "counts=%counts, " if groups else ""},
+            **{"turn": turn if turned else "", "result": "%t, %ts" if turned else "%d, %ds"},
+        )
+    )
+
+
+def operands_of(module: Module, *counts: int) -> list[np.ndarray]:
+    x, codes, scales, *_ = module.main.params
+    given = [adversarial(v.dtype, *map(int, v.shape), seed=i) for i, v in enumerate((x, codes, scales))]
+    return [*given, *([np.array(counts, np.int32)] if counts else [])]
+
+
 @pytest.mark.parametrize(("shape", "rule"), RULED, ids=str)
-def test_quantising_twice_is_exact(shape: tuple[int, ...], rule: str) -> None:
-    """Both copies bit for bit, by rules with and without powers of two; E5M2 and small tiles too."""
-    x = adversarial(BF16, *shape)
-    for options in ({"transposed": True}, {}, {"tile": 16, "dtype": DType.f8e5m2}):
-        op = QuantizeTwice(value(BF16, *shape), rule=RULES[rule], **options)
-        found, expected = TRITON.evaluate(op, (x,)), NUMPY.evaluate(op, (x,))
-        assert all(map(same_bits, found, expected))
+def test_a_region_by_blocks_is_exact(shape: tuple[int, ...], rule: str) -> None:
+    """Both copies bit for bit, as one kernel of one read; turned or not, by rules with and without powers of two, E5M2 and small tiles."""
+    for options in ({}, {"turned": False}, {"tile": 16, "format": "f8e5m2"}):
+        module = twice(shape, RULES[rule], **options)
+        fused = dsc.apply(module, "fuse")
+        assert [step.how for step in steps(fused)] == ["kernel"]
+        arrays = operands_of(module)
+        assert all(map(same_numbers, TRITON.run(fused, seeded, arrays), NUMPY.run(module, seeded, arrays)))
 
 
 @pytest.mark.parametrize("counts", [(0, 23, 0), (7, 9, 7), (1, 0, 22), (23,)], ids=str)
-def test_quantising_rows_of_experts_twice_is_exact(counts: tuple[int, ...]) -> None:
+def test_blocks_restart_at_experts(counts: tuple[int, ...]) -> None:
     """One expert with all the rows, experts without any."""
-    op = QuantizeTwice(value(F32, 23, 37), Value(Tensor(DType.i32, (len(counts),)), "counts"), tile=8)
-    arrays = (adversarial(F32, 23, 37), np.array(counts, np.int32))
-    assert all(map(same_bits, TRITON.evaluate(op, arrays), NUMPY.evaluate(op, arrays)))
+    for turned in (False, True):
+        module = twice((23, 37), RULES["deepseek-v3"], tile=8, turned=turned, groups=len(counts))
+        fused = dsc.apply(module, "fuse")
+        assert [step.how for step in steps(fused)] == ["kernel"]
+        arrays = operands_of(module, *counts)
+        assert all(map(same_numbers, TRITON.run(fused, seeded, arrays), NUMPY.run(module, seeded, arrays)))
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -262,7 +307,7 @@ def test_a_region_without_an_expression_runs_op_by_op(monkeypatch: pytest.Monkey
 
 def test_generated_source_is_a_readable_file_named_by_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    codegen.load.cache_clear()
+    generated.load.cache_clear()
     module = dsc.apply(dsc.parse(ALL_FAULTY), "fuse")
     assert [s.launches[0].kernel.__name__ for s in steps(module)] == ["add_swiglu_tanh_sub_rms_norm_kernel"]
     (file,) = (tmp_path / "dsc" / "generated").iterdir()
@@ -270,10 +315,10 @@ def test_generated_source_is_a_readable_file_named_by_its_content(monkeypatch: p
     assert "%v2: f32 = tanh(%v1)" in text
     assert "v2 = tanh(v1)" in text
     stamp = file.stat().st_mtime_ns
-    codegen.load.cache_clear()
+    generated.load.cache_clear()
     assert len(list(steps(module))) == 1
     assert file.stat().st_mtime_ns == stamp
-    codegen.load.cache_clear()
+    generated.load.cache_clear()
 
 
 # ---- whole models
@@ -307,8 +352,8 @@ def test_fused_kernels_compile_without_spills(target: str, tmp_path: Any) -> Non
     """Generated ones and each named one, at the width of DeepSeek-V3."""
     module = dsc.apply(dsc.parse(WIDE), "fuse")
     made = {c.job.function: c for c in aot.compile_jobs(aot.jobs(module, parse_targets(target)), cache=tmp_path)}
-    generated = {"add_rms_norm_quantize_kernel", "dequantize_dequantize_swiglu_backward_kernel"}
-    assert made.keys() == {*generated, "rms_norm_quantize_kernel", "swiglu_quantize_kernel", "quantize_twice_kernel"}
+    generated = {"add_rms_norm_quantize_kernel", "add_quantize_quantize_transpose_transpose_kernel", "dequantize_quantize_kernel"}
+    assert made.keys() == {*generated, "rms_norm_quantize_kernel", "swiglu_quantize_kernel"}
     assert {name: c.facts["spill_bytes"] for name, c in made.items()} == dict.fromkeys(made, 0)
     aot.write(list(made.values()), tmp_path / "out")
     text = next((tmp_path / "out" / target).glob("add_rms_norm_quantize_kernel_*.py")).read_text()
@@ -320,7 +365,7 @@ WIDE = """
 module { stage=quantized }
 
 func @f(%x: bf16[4096, 7168], %r: bf16[4096, 7168], %w: bf16[7168], %gate: bf16[4096, 2048], %up: bf16[4096, 2048],
-        %gq: f8e4m3[4096, 2048], %gs: f32[4096, 16]) {
+        %gq: f8e4m3[4096, 2048], %gs: f32[4096, 16], %counts: i32[4]) {
   %h: bf16[4096, 7168] = add(%x, %r)                                 @ f#1 F
   %y: bf16[4096, 7168] = rms_norm(%h, %w, eps=1e-06)                 @ f#2 F
   %q: f8e4m3[4096, 7168], %s: f32[4096, 56] = quantize(%y)           @ f#3 F
@@ -328,13 +373,13 @@ func @f(%x: bf16[4096, 7168], %r: bf16[4096, 7168], %w: bf16[7168], %gate: bf16[
   %zq: f8e4m3[4096, 7168], %zs: f32[4096, 56] = quantize(%z)         @ f#5 I
   %a: bf16[4096, 2048] = swiglu(%gate, %up)                          @ f#6 F
   %aq: f8e4m3[4096, 2048], %as: f32[4096, 16] = quantize(%a)         @ f#7 F
-  %g: bf16[4096, 2048] = dequantize(%gq, %gs)                        @ f#8 I
-  %u: bf16[4096, 2048] = dequantize(%gq, %gs)                        @ f#9 I
-  %dg: bf16[4096, 2048], %du: bf16[4096, 2048] = swiglu_backward(%g, %u, %up)  @ f#10 I
+  %g: bf16[4096, 2048] = dequantize(%gq, %gs)                        @ f#8 W
+  %gr: f8e4m3[4096, 2048], %grs: f32[36, 2048] = quantize(%g, counts=%counts, tile=[128, 1])  @ f#9 W
+  %dg: bf16[4096, 2048] = add(%gate, %up)                            @ f#10 I
   %i: f8e4m3[4096, 2048], %is: f32[4096, 16] = quantize(%dg)         @ f#11 I
   %k: f8e4m3[4096, 2048], %ks: f32[32, 2048] = quantize(%dg, tile=[128, 1])  @ f#12 W
   %kt: f8e4m3[2048, 4096] = transpose(%k, perm=[1, 0])               @ f#13 W
   %kst: f32[2048, 32] = transpose(%ks, perm=[1, 0])                  @ f#14 W
-  return %h, %q, %s, %zq, %zs, %aq, %as, %du, %i, %is, %kt, %kst
+  return %h, %q, %s, %zq, %zs, %aq, %as, %gr, %grs, %dg, %i, %is, %kt, %kst
 }
 """

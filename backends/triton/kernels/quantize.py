@@ -93,6 +93,16 @@ def quantize_rows(x, inside, ROWS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.c
     return tl.reshape(scaled, (ROWS, WIDTH)), scale
 
 
+@device
+def quantize_columns(x, SOURCE_MAX: tl.constexpr, FLOOR: tl.constexpr, LARGEST: tl.constexpr,
+                     SCALE: tl.constexpr, APPLY: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """Columns of x, each a tile, over or times their factor, still to be narrowed, and scales [1, columns]."""
+    amax = from_bits(tl.max(bits_of(x) & 0x7FFFFFFF, axis=0))
+    scale, factor = scale_of(amax, FLOOR, LARGEST, SOURCE_MAX, SCALE, APPLY, POW2, UNIT)
+    factor = tl.broadcast_to(factor[None, :], x.shape)
+    return (tl.div_rn(x, factor) if APPLY == "divide" else x * factor), scale[None, :]
+
+
 @triton.jit
 def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, tile_columns,
                     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
