@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..ir.core import Func, Module, Op, Phase, Symbol, Value, users
+from ..ir.core import Func, Module, Op, Phase, Symbol, Trait, Value, users
 from ..ir.errors import DscError
-from ..ir.ops.elementwise import SwiGLU
-from ..ir.ops.fused import Fused, RmsNormQuantize, SwiGLUQuantize
+from ..ir.ops.elementwise import Add, SwiGLU
+from ..ir.ops.fused import SUMS, Fused, RmsNormQuantize, SwiGLUQuantize
 from ..ir.ops.norm import RmsNorm
 from ..ir.ops.quant import Quantize
 from ..ir.ops.shape import Reshape
@@ -71,8 +71,7 @@ class Fuse(Pass):
           %dm: bf16[6, 256] = reshape(%dy, shape=[6, 256])                  @ f#4 W
           %wq: f8e4m3[6, 256], %ws: f32[1, 256] = quantize(%dm, tile=[128, 1])  @ f#5 W
           %tq: f8e4m3[256, 6] = transpose(%wq, perm=[1, 0])                 @ f#6 W
-          %ts: f32[256, 1] = transpose(%ws, perm=[1, 0])                    @ f#7 W
-          return %q, %s, %dq, %ds, %tq, %ts
+          return %q, %s, %dq, %ds, %tq, %ws
         }
 
     after:
@@ -81,17 +80,16 @@ class Fuse(Pass):
 
         func @f(%gate: bf16[4, 256], %up: bf16[4, 256], %dy: bf16[2, 3, 256]) {
           %q: f8e4m3[4, 256], %s: f32[4, 2] = swiglu_quantize(%gate, %up)   @ f#2 F
-          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %tq: f8e4m3[256, 6], %ts: f32[256, 1] = fused(@quantize_quantize_transpose_transpose, [%dy])  @ f#7.1 I
-          return %q, %s, %dq, %ds, %tq, %ts
+          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %tq: f8e4m3[256, 6], %ws: f32[1, 256] = fused(@quantize_quantize_transpose, [%dy])  @ f#6.1 I
+          return %q, %s, %dq, %ds, %tq, %ws
         }
 
-        func @quantize_quantize_transpose_transpose(%dy: bf16[2, 3, 256]) {
+        func @quantize_quantize_transpose(%dy: bf16[2, 3, 256]) {
           %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2] = quantize(%dy)         @ f#3 I
           %dm: bf16[6, 256] = reshape(%dy, shape=[6, 256])                  @ f#4 W
           %wq: f8e4m3[6, 256], %ws: f32[1, 256] = quantize(%dm, tile=[128, 1])  @ f#5 W
           %tq: f8e4m3[256, 6] = transpose(%wq, perm=[1, 0])                 @ f#6 W
-          %ts: f32[256, 1] = transpose(%ws, perm=[1, 0])                    @ f#7 W
-          return %dq, %ds, %tq, %ts
+          return %dq, %ds, %tq, %ws
         }
 
     The two quantisations of a gradient are of two phases: the one for weights is done with the one for inputs, which reads the same, in
@@ -107,7 +105,7 @@ class Fuse(Pass):
         regions: list[Func] = []
         module = quantized_stashes(module)
         for func in module.funcs:
-            fusion = _Fusion(self, func, names)
+            fusion = _Fusion(self, _summed(func), names)
             funcs.append(fusion.rebuilt())
             regions += fusion.regions
         return module.replace(funcs=(*funcs, *regions), stage="lowered")
@@ -135,6 +133,42 @@ def _replaced(func: Func, ops: list[Op], new: dict[Value, Value]) -> Func:
         new |= {a: b for a, b in zip(op.results, changed.results, strict=True) if a is not b}
         body.append(changed)
     return Func(func.name, func.params, tuple(body), tuple(map(now, func.results)), func.updates)
+
+
+def _summed(func: Func) -> Func:
+    """`func` with the sums of products, and of gradients of norms, with what is there before, made by the kernels of these.
+
+    None of them is made to wait for a collective for which it does not wait anyway.
+    """
+    readers, place, awaited = users(func), {op: i for i, op in enumerate(func.ops)}, _awaited(func)
+    made: dict[Op, Op] = {}
+    new: dict[Value, Value] = {}
+    dropped = set[Op]()
+    for op in func.ops:
+        for value, other in ((op.a, op.b), (op.b, op.a)) if isinstance(op, Add) else ():
+            owner = value.owner
+            if type(owner) not in SUMS or owner is None or owner in made or op in dropped or value is not owner.results[0]:
+                continue
+            alone = readers[value] == [op] and value not in func.results and owner.phase is op.phase
+            there = other.owner is None or (place[other.owner] < place[owner] and awaited[other] <= awaited[value])
+            if alone and there and other.type == value.type == op.result.type:
+                given = {a.name: getattr(owner, a.name) for a in owner.arguments}
+                names = (op.result.name, *(v.name for v in owner.results[1:]))
+                made[owner] = SUMS[type(owner)](**given, added=other, id=op.id, phase=op.phase, names=names)
+                new |= {op.result: made[owner].results[0]} | dict(zip(owner.results[1:], made[owner].results[1:], strict=True))
+                dropped.add(op)
+    if not made:
+        return func
+    return _replaced(func, [made.get(op, op) for op in func.ops if op not in dropped], new)
+
+
+def _awaited(func: Func) -> dict[Value, frozenset[Op]]:
+    """The collectives that each value waits for."""
+    found: dict[Value, frozenset[Op]] = dict.fromkeys(func.params, frozenset())
+    for op in func.ops:
+        own = {op} if Trait.COLLECTIVE in op.traits else set()
+        found |= dict.fromkeys(op.results, frozenset(own.union(*(found[v] for v in op.operands))))
+    return found
 
 
 # ---- regions

@@ -101,7 +101,8 @@ def bound(
         return tuple(0.0 for value in op.results for _ in tensors(value.type))
     precision = FLOAT64 if any(t.dtype is DType.f64 for v in (*op.operands, *op.results) for t in tensors(v.type)) else precision
     with np.errstate(all="ignore"):
-        if isinstance(op, fused.Fused | fused.RmsNormQuantize | fused.SwiGLUQuantize) and (func := fused.expansion(op, module)):
+        named = (fused.Fused, fused.RmsNormQuantize, fused.SwiGLUQuantize, *fused.SUMS.values())
+        if isinstance(op, named) and (func := fused.expansion(op, module)):
             return enclosed(func, operands, precision)
         wide = [exact(x) for x in operands]
         if isinstance(op, moe.Route):

@@ -41,7 +41,14 @@ from ..ir.ops.elementwise import (
     Tanh,
     Where,
 )
-from ..ir.ops.fused import Fused, RmsNormQuantize, SwiGLUQuantize
+from ..ir.ops.fused import (
+    Fused,
+    GroupedScaledMatmulAdd,
+    RmsNormBackwardAdd,
+    RmsNormQuantize,
+    ScaledMatmulAdd,
+    SwiGLUQuantize,
+)
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import (
@@ -390,6 +397,14 @@ FUSED = [
     *(sample(SwiGLUQuantize, f"{dtype}[2, 3, 200]", f"{dtype}[2, 3, 200]") for dtype in ("f32", "bf16")),
     sample(SwiGLUQuantize, "bf16[5, 70]", ("bf16[5, 70]", wide), tile=(1, 16), rule=POWERS, keep=True),
     sample(SwiGLUQuantize, "bf16[5, 70]", "bf16[5, 70]", "f32[5, 1]", tile=(1, 16), tag="with weights"),
+    *(sample(ScaledMatmulAdd, "f8e4m3[2, 5, 200]", ("f32[2, 5, 2]", positive), "f8e4m3[9, 200]", ("f32[1, 2]", positive),
+             f"{out.name}[2, 5, 9]", out=out) for out in (DType.bf16, DType.f32)),
+    sample(GroupedScaledMatmulAdd, "f8e4m3[23, 200]", ("f32[23, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
+           ("i32[3]", counts(20)), "bf16[23, 9]", tag="with spare rows"),
+    sample(GroupedScaledMatmulAdd, "f8e4m3[3, 7, 200]", ("f32[3, 7, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
+           ("i32[3]", integers(0, 8)), "bf16[3, 7, 9]", tag="with rows of its own for each group"),
+    *(sample(RmsNormBackwardAdd, f"{dtype}[2, 3, 193]", f"{dtype}[193]", f"{dtype}[2, 3, 193]", f"{dtype}[2, 3, 193]", eps=1e-6)
+      for dtype in ("f32", "bf16")),
 ]  # fmt: skip
 
 SAMPLES: tuple[Sample, ...] = (

@@ -17,7 +17,7 @@ from ...distributed.world import Program, Request, Start, Ticket, Wait
 from ...ir.core import Module, Op, Value
 from ...ir.errors import require
 from ...ir.ops.collective import Collective, Transfer
-from ...ir.ops.fused import RmsNormQuantize, SwiGLUQuantize
+from ...ir.ops.fused import SUMS, RmsNormQuantize, SwiGLUQuantize
 from ...ir.types import Bundle, DType, Tensor, landed
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, rounded, widen
@@ -124,7 +124,7 @@ def by_expansion(op: Op, wide: np.dtype[Any], *operands: Data) -> tuple[Data, ..
     return Interpreter(wide).expanded(op, operands)
 
 
-for _cls in (RmsNormQuantize, SwiGLUQuantize):
+for _cls in (RmsNormQuantize, SwiGLUQuantize, *SUMS.values()):
     reference(_cls, operands="blocks")(by_expansion)
 
 

@@ -212,6 +212,15 @@ def swiglu_backward(gate, up, dy):
 
 
 @device
+def plus(x, ADDED, at, inside, FORMAT: tl.constexpr, PLUS: tl.constexpr):
+    """float32 x; with PLUS rounded to FORMAT and what ADDED has at the same place added, which is of that format."""
+    if PLUS:
+        return rounded(x, FORMAT) + widen(tl.load(ADDED + at, mask=inside, other=0.0), FORMAT)
+    else:
+        return x
+
+
+@device
 def row_sum(x, inside):
     """The sum of what is inside of each row, [ROWS, 1], in the order of the reduction tree."""
     return tl.sum(tl.where(inside, x, 0.0), axis=1)[:, None]

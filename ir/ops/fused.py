@@ -6,14 +6,16 @@ quantised before. Scales of powers of two, saturation and so on are fields of `r
 
 from __future__ import annotations
 
+from dataclasses import field
+
 from ..core import Builder, Func, Module, Op, Value, op
 from ..errors import require
 from ..quantization import ScaleRule
 from ..types import DType, Tensor, Type
 from .control import Call
-from .elementwise import SwiGLU
-from .norm import RmsNorm
-from .quant import Quantize
+from .elementwise import Add, SwiGLU
+from .norm import RmsNorm, RmsNormBackward
+from .quant import GroupedScaledMatmul, Quantize, ScaledMatmul
 from .rules import require_float
 
 
@@ -82,6 +84,63 @@ class SwiGLUQuantize(Op):
         y = b.emit(SwiGLU(self.gate, self.up, self.weight)).result
         found = b.emit(Quantize(y, tile=self.tile, dtype=self.dtype, rule=self.rule)).results
         return (y, *found) if self.keep else found
+
+
+def _with_sum(op: Op, base: type[Op], added: Value | None, b: Builder) -> tuple[Value, ...]:
+    """The results of `base`, which `op` is otherwise, the first with `added` to it."""
+    require(added is not None, f"{op.name} needs what is added")
+    assert added is not None
+    made = b.emit(base(**{a.name: getattr(op, a.name) for a in op.arguments if a.name != "added"}))
+    y = made.results[0]
+    require(added.type == y.type, f"{added.type} is added, expected {y.type}")
+    return (*b.emit(Add(y, added)).results, *made.results[1:])
+
+
+@op("scaled_matmul_add")
+class ScaledMatmulAdd(ScaledMatmul):
+    """`scaled_matmul`, and `added`, which is like its result, on top of it: the product is rounded before."""
+
+    added: Value | None = field(default=None, kw_only=True)
+
+    def infer(self) -> tuple[Type, ...]:
+        return tuple(v.type for v in self.expand(Builder("types")))
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        return _with_sum(self, ScaledMatmul, self.added, b)
+
+
+@op("grouped_scaled_matmul_add")
+class GroupedScaledMatmulAdd(GroupedScaledMatmul):
+    """`grouped_scaled_matmul`, and `added`, which is like its result, on top of it: the product is rounded before."""
+
+    added: Value | None = field(default=None, kw_only=True)
+
+    def infer(self) -> tuple[Type, ...]:
+        return tuple(v.type for v in self.expand(Builder("types")))
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        return _with_sum(self, GroupedScaledMatmul, self.added, b)
+
+
+@op("rms_norm_backward_add")
+class RmsNormBackwardAdd(RmsNormBackward):
+    """`rms_norm_backward`, and `added`, which is like x, on top of its gradient: that of the residual stream, which passes the norm by."""
+
+    added: Value | None = field(default=None, kw_only=True)
+
+    def infer(self) -> tuple[Type, ...]:
+        return tuple(v.type for v in self.expand(Builder("types")))
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        return _with_sum(self, RmsNormBackward, self.added, b)
+
+
+SUMS: dict[type[Op], type[Op]] = {
+    ScaledMatmul: ScaledMatmulAdd,
+    GroupedScaledMatmul: GroupedScaledMatmulAdd,
+    RmsNormBackward: RmsNormBackwardAdd,
+}
+"""What stands for an op whose first result something is added to."""
 
 
 def expansion(op: Op, module: Module | None = None) -> Func | None:

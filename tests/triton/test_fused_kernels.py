@@ -25,7 +25,7 @@ from dsc.driver.diff import diff
 from dsc.driver.measure import same_bits
 from dsc.ir.core import OPS, Func, Module, Op, Trait, Value
 from dsc.ir.ops.elementwise import Add, Cast, Sub, SwiGLU, Tanh
-from dsc.ir.ops.fused import RmsNormQuantize, SwiGLUQuantize
+from dsc.ir.ops.fused import SUMS, RmsNormQuantize, SwiGLUQuantize, expansion
 from dsc.ir.ops.norm import RmsNorm
 from dsc.ir.printer import print_attribute
 from dsc.ir.quantization import RULES, ScaleRule
@@ -36,8 +36,8 @@ from dsc.testing import assert_backends_agree
 from dsc.testing.agree import share_of_bound
 from dsc.testing.bounds import bound
 from dsc.testing.programs import programs
-from dsc.testing.samples import SAMPLES
-from dsc.testing.sampling import seeded
+from dsc.testing.samples import SAMPLES, samples
+from dsc.testing.sampling import Sample, seeded
 
 TRITON, NUMPY = Executor(poison=True), backends.get("numpy")
 BF16, F32 = DType.bf16, DType.f32
@@ -164,6 +164,20 @@ def test_named_kernels_are_within_their_bound(dtype: DType, shape: tuple[int, ..
         agree(norm, adversarial(dtype, *shape), adversarial(dtype, shape[-1], seed=1))
         gate = rounded(np.clip(widen(adversarial(dtype, *shape), np.float64), -90, 90), dtype)
         agree(SwiGLUQuantize(given, value(dtype, *shape), keep=keep, **options), gate, adversarial(dtype, *shape, seed=1))
+
+
+@pytest.mark.parametrize("sample", samples(*SUMS.values()), ids=lambda s: s.name)
+def test_a_sum_on_top_gives_the_same_bits(sample: Sample) -> None:
+    """One kernel adds what two did, product and sum apart, with each rounding in its place; `fuse` makes it of them."""
+    func = expansion(sample.op())
+    assert func is not None
+    apart = Module((func,), stage="quantized")
+    fused = dsc.apply(apart, "fuse")
+    assert [type(op) for op in fused.main.ops] == [sample.cls]
+    assert [step.how for step in steps(fused)] == ["kernel"]
+    for seed in range(2):
+        arrays = sample.arrays(seed)
+        assert all(map(same_bits, TRITON.run(fused, seeded, arrays), TRITON.run(apart, seeded, arrays)))
 
 
 def test_the_bound_permits_little() -> None:

@@ -15,9 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....ir.ops.fused import GroupedScaledMatmulAdd
 from ....ir.ops.quant import GroupedScaledMatmul
 from ....ir.types import DType
-from ..arithmetic import narrow
+from ..arithmetic import narrow, plus
 from ..groups import extents, rows_of_tile
 from ..registry import Argument, Declined, Launch, Slot, kernel
 from ..targets import Target
@@ -26,11 +27,11 @@ from .scaled_matmul import declined, described_product, scaled_product, tile_of
 
 
 @triton.jit
-def grouped_scaled_matmul_kernel(X, SX, W, SW, COUNTS, Y, rows, n, k, groups, row_tiles, steps,
+def grouped_scaled_matmul_kernel(X, SX, W, SW, COUNTS, ADDED, Y, rows, n, k, groups, row_tiles, steps,
                                  TILE_W: tl.constexpr, FORMULA: tl.constexpr, FORMAT_X: tl.constexpr, FORMAT_W: tl.constexpr,
                                  OUT: tl.constexpr, FNUZ: tl.constexpr, DEQUANTIZE: tl.constexpr, GROUPS: tl.constexpr,
                                  EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                                 GROUP: tl.constexpr):  # fmt: skip
+                                 GROUP: tl.constexpr, PLUS: tl.constexpr):  # fmt: skip
     row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, tl.cdiv(n, BLOCK_N), GROUP)
     if EACH:  # rows that each group has
         group = row_tile // tl.cdiv(EACH, BLOCK_M)
@@ -67,8 +68,8 @@ def grouped_scaled_matmul_kernel(X, SX, W, SW, COUNTS, Y, rows, n, k, groups, ro
                                  FORMULA, True, FORMAT_X, FORMAT_W, FNUZ, DEQUANTIZE, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
     if EACH:
         accumulator = tl.where((row < used)[:, None], accumulator, 0.0)
-    y_at = Y + start * n + row[:, None] * n + column[None, :]
-    tl.store(y_at, narrow(accumulator, OUT), mask=(row < height)[:, None] & (column < n)[None, :])
+    at, inside = start * n + row[:, None] * n + column[None, :], (row < height)[:, None] & (column < n)[None, :]
+    tl.store(Y + at, narrow(plus(accumulator, ADDED, at, inside, OUT, PLUS), OUT), mask=inside)
 
 
 @triton.jit
@@ -83,10 +84,10 @@ def tiles_of_groups_kernel(COUNTS, TILES, rows, groups, HEIGHT: tl.constexpr, GR
 
 
 @triton.jit
-def grouped_scaled_matmul_specialized_kernel(X, SX, W, SW, TILES, Y, rows, n, k, groups, row_tiles, steps, tiles,
+def grouped_scaled_matmul_specialized_kernel(X, SX, W, SW, TILES, ADDED, Y, rows, n, k, groups, row_tiles, steps, tiles,
                                              TILE_W: tl.constexpr, FORMULA: tl.constexpr, FORMAT_X: tl.constexpr, FORMAT_W: tl.constexpr,
                                              OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                                             GROUP: tl.constexpr):  # fmt: skip
+                                             GROUP: tl.constexpr, PLUS: tl.constexpr):  # fmt: skip
     x_rows = tl.make_tensor_descriptor(X, [rows, k], [k, 1], [BLOCK_M, BLOCK_K])
     w_rows = tl.make_tensor_descriptor(W, [groups * n, k], [k, 1], [BLOCK_N, BLOCK_K])
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False, warp_specialize=True):
@@ -99,13 +100,20 @@ def grouped_scaled_matmul_specialized_kernel(X, SX, W, SW, TILES, Y, rows, n, k,
         multiplied = tl.where((group < groups) & (height > 0), steps, 0)  # spare rows are zero
         accumulator = described_product(x_rows, start, w_rows, group * n + column_tile * BLOCK_N, sx_at, sw_at, multiplied,
                                         FORMULA, True, FORMAT_X, FORMAT_W, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
-        y_at = Y + (start + row).to(tl.int64)[:, None] * n + column[None, :]
-        tl.store(y_at, narrow(accumulator, OUT), mask=(row < height)[:, None] & (column < n)[None, :])
+        at, inside = (start + row).to(tl.int64)[:, None] * n + column[None, :], (row < height)[:, None] & (column < n)[None, :]
+        tl.store(Y + at, narrow(plus(accumulator, ADDED, at, inside, OUT, PLUS), OUT), mask=inside)
 
 
 @kernel(GroupedScaledMatmul)
 def grouped_scaled_matmul(
     op: GroupedScaledMatmul, target: Target, x: Slot, x_scales: Slot, w: Slot, w_scales: Slot, counts: Slot, y: Slot
+) -> Launch | tuple[Launch, ...] | Declined:
+    return grouped_scaled_matmul_add(op, target, x, x_scales, w, w_scales, counts, None, y)
+
+
+@kernel(GroupedScaledMatmulAdd)
+def grouped_scaled_matmul_add(
+    op: GroupedScaledMatmul, target: Target, x: Slot, x_scales: Slot, w: Slot, w_scales: Slot, counts: Slot, added: Slot | None, y: Slot
 ) -> Launch | tuple[Launch, ...] | Declined:
     if reason := declined(x, w, op.x_tile, op.w_tile, op.accumulation, target):
         return reason
@@ -120,12 +128,12 @@ def grouped_scaled_matmul(
     row_tiles = groups * ceil_div(each, tile.m) if masked else rows // tile.m + min(groups + 1, rows)
     tiles = row_tiles * ceil_div(n, tile.n)
     arguments: dict[str, Argument] = {
-        **{"X": x, "SX": x_scales, "W": w, "SW": w_scales, "Y": y, "rows": rows, "n": n, "k": k},
+        **{"X": x, "SX": x_scales, "W": w, "SW": w_scales, "ADDED": y if added is None else added, "Y": y, "rows": rows, "n": n, "k": k},
         **{"groups": groups, "row_tiles": row_tiles, "steps": ceil_div(k, tile.k)},
     }
     constants = {
         **{"TILE_W": op.w_tile[0], "FORMULA": op.accumulation.formula, "FORMAT_X": x.format, "FORMAT_W": w.format, "OUT": y.format},
-        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group},
+        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group, "PLUS": added is not None},
     }
     fusion = op.accumulation.formula != "unfused"
     width = power_of_two(groups + 1)

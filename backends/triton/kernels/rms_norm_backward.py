@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....ir.ops.fused import RmsNormBackwardAdd
 from ....ir.ops.norm import RmsNormBackward
 from ....ir.types import DType
-from ..arithmetic import narrow, widen
+from ..arithmetic import narrow, plus, widen
 from ..registry import Declined, Launch, Slot, kernel
 from ..targets import Target
 from ..tiles import ceil_div, power_of_two, rows_of, warps
@@ -26,8 +27,8 @@ COLUMNS, PROGRAMS = 64, 32
 
 
 @triton.jit
-def rms_norm_backward_rows_kernel(X, W, DY, DX, SUMS, rows, eps, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-                                  FORMAT: tl.constexpr, WEIGHT: tl.constexpr):  # fmt: skip
+def rms_norm_backward_rows_kernel(X, W, DY, ADDED, DX, SUMS, rows, eps, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                                  FORMAT: tl.constexpr, WEIGHT: tl.constexpr, PLUS: tl.constexpr):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, WIDTH)[None, :]
     weight = widen(tl.load(W + column, mask=column < COLUMNS, other=0.0), WEIGHT)
@@ -42,7 +43,8 @@ def rms_norm_backward_rows_kernel(X, W, DY, DX, SUMS, rows, eps, COLUMNS: tl.con
         r = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None]
         n, g = x * r, dy * weight
         along = tl.div_rn(tl.sum(g * n, axis=1), COLUMNS * 1.0)[:, None]
-        tl.store(DX + at, narrow(r * (g - n * along), FORMAT), mask=inside)
+        dx = plus(r * (g - n * along), ADDED, at, inside, FORMAT, PLUS)
+        tl.store(DX + at, narrow(dx, FORMAT), mask=inside)
         dweight += tl.where(row < rows, dy * n, 0.0)
     to = SUMS + program.to(tl.int64) * COLUMNS + tl.arange(0, WIDTH)
     tl.store(to, tl.sum(dweight, axis=0), mask=tl.arange(0, WIDTH) < COLUMNS)
@@ -62,6 +64,12 @@ def rms_norm_backward_sum_kernel(SUMS, DW, programs, columns, COLUMNS: tl.conste
 @kernel(RmsNormBackward)
 def rms_norm_backward(op: RmsNormBackward, target: Target, x: Slot, weight: Slot, dy: Slot, dx: Slot,
                       dweight: Slot) -> tuple[Launch, ...] | Declined:  # fmt: skip
+    return rms_norm_backward_add(op, target, x, weight, dy, None, dx, dweight)
+
+
+@kernel(RmsNormBackwardAdd)
+def rms_norm_backward_add(op: RmsNormBackward, target: Target, x: Slot, weight: Slot, dy: Slot, added: Slot | None, dx: Slot,
+                          dweight: Slot) -> tuple[Launch, ...] | Declined:  # fmt: skip
     columns = x.shape[-1]
     if columns > LARGEST:
         return Declined(f"rows of {columns} elements, expected at most {LARGEST}")
@@ -72,8 +80,14 @@ def rms_norm_backward(op: RmsNormBackward, target: Target, x: Slot, weight: Slot
         Launch(
             rms_norm_backward_rows_kernel,
             grid=(programs,),
-            arguments={"X": x, "W": weight, "DY": dy, "DX": dx, "SUMS": sums, "rows": rows, "eps": op.eps},
-            constants={"COLUMNS": columns, "ROWS": tile.rows, "WIDTH": tile.width, "FORMAT": x.format, "WEIGHT": weight.format},
+            arguments={
+                **{"X": x, "W": weight, "DY": dy, "ADDED": dx if added is None else added, "DX": dx, "SUMS": sums},
+                **{"rows": rows, "eps": op.eps},
+            },
+            constants={
+                **{"COLUMNS": columns, "ROWS": tile.rows, "WIDTH": tile.width, "FORMAT": x.format, "WEIGHT": weight.format},
+                "PLUS": added is not None,
+            },
             num_warps=2 * warps(tile.rows * tile.width),
         ),
         Launch(

@@ -6,7 +6,7 @@ Accumulation  one tensor-core sum p over T elements of K, then promotion into fl
               cublas    acc = fma(p * s1, s2, acc), s1 the scale that is per row (that of a if both are)
               unfused   acc = acc + (p * sa) * sb, each operation rounded
               On Hopper p has 13 fraction bits (DeepSeek-V3 report, section 3.5.2), in the interpreter it is a float32 sum;
-              c is rounded once
+              c is rounded once, and again where something is added on top (ADDED)
 Compared to   numpy_ref within gamma(K + 4) sum |a||b|; exactly where all sums are small integers and scales powers of two
 CDNA3 reads E4M3 with bias 8 and has no -0: stored codes count half there, so -0 is cleared and the scale is times 4 (FNUZ). A target
 without FP8 instructions widens codes to BF16, which is exact (DEQUANTIZE).
@@ -19,10 +19,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ....ir.ops.fused import ScaledMatmulAdd
 from ....ir.ops.quant import ScaledMatmul
 from ....ir.quantization import Accumulation
 from ....ir.types import DType
-from ..arithmetic import INTERPRET, narrow, to_bf16, widen
+from ..arithmetic import INTERPRET, narrow, plus, to_bf16, widen
 from ..jit import device
 from ..registry import Argument, Declined, Launch, Slot, kernel
 from ..targets import Target
@@ -109,10 +110,10 @@ def described_product(a_rows, row, b_rows, column, sa_at, sb_at, steps,
 
 
 @triton.jit
-def scaled_matmul_specialized_kernel(A, SA, B, SB, C, m, n, k, steps, tiles,
+def scaled_matmul_specialized_kernel(A, SA, B, SB, ADDED, C, m, n, k, steps, tiles,
                                      TILE_A: tl.constexpr, TILE_B: tl.constexpr, FORMULA: tl.constexpr, FORMAT_A: tl.constexpr,
                                      FORMAT_B: tl.constexpr, OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                                     BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+                                     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PLUS: tl.constexpr):  # fmt: skip
     a_rows = tl.make_tensor_descriptor(A, [m, k], [k, 1], [BLOCK_M, BLOCK_K])
     b_rows = tl.make_tensor_descriptor(B, [n, k], [k, 1], [BLOCK_N, BLOCK_K])
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=False, warp_specialize=True):
@@ -124,14 +125,16 @@ def scaled_matmul_specialized_kernel(A, SA, B, SB, C, m, n, k, steps, tiles,
         accumulator = described_product(a_rows, row_tile * BLOCK_M, b_rows, column_tile * BLOCK_N, sa_at, sb_at, steps,
                                         FORMULA, TILE_A == 1 or TILE_B != 1, FORMAT_A, FORMAT_B, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         at = row.to(tl.int64)[:, None] * n + column[None, :]
-        tl.store(C + at, narrow(accumulator, OUT), mask=(row < m)[:, None] & (column < n)[None, :])
+        inside = (row < m)[:, None] & (column < n)[None, :]
+        tl.store(C + at, narrow(plus(accumulator, ADDED, at, inside, OUT, PLUS), OUT), mask=inside)
 
 
 @triton.jit
-def scaled_matmul_kernel(A, SA, B, SB, C, m, n, k, steps,
+def scaled_matmul_kernel(A, SA, B, SB, ADDED, C, m, n, k, steps,
                          TILE_A: tl.constexpr, TILE_B: tl.constexpr, FORMULA: tl.constexpr, FORMAT_A: tl.constexpr, FORMAT_B: tl.constexpr,
                          OUT: tl.constexpr, FNUZ: tl.constexpr, DEQUANTIZE: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                         PLUS: tl.constexpr):  # fmt: skip
     row_tile, column_tile = tile_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP)
     # Rows beyond the edge wrap around and are not stored: loads along M and N need no mask.
     i = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)) % m
@@ -150,7 +153,8 @@ def scaled_matmul_kernel(A, SA, B, SB, C, m, n, k, steps,
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     at = row.to(tl.int64)[:, None] * n + column[None, :]
-    tl.store(C + at, narrow(accumulator, OUT), mask=(row < m)[:, None] & (column < n)[None, :])
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    tl.store(C + at, narrow(plus(accumulator, ADDED, at, inside, OUT, PLUS), OUT), mask=inside)
 
 
 FP8 = (DType.f8e4m3, DType.f8e5m2)
@@ -180,6 +184,13 @@ def declined(
 
 @kernel(ScaledMatmul)
 def scaled_matmul(op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: Slot, b_scales: Slot, c: Slot) -> Launch | Declined:
+    return scaled_matmul_add(op, target, a, a_scales, b, b_scales, None, c)
+
+
+@kernel(ScaledMatmulAdd)
+def scaled_matmul_add(
+    op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: Slot, b_scales: Slot, added: Slot | None, c: Slot
+) -> Launch | Declined:
     accumulation = op.accumulation
     if reason := declined(a, b, op.a_tile, op.b_tile, accumulation, target):
         return reason
@@ -194,6 +205,7 @@ def scaled_matmul(op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: 
         "SA": a_scales,
         "B": b,
         "SB": b_scales,
+        "ADDED": c if added is None else added,
         "C": c,
         "m": m,
         "n": n,
@@ -203,7 +215,7 @@ def scaled_matmul(op: ScaledMatmul, target: Target, a: Slot, a_scales: Slot, b: 
     constants = {
         **{"TILE_A": op.a_tile[0], "TILE_B": op.b_tile[0], "FORMULA": accumulation.formula},
         **{"FORMAT_A": a.format, "FORMAT_B": b.format, "OUT": c.format},
-        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group},
+        **{"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tile.group, "PLUS": added is not None},
     }
     fusion = accumulation.formula != "unfused"
     if tile.specialized:

@@ -8,7 +8,7 @@ from ..tensors import Held
 from .registry import run, torch_op
 
 
-@torch_op(ops.RmsNormQuantize, ops.SwiGLUQuantize)
+@torch_op(ops.RmsNormQuantize, ops.SwiGLUQuantize, *ops.SUMS.values())
 def by_expansion(op: Op, *operands: Held) -> tuple[Held, ...]:
     func = ops.expansion(op)
     assert func is not None
