@@ -70,8 +70,7 @@ class Fuse(Pass):
           %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2] = quantize(%dy)         @ f#3 I
           %dm: bf16[6, 256] = reshape(%dy, shape=[6, 256])                  @ f#4 W
           %wq: f8e4m3[6, 256], %ws: f32[1, 256] = quantize(%dm, tile=[128, 1])  @ f#5 W
-          %tq: f8e4m3[256, 6] = transpose(%wq, perm=[1, 0])                 @ f#6 W
-          return %q, %s, %dq, %ds, %tq, %ws
+          return %q, %s, %dq, %ds, %wq, %ws
         }
 
     after:
@@ -80,16 +79,15 @@ class Fuse(Pass):
 
         func @f(%gate: bf16[4, 256], %up: bf16[4, 256], %dy: bf16[2, 3, 256]) {
           %q: f8e4m3[4, 256], %s: f32[4, 2] = swiglu_quantize(%gate, %up)   @ f#2 F
-          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %tq: f8e4m3[256, 6], %ws: f32[1, 256] = fused(@quantize_quantize_transpose, [%dy])  @ f#6.1 I
-          return %q, %s, %dq, %ds, %tq, %ws
+          %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %wq: f8e4m3[6, 256], %ws: f32[1, 256] = fused(@quantize_quantize, [%dy])  @ f#5.1 I
+          return %q, %s, %dq, %ds, %wq, %ws
         }
 
-        func @quantize_quantize_transpose(%dy: bf16[2, 3, 256]) {
+        func @quantize_quantize(%dy: bf16[2, 3, 256]) {
           %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2] = quantize(%dy)         @ f#3 I
           %dm: bf16[6, 256] = reshape(%dy, shape=[6, 256])                  @ f#4 W
           %wq: f8e4m3[6, 256], %ws: f32[1, 256] = quantize(%dm, tile=[128, 1])  @ f#5 W
-          %tq: f8e4m3[256, 6] = transpose(%wq, perm=[1, 0])                 @ f#6 W
-          return %dq, %ds, %tq, %ws
+          return %dq, %ds, %wq, %ws
         }
 
     The two quantisations of a gradient are of two phases: the one for weights is done with the one for inputs, which reads the same, in
@@ -152,9 +150,9 @@ def _summed(func: Func) -> Func:
             alone = readers[value] == [op] and value not in func.results and owner.phase is op.phase
             there = other.owner is None or (place[other.owner] < place[owner] and awaited[other] <= awaited[value])
             if alone and there and other.type == value.type == op.result.type:
-                given = {a.name: getattr(owner, a.name) for a in owner.arguments}
+                given = {a.name: getattr(owner, a.name) for a in owner.arguments} | {"added": other}
                 names = (op.result.name, *(v.name for v in owner.results[1:]))
-                made[owner] = SUMS[type(owner)](**given, added=other, id=op.id, phase=op.phase, names=names)
+                made[owner] = SUMS[type(owner)](**given, id=op.id, phase=op.phase, names=names)
                 new |= {op.result: made[owner].results[0]} | dict(zip(owner.results[1:], made[owner].results[1:], strict=True))
                 dropped.add(op)
     if not made:

@@ -67,18 +67,14 @@ class ShardExperts(Pass):
           %sent: i32[2, 3] = reshape(%counts, shape=[2, 3])  @ f#1.2 F
           %received: i32[2, 3] = all_to_all(%sent, axis="ep", size=2)  @ f#1.3 F
           %send: i32[2] = sum(%sent, axes=[1])  @ f#1.4 F
-          %recv: i32[2] = sum(%received, axes=[1])  @ f#1.5 F
-          %rows_1: bf16[rows<=8, 8] = all_to_all_rows([%rows], %send, %recv, axis="ep", size=2, rows={name="rows", bound=8})  @ f#1.6 F
-          %rows_2: bf16[rows<=8, 8] = regroup([%rows_1], %received)  @ f#1 F
-          %counts_1: i32[3] = sum(%received, axes=[0])  @ f#1.7 F
-          %handle_1: bundle{bundle{i32[4]}, i32[2], i32[2], i32[2, 3]} = pack([%handle, %send, %recv, %received])  @ f#1.8 F
+          %rows_1: bf16[rows<=8, 8] = all_to_all_rows([%rows], %send, %received, axis="ep", size=2, rows={name="rows", bound=8})  @ f#1 F
+          %counts_1: i32[3] = sum(%received, axes=[0])  @ f#1.5 F
+          %handle_1: bundle{bundle{i32[4]}, i32[2], i32[2, 3]} = pack([%handle, %send, %received])  @ f#1.6 F
           %w: bf16[3, 8, 8] = param("experts.up_proj", shard=["ep"])  @ f#2 F
-          %y: bf16[rows<=8, 8] = grouped_matmul(%rows_2, %w, %counts_1)  @ f#3 F
-          %order: bundle{i32[4]}, %send_1: i32[2], %recv_1: i32[2], %received_1: i32[2, 3] = unpack(%handle_1)  @ f#4.1 F
-          %transpose: i32[3, 2] = transpose(%received_1, perm=[1, 0])  @ f#4.2 F
-          %y_1: bf16[rows<=8, 8] = regroup([%y], %transpose)  @ f#4.3 F
-          %y_2: bf16[4, 8] = all_to_all_rows([%y_1], %recv_1, %send_1, axis="ep", size=2, rows=4)  @ f#4.4 F
-          %out: bf16[2, 8] = combine(%y_2, %order, %weights)  @ f#4 F
+          %y: bf16[rows<=8, 8] = grouped_matmul(%rows_1, %w, %counts_1)  @ f#3 F
+          %order: bundle{i32[4]}, %send_1: i32[2], %received_1: i32[2, 3] = unpack(%handle_1)  @ f#4.1 F
+          %y_1: bf16[4, 8] = all_to_all_rows([%y], %received_1, %send_1, axis="ep", size=2, rows=4)  @ f#4.2 F
+          %out: bf16[2, 8] = combine(%y_1, %order, %weights)  @ f#4 F
           return %out
         }
     """

@@ -65,7 +65,7 @@ EXACT: set[type[Op]] = {
     *(elementwise.And, elementwise.Or, elementwise.Not, elementwise.Where),
     *(shape.Reshape, shape.Transpose, shape.Broadcast, shape.Slice, shape.Concat, shape.Pad, shape.Take, shape.Gather, shape.Scatter),
     *(shape.CacheAppend, reduce.Max, reduce.Min, reduce.Any, reduce.All, reduce.ArgMax, reduce.TopK, reduce.Sort, reduce.Histogram),
-    *(quant.Quantize, quant.Dequantize, moe.Dispatch, moe.Redispatch, moe.Regroup),
+    *(quant.Quantize, quant.Dequantize, moe.Dispatch, moe.Redispatch),
     *(moe.DispatchGroups, moe.ChooseSlots, moe.RowWeights, moe.SlotWeights),
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
     *(collective.AllGather, collective.ReduceScatter, collective.AllReduce, collective.AllToAll, collective.AllToAllRows),

@@ -58,7 +58,6 @@ from ..ir.ops.moe import (
     Dispatch,
     DispatchGroups,
     Redispatch,
-    Regroup,
     Route,
     RouteBackward,
     RowWeights,
@@ -282,9 +281,6 @@ EXPERTS = [
     *(sample(Redispatch, f"{dtype}[11, 19]", ("bundle{i32[33]}", permutation)) for dtype in ("f32", "bf16")),
     sample(Redispatch, "f8e4m3[11, 19]", "f32[11, 1]", ("bundle{i32[33]}", permutation), tag="with scales"),
     sample(Redispatch, "f32[0, 3]", ("bundle{i32[0]}", permutation), tag="of no tokens"),
-    *(sample(Regroup, f"{dtype}[33, 19]", ("i32[3, 4]", counts(33))) for dtype in ("f32", "bf16")),
-    sample(Regroup, "f8e4m3[21, 19]", "f32[21, 1]", ("i32[5, 1]", counts(17)), tag="with scales, and rows beyond"),
-    sample(Regroup, "f32[0, 3]", ("i32[2, 2]", constantly(0)), tag="of no rows"),
     sample(RowWeights, "f32[11, 3]", ("bundle{i32[33]}", permutation)),
     sample(RowWeights, "f32[0, 4]", ("bundle{i32[0]}", permutation), tag="of no tokens"),
     sample(SlotWeights, "f32[33, 1]", ("bundle{i32[33]}", permutation), slots=3),
@@ -383,6 +379,8 @@ COLLECTIVE = [
     _rows(9, "f8e4m3[9, 5]", "f32[9, 1]", tag="with scales"),
     _rows(Ragged("in", 12), "bf16[rows<=9, 5]", tag="of a ragged number of rows"),
     _rows(0, "f32[0, 5]", tag="of no rows"),
+    sample(AllToAllRows, "f8e4m3[9, 5]", "f32[9, 1]", ("i32[1]", counts(9)), ("i32[1, 3]", counts(9)), axis="ep", size=1, rows=9,
+           tag="into blocks"),
     *(sample(OwnPart, f"{dtype}[3, 1, 7]", axis="tp", size=1, dim=2) for dtype in ("f32", "bf16", "f8e4m3")),
 ]  # fmt: skip
 

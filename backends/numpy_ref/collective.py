@@ -76,18 +76,27 @@ def all_to_all(op: ops.AllToAll, wide: Wide, x: Array) -> Program[Array]:
 @collective(ops.AllToAllRows)
 def all_to_all_rows(op: ops.AllToAllRows, wide: Wide, *operands: Array) -> Program[Any]:
     *xs, send, recv = operands
-    sent, received = send.tolist(), recv.tolist()
+    sent, received = send.ravel().tolist(), recv.ravel().tolist()
     if min(*sent, *received) < 0:
-        raise DscError(f"send is {sent} and recv {received}, expected no negative number")
+        raise DscError(f"send is {send.tolist()} and recv {recv.tolist()}, expected no negative number")
     if sum(sent) > len(xs[0]):
-        raise DscError(f"send is {sent}, {sum(sent)} rows in all, but there are {len(xs[0])}")
+        raise DscError(f"send is {send.tolist()}, {sum(sent)} rows in all, but there are {len(xs[0])}")
     if sum(received) > bound(op.rows):
         raise DscError(f"{sum(received)} rows arrive, but there is room for {bound(op.rows)}: {op.rows}")
-    messages = zip(*(_cut(x, sent) for x in xs), strict=True)
-    shapes = tuple(tuple([(rows, *x.shape[1:]) for x in xs]) for rows in received)
-    found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
-    rows = tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
-    return rows if len(rows) > 1 else rows[0]
+    leave, come = ops.rows_of_ranks(send.tolist()), ops.rows_of_ranks(recv.tolist())
+    messages = tuple([tuple([_joined([x[rows] for rows in places]) for x in xs]) for places in leave])
+    lengths = [[rows.stop - rows.start for rows in places] for places in come]
+    shapes = tuple([tuple([(sum(own), *x.shape[1:]) for x in xs]) for own in lengths])
+    found = yield Exchange(op.axis, op.size, messages, shapes)
+    results = []
+    for parts in zip(*found, strict=True):
+        pieces = [_cut(part, own) for part, own in zip(parts, lengths, strict=True)]  # of each rank, block by block
+        results.append(np.concatenate([piece for block in zip(*pieces, strict=True) for piece in block]))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _cut(x: Array, counts: Sequence[int]) -> list[Array]:

@@ -109,24 +109,6 @@ def slot_weights(op: ops.SlotWeights, rows: Array, handle: tuple[Array]) -> Arra
     return found.reshape(-1, op.slots)
 
 
-@reference(ops.Regroup, operands="stored")
-def regroup(op: ops.Regroup, *operands: Array) -> tuple[Array, ...] | Array:
-    *xs, counts = operands
-    lengths = counts.T.ravel()
-    starts = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape).T.ravel()
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    require(total <= len(xs[0]), f"counts add up to {total}, but there are {len(xs[0])} rows")
-    order = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
-    found = tuple([_filled(x.take(order, axis=0), len(x)) for x in xs])
-    return found if len(found) > 1 else found[0]
-
-
-def _filled(rows: Array, count: int) -> Array:
-    """`rows`, and zeros behind them up to `count`."""
-    return rows if len(rows) == count else np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
-
-
 @reference(ops.DispatchGroups, operands="stored")
 def dispatch_groups(op: ops.DispatchGroups, *operands: Array) -> tuple[Array, ...]:
     *xs, ids = operands

@@ -11,7 +11,6 @@ from ...ir.ops.rules import static
 from ...ir.types import DType
 from .emit import FP8, Emitter, Tree, Value
 from .ops_elementwise import sigmoid
-from .ops_linalg import where_rows
 from .ops_reduce import counted
 from .registry import onnx
 
@@ -110,21 +109,6 @@ def slot_weights(g: Emitter, op: ops.SlotWeights, rows: Value, handle: tuple[Val
     tokens, k = static(op.result, "slot_weights")
     slots = g.ScatterElements(np.zeros(tokens * k, np.float32), g.Cast(handle[0], to=7), g.Reshape(rows, [-1]), axis=0)
     return g.reshaped(slots, tokens, k)
-
-
-@onnx(ops.Regroup, "moved")
-def regroup(g: Emitter, op: ops.Regroup, *operands: Value) -> tuple[Value, ...]:
-    *xs, counts = operands
-    rows = static(op.xs[0], "regroup")[0]
-    lengths = g.Cast(counts, to=7)
-    flat = g.Reshape(lengths, [-1])
-    starts = g.Reshape(g.Sub(g.CumSum(flat, np.int64(0)), flat), g.Shape(lengths))
-    turned, begins = (g.Reshape(g.Transpose(x, perm=[1, 0]), [-1]) for x in (lengths, starts))
-    group, place = where_rows(g, turned, rows)
-    inside = g.Less(group, g.Shape(turned))
-    source = g.Add(g.Gather(g.Concat(begins, [0], axis=0), group, axis=0), place)
-    source = g.Where(inside, source, np.int64(0))
-    return tuple(_or_zero(g, inside, g.Gather(x, source, axis=0), v.tensor.rank, v.dtype) for x, v in zip(xs, op.xs, strict=True))
 
 
 def _or_zero(g: Emitter, inside: Value, x: Value, rank: int, dtype: DType) -> Value:

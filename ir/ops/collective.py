@@ -10,6 +10,7 @@ all of them, later in the same function, waits and gives the tensors. What it re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from functools import cached_property
 from typing import Literal
@@ -140,8 +141,11 @@ class AllToAllRows(Transfer):
 
     The rows of every x [R, ...] (codes and their scales travel together) are sorted by destination: the first send[0] go to rank 0, the
     next send[1] to rank 1, ...; rows beyond their sum stay behind. What rank i sent comes as recv[i] rows, in the order of i. send and recv
-    are i32[size]. Each result is [rows, ...]: with `rows` ragged it has as many rows as arrive, and more than the bound are an error;
-    with `rows` a number exactly so many arrive. The way back, which is the derivative too, is the same op with send and recv exchanged.
+    are i32[size], or i32[size, J]: then rows lie on that side in J blocks, each in the order of the ranks, [i, j] counting those of block j
+    and rank i. So tokens come sorted by expert, and leave sorted so, while each rank sends and gets one message.
+
+    Each result is [rows, ...]: with `rows` ragged it has as many rows as arrive, and more than the bound are an error; with `rows` a number
+    exactly so many arrive. The way back, which is the derivative too, is the same op with send and recv exchanged.
     """
 
     xs: tuple[Value, ...]
@@ -155,12 +159,25 @@ class AllToAllRows(Transfer):
         size = self.require_ranks()
         for counts in (self.send, self.recv):
             require_int(counts)
-            require(counts.shape == (size,), f"expected send and recv of shape [{size}], found {self.send.type} and {self.recv.type}")
+            fits = counts.tensor.rank in (1, 2) and counts.shape[0] == size
+            require(fits, f"expected send and recv of shape [{size}] or [{size}, blocks], found {self.send.type} and {self.recv.type}")
         require(len(self.xs) > 0 and all(x.tensor.rank > 0 for x in self.xs), "all_to_all_rows needs at least one x of rows")
         for x in self.xs:
             same = x.shape[0] == self.xs[0].shape[0] and all(isinstance(d, int) for d in x.shape[1:])
             require(same, f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
         return tuple(Tensor(x.dtype, (self.rows, *x.shape[1:])) for x in self.xs)
+
+
+def rows_of_ranks(counts: Sequence[int] | Sequence[Sequence[int]]) -> list[list[slice]]:
+    """Where the rows of each rank lie, block by block, by `send` or `recv` of an `all_to_all_rows`."""
+    table = [[n] if isinstance(n, int) else list(n) for n in counts]
+    found: list[list[slice]] = [[] for _ in table]
+    start = 0
+    for block in range(len(table[0]) if table else 0):
+        for rank, row in enumerate(table):
+            found[rank].append(slice(start, start + row[block]))
+            start += row[block]
+    return found
 
 
 @op("own_part")

@@ -216,27 +216,6 @@ def _require_order(handle: Value, rows: Dim) -> None:
     require(handle.type == expected, f"the handle is {handle.type}, expected {expected}")
 
 
-@op("regroup")
-class Regroup(Op):
-    """Blocks of rows, which lie in the order (i, j) with counts[i, j] rows each, put into the order (j, i).
-
-    Rows that come from several ranks lie by rank and then by expert; this puts the rows of an expert together. Every x is [R, ...] and
-    counts i32[I, J]; each result is like its x. Rows beyond the sum of the counts become 0. With the counts transposed it goes back.
-    """
-
-    xs: tuple[Value, ...]
-    counts: Value
-
-    def infer(self) -> tuple[Type, ...]:
-        require_int(self.counts)
-        require(self.counts.tensor.rank == 2, f"expected counts [I, J], found {self.counts.type}")
-        require(len(self.xs) > 0 and all(x.tensor.rank > 0 for x in self.xs), "regroup needs at least one x of rows")
-        for x in self.xs:
-            same = x.shape[0] == self.xs[0].shape[0]
-            require(same, f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
-        return tuple(x.tensor for x in self.xs)
-
-
 @op("dispatch_groups", Trait.ROUTING)
 class DispatchGroups(Op):
     """Tokens to groups of experts: each token's vector once for each group that holds an expert of its choice, sorted by group.

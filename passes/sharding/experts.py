@@ -1,13 +1,12 @@
-"""Rules of the way to the experts: what was a permutation on one rank becomes a permutation, an exchange, and another permutation.
+"""Rules of the way to the experts: what was a permutation on one rank becomes a permutation and an exchange.
 
 Experts e * E / ep to (e + 1) * E / ep - 1 are those of rank e along ep. Rows sorted by expert are sorted by rank as well, so `dispatch` is
 
     rows, counts, order = dispatch(x, ids)                the rank's own tokens, by expert
     received = all_to_all(counts as [ep, E / ep])         how many rows of each of its experts every rank sends
-    rows = all_to_all_rows(rows, send, recv)              by rank, then by expert
-    rows = regroup(rows, received)                        by expert, then by rank
+    rows = all_to_all_rows(rows, send, received)          by expert again, then by rank
 
-and the handle is the order with `send`, `recv` and `received`. `combine` goes the same way back, `redispatch` the same way again. In two
+and the handle is the order with `send` and `received`. `combine` goes the same way back, `redispatch` the same way again. In two
 hops (hops.py) rows go to nodes first. The counts of local experts are the global ones, spread over ep and partial over edp.
 """
 
@@ -21,9 +20,9 @@ from ...ir.core import Value
 from ...ir.errors import DscError
 from ...ir.ops.collective import AllToAll, AllToAllRows, OwnPart
 from ...ir.ops.control import Iota, Pack, Unpack
-from ...ir.ops.moe import ChooseSlots, Combine, Dispatch, Redispatch, Regroup, Route, RouteBackward, RowWeights, SlotWeights
+from ...ir.ops.moe import ChooseSlots, Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights, SlotWeights
 from ...ir.ops.reduce import Sum
-from ...ir.ops.shape import Reshape, Transpose
+from ...ir.ops.shape import Reshape
 from ...ir.types import DType, Ragged, bound
 from . import hops
 from .body import Body, sharding
@@ -93,10 +92,10 @@ def dispatch(body: Body, op: Dispatch) -> None:
         held = op.experts // ep
         sent = body.emit(Reshape(counts, (ep, held), names=("sent",))).result
         received = body.emit(AllToAll(sent, "ep", ep, names=("received",))).result
-        send, recv = (body.emit(Sum(c, (1,), names=(name,))).result for c, name in ((sent, "send"), (received, "recv")))
-        rows = _there(body, rows, received, send, recv, _arriving(body, received, *map(bound, ids.shape)))
+        send = body.emit(Sum(sent, (1,), names=("send",))).result
+        rows = _there(body, rows, send, received, _arriving(body, received, *map(bound, ids.shape)))
         counts = body.emit(Sum(received, (0,), names=(op.counts.name,))).result
-        handle = body.emit(Pack((handle, send, recv, received), names=(op.handle.name,))).result
+        handle = body.emit(Pack((handle, send, received), names=(op.handle.name,))).result
     _dispatched(body, op, weighing, rows, counts, handle, tokens)
 
 
@@ -119,12 +118,9 @@ def _rows(value: Value) -> Layout:
     return Layout((Rows(value.shape[0]), *whole(value.shape[1:]).dims))
 
 
-def _there(body: Body, xs: Sequence[Value], received: Value, send: Value, recv: Value, rows: Ragged) -> Sequence[Value]:
+def _there(body: Body, xs: Sequence[Value], send: Value, received: Value, rows: Ragged) -> Sequence[Value]:
     """Rows sorted by expert to the ranks of their experts, and there by expert again."""
-    ep = body.size("ep")
-    names = tuple(x.name for x in xs)
-    moved = body.emit(AllToAllRows(tuple(xs), send, recv, "ep", ep, rows, names=names)).results
-    return moved if received.shape[1] == 1 else body.emit(Regroup(moved, received, names=names)).results
+    return body.emit(AllToAllRows(tuple(xs), send, received, "ep", body.size("ep"), rows, names=tuple(x.name for x in xs))).results
 
 
 def _arriving(body: Body, received: Value, tokens: int, k: int) -> Ragged:
@@ -134,19 +130,16 @@ def _arriving(body: Body, received: Value, tokens: int, k: int) -> Ragged:
 
 def _back(body: Body, x: Value, op: Combine | SlotWeights) -> Value:
     """The other way: what `_there` sent lies at the end as it lay before."""
-    order, send, recv, received = _fields(body, op.handle)
+    order, send, received = _fields(body, op.handle)
     (slots,) = order.bundle.tensors()
-    if received.shape[1] != 1:
-        turned = body.emit(Transpose(received, (1, 0))).result
-        x = body.emit(Regroup((x,), turned, names=(x.name,))).result
-    return body.emit(AllToAllRows((x,), recv, send, "ep", body.size("ep"), slots.shape[0], names=(x.name,))).result
+    return body.emit(AllToAllRows((x,), received, send, "ep", body.size("ep"), slots.shape[0], names=(x.name,))).result
 
 
 def _fields(body: Body, handle: Value) -> tuple[Value, ...]:
-    """What a handle carries: the order, and where there are several ranks `send`, `recv` and `received`."""
+    """What a handle carries: the order, and where there are several ranks `send` and `received`."""
     if handle not in body.handles:
         made = body.form(handle)
-        names = ("order", "send", "recv", "received")
+        names = ("order", "send", "received")
         body.handles[handle] = body.emit(Unpack(made, names=names)).results if body.size("ep") > 1 else (made,)
     return body.handles[handle]
 
@@ -197,10 +190,10 @@ def redispatch(body: Body, op: Redispatch) -> None:
         order, *ways = _fields(body, op.handle)
         rows = body.emit(op.copy(xs=xs, handle=order)).results
     if not body.two_hops and ways:
-        send, recv, received = ways
+        send, received = ways
         (slots,) = order.bundle.tensors()
         held = bound(xs[0].shape[0])
-        rows = _there(body, rows, received, send, recv, _arriving(body, received, held, bound(slots.shape[0]) // max(1, held)))
+        rows = _there(body, rows, send, received, _arriving(body, received, held, bound(slots.shape[0]) // max(1, held)))
     for old, new in zip(op.results, rows, strict=True):
         body.set(old, _rows(new), new)
 
@@ -219,8 +212,8 @@ def row_weights(body: Body, op: RowWeights) -> None:
     weights = body.get(op.weights, Layout((tokens, *whole(op.weights.shape[1:]).dims)))
     rows = body.emit(op.copy(weights=weights, handle=order)).result
     if ways:
-        send, recv, received = ways
-        (rows,) = _there(body, [rows], received, send, recv, _arriving(body, received, *map(bound, weights.shape)))
+        send, received = ways
+        (rows,) = _there(body, [rows], send, received, _arriving(body, received, *map(bound, weights.shape)))
     body.set(op.result, _rows(rows), rows)
 
 

@@ -15,7 +15,6 @@ from ...ir.ops.moe import (
     Dispatch,
     DispatchGroups,
     Redispatch,
-    Regroup,
     Route,
     RouteBackward,
     RowWeights,
@@ -26,7 +25,7 @@ from ...ir.types import DType
 from .rules import Backward, Gradients, extents, missing, vjp
 
 missing("second derivatives are not taken", RouteBackward, Redispatch)
-missing("shard-experts makes it, and works on what is differentiated already", Regroup, DispatchGroups, CombineGroups)
+missing("shard-experts makes it, and works on what is differentiated already", DispatchGroups, CombineGroups)
 missing("an expert that is held several times is not trained: place-experts is for inference", ChooseSlots)
 
 

@@ -83,18 +83,23 @@ def all_to_all_rows(op: ops.AllToAllRows, *operands: Tensor) -> Program[Any]:
     *xs, given, taken = operands
     if given.is_cuda:
         yield Settle()
+    given, taken = given.cpu(), taken.cpu()
     send, recv = given.tolist(), taken.tolist()
+    leaving, coming = int(given.sum()), int(taken.sum())
     room = op.rows if isinstance(op.rows, int) else op.rows.bound
-    require(min(send) >= 0 and min(recv) >= 0, f"send is {send} and recv {recv}, expected no negative number")
-    require(sum(send) <= len(xs[0]), f"send is {send}, {sum(send)} rows in all, but there are {len(xs[0])}")
-    require(sum(recv) <= room, f"{sum(recv)} rows arrive, but there is room for {room}: {op.rows}")
-    require(sum(recv) == room or not isinstance(op.rows, int), f"{sum(recv)} rows arrive, expected {room}")
-    messages = zip(*([part.view(x.dtype) for part in plain(x)[: sum(send)].split(send)] for x in xs), strict=True)
-    shapes = tuple(tuple((rows, *x.shape[1:]) for x in xs) for rows in recv)
-    found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
+    require(bool((given >= 0).all() and (taken >= 0).all()), f"send is {send} and recv {recv}, expected no negative number")
+    require(leaving <= len(xs[0]), f"send is {send}, {leaving} rows in all, but there are {len(xs[0])}")
+    require(coming <= room, f"{coming} rows arrive, but there is room for {room}: {op.rows}")
+    require(coming == room or not isinstance(op.rows, int), f"{coming} rows arrive, expected {room}")
+    leave, come = ops.rows_of_ranks(send), ops.rows_of_ranks(recv)
+    messages = tuple(tuple(_concat([x[rows] for rows in places]) if len(places) > 1 else x[places[0]] for x in xs) for places in leave)
+    lengths = [[rows.stop - rows.start for rows in places] for places in come]
+    shapes = tuple(tuple((sum(own), *x.shape[1:]) for x in xs) for own in lengths)
+    found = yield Exchange(op.axis, op.size, messages, shapes)
     results = []
     for parts in zip(*found, strict=True):
         result = plain(parts[0]).new_zeros((room, *parts[0].shape[1:]))
-        torch.cat([plain(part) for part in parts], out=result[: sum(recv)])
+        pieces = [plain(part).split(own) for part, own in zip(parts, lengths, strict=True)]  # views: of each rank, block by block
+        torch.cat([piece for block in zip(*pieces, strict=True) for piece in block], out=result[:coming])
         results.append(result.view(parts[0].dtype))
     return tuple(results) if len(results) > 1 else results[0]

@@ -89,24 +89,6 @@ def slot_weights(op: ops.SlotWeights, rows: Tensor, handle: tuple[Tensor]) -> Te
     return found.scatter(0, handle[0].to(torch.int64), rows[:, 0]).reshape(-1, op.slots)
 
 
-@torch_op(ops.Regroup)
-def regroup(op: ops.Regroup, *operands: Tensor) -> tuple[Tensor, ...] | Tensor:
-    *xs, counts = operands
-    lengths = counts.to(torch.int64)
-    starts = (lengths.flatten().cumsum(0) - lengths.flatten()).reshape(lengths.shape)
-    lengths, starts = lengths.T.flatten(), starts.T.flatten()  # blocks in their new order
-    rows = torch.arange(len(xs[0]), device=counts.device)
-    ends = lengths.cumsum(0)
-    block = torch.searchsorted(ends, rows, right=True).clamp(max=len(ends) - 1)
-    source = starts[block] + rows - (ends - lengths)[block]
-    within = rows < ends[-1]
-    found = tuple(
-        plain(x).index_select(0, source.clamp(0, max(0, len(x) - 1))).masked_fill(~within.view(-1, *[1] * (x.dim() - 1)), 0).view(x.dtype)
-        for x in xs
-    )
-    return found if len(found) > 1 else found[0]
-
-
 @torch_op(ops.DispatchGroups)
 def dispatch_groups(op: ops.DispatchGroups, *operands: Tensor) -> tuple[Tensor, ...]:
     *xs, ids = operands

@@ -200,16 +200,6 @@ def choose_slots(op: moe.ChooseSlots, ids: Tensor, slots: Tensor, start: Tensor 
     return torch.stack(found).reshape(ids.shape) if found else ids
 
 
-@function(moe.Regroup)
-def regroup(op: moe.Regroup, *operands: Tensor) -> Any:
-    *xs, counts = operands
-    starts = (counts.flatten().cumsum(0) - counts.flatten()).reshape(counts.shape)
-    blocks = [torch.arange(s, s + n) for s, n in zip(starts.T.flatten().tolist(), counts.T.flatten().tolist(), strict=True)]
-    order = torch.cat([*blocks, torch.arange(0)])
-    found = tuple(torch.cat([x[order], torch.zeros_like(x[len(order) :])]) for x in xs)
-    return found if len(found) > 1 else found[0]
-
-
 @function(collective.AllToAllRows)
 def all_to_all_rows(op: collective.AllToAllRows, *operands: Tensor) -> Any:
     *xs, _, recv = operands
