@@ -243,7 +243,8 @@ scheduled = cache(generate)
 def placed(program: Program, machine: Machine, schedule: Schedule) -> tuple[int, ...]:
     """Layers on stages, ranks balanced by what a micro-batch takes of the busier stream, forward and backward."""
     layers = machine.busiest
-    return balanced([layers[layer.kind] for layer in program.layers], held_by(schedule))
+    fill = (schedule.ranks - 2) / schedule.microbatches  # steps of one stage beside those of both, as DualPipe's bubble has them
+    return balanced([layers[layer.kind] for layer in program.layers], held_by(schedule), max(0.0, fill))
 
 
 def held_by(schedule: Schedule) -> tuple[tuple[int, ...], ...]:

@@ -8,11 +8,12 @@ from itertools import accumulate, pairwise
 from ..ir.errors import require
 
 
-def balanced(costs: Sequence[float], ranks: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def balanced(costs: Sequence[float], ranks: Sequence[Sequence[int]], fill: float = 0.0) -> tuple[int, ...]:
     """How many of the layers each stage takes, `ranks` saying which stages a rank has: the busiest rank has as little as can be found.
 
     Begins with `partition`, and lets layers wander from the stages of the busiest rank, or to them, over the stages between, while that
-    makes the largest sum of a rank less, or with it the sum of squares.
+    makes the largest sum of a rank less, or with it the sum of squares. The largest stage counts `fill` times besides: while a pipeline
+    fills and drains a rank works on one stage, and the others wait for it.
     """
     before = [0.0, *accumulate(costs)]
     count = 1 + max(stage for stages in ranks for stage in stages)
@@ -24,7 +25,7 @@ def balanced(costs: Sequence[float], ranks: Sequence[Sequence[int]]) -> tuple[in
         own = [before[b] - before[a] for a, b in pairwise(cuts)]
         sums = [sum(own[stage] for stage in stages) for stages in ranks]
         most = max(sums)
-        return (most, sum(x * x for x in (*sums, *own))), sums.index(most)
+        return (most + fill * max(own), sum(x * x for x in (*sums, *own))), sums.index(most)
 
     best, busiest = score(cuts)
     improved = True

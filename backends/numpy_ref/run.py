@@ -119,9 +119,10 @@ FLOAT32 = Interpreter(STORAGE[DType.f32])
 FLOAT64 = Interpreter(STORAGE[DType.f64])
 
 
-def by_expansion(op: Op, wide: np.dtype[Any], *operands: Data) -> tuple[Data, ...]:
+def by_expansion(op: Op, wide: np.dtype[Any], *operands: Data) -> Any:
     """The results of a fused op: its expansion run op by op, each rounded."""
-    return Interpreter(wide).expanded(op, operands)
+    found = Interpreter(wide).expanded(op, operands)
+    return found if len(found) > 1 else found[0]
 
 
 for _cls in (RmsNormQuantize, SwiGLUQuantize, *SUMS.values()):

@@ -54,3 +54,11 @@ def test_a_heavy_last_layer_is_made_up_for_by_a_light_first_stage() -> None:
     costs = [1] * 12 + [5]
     ranks = [[0, 3], [1, 2]]
     assert largest(costs, balanced(costs, ranks), ranks) == 9  # half of 17, rounded up
+
+
+@given(st.lists(st.integers(1, 9), min_size=4, max_size=9))
+def test_stages_are_as_even_as_they_can_be_where_that_is_all_that_counts(costs: list[int]) -> None:
+    """A pipeline that does nothing but fill waits for its largest stage."""
+    alone = [[stage] for stage in range(4)]
+    found = balanced(costs, [[0, 3], [1, 2]], fill=1e6)
+    assert largest(costs, found, alone) == largest(costs, partition(costs, 4), alone)

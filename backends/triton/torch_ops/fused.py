@@ -9,10 +9,11 @@ from .registry import run, torch_op
 
 
 @torch_op(ops.RmsNormQuantize, ops.SwiGLUQuantize, *ops.SUMS.values())
-def by_expansion(op: Op, *operands: Held) -> tuple[Held, ...]:
+def by_expansion(op: Op, *operands: Held) -> Held:
     func = ops.expansion(op)
     assert func is not None
     values = dict(zip(op.operands, operands, strict=True))
     for inner in func.ops:
         values.update(zip(inner.results, run(inner, tuple(values[v] for v in inner.operands)), strict=True))
-    return tuple(values[v] for v in func.results)
+    found = tuple(values[v] for v in func.results)
+    return found if len(found) > 1 else found[0]
