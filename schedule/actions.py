@@ -112,6 +112,13 @@ class Schedule:
     def __str__(self) -> str:
         return "".join(",".join(map(str, row)) + "\n" for row in self.rows)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.name))
+
     @property
     def ranks(self) -> int:
         """How many rows there are."""
@@ -136,7 +143,7 @@ class Schedule:
                 found.setdefault((action.stage, action.reverse), rank)
         return found
 
-    @property
+    @cached_property
     def lowered(self) -> bool:
         """Whether sends and receives stand in it."""
         return any(action.kind not in COMPUTE for _, _, action in self.actions())
@@ -150,7 +157,7 @@ class Schedule:
 
     def compute(self) -> Schedule:
         """The schedule without sends and receives."""
-        return replace(self, rows=tuple(tuple(s for s in row if s.parts[0].kind in COMPUTE) for row in self.rows))
+        return replace(self, rows=tuple(tuple(s for s in row if s.parts[0].kind in COMPUTE) for row in self.rows)) if self.lowered else self
 
 
 ACTION = re.compile(rf"([0-9]{{1,9}})({'|'.join(sorted(Kind, key=len, reverse=True))})([0-9]{{1,9}})(@r)?")

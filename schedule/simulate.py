@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from ..ir.errors import DscError, require
 from .actions import Action, Kind, Number, Overlap, Schedule, Step, Token
@@ -98,21 +98,38 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A schedule in time, from 0."""
+    """A schedule in time, from 0: when each turn of `_turns` starts and ends, and each transfer."""
 
     schedule: Schedule
-    spans: tuple[tuple[Span, ...], ...]
-    transfers: tuple[Transfer, ...]
+    turns: tuple[tuple[Number, Number], ...]
+    sent: tuple[tuple[Number, Number], ...]
 
     @cached_property
     def time(self) -> Number:
         """How long the step of training takes."""
-        return max(row[-1].end for row in self.spans if row)
+        return max(end for _, end in self.turns)
 
     @cached_property
     def bubbles(self) -> tuple[Number, ...]:
         """How long each rank idles."""
-        return tuple(self.time - sum(span.end - span.start for span in row) for row in self.spans)
+        busy: list[Number] = [0] * self.schedule.ranks
+        for (rank, *_), (start, end) in zip(_turns(self.schedule), self.turns, strict=True):
+            busy[rank] += end - start
+        return tuple(self.time - each for each in busy)
+
+    @cached_property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Of each rank."""
+        rows: list[list[Span]] = [[] for _ in self.schedule.rows]
+        for (rank, cell, step, *_), (start, end) in zip(_turns(self.schedule), self.turns, strict=True):
+            rows[rank].append(Span(step, cell, start, end))
+        return tuple(map(tuple, rows))
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """From rank to rank, in the order in which what they send is made."""
+        sends = [(token, send, rank, to) for rank, _, _, _, made in _turns(self.schedule) for token, send, to in made if send is not None]
+        return tuple(Transfer(*what, *when) for what, when in zip(sends, self.sent, strict=True))
 
 
 def simulate(
@@ -129,25 +146,45 @@ def simulate(
     cost = durations or Durations()
     delay = transfer or (cost.transfer if isinstance(cost, Durations) else lambda step: 0)
     plain = schedule.compute()
-    spans: list[list[Span]] = [[] for _ in plain.rows]
+    free: list[Number] = [0] * plain.ranks
     come: dict[tuple[Token, int], Number] = {}
     link_free: dict[tuple[int, int], Number] = {}
-    transfers: list[Transfer] = []
-    for rank, cell, step in execution(plain):
-        start = max((come[token, rank] for token in needs(step, plain.stages)), default=0)
-        if spans[rank]:
-            start = max(start, spans[rank][-1].end)
-        end = start + cost(step)
-        spans[rank].append(Span(step, cell, start, end))
-        for action in step.parts:
-            if (token := action.makes) is None:
-                continue
+    turns: list[tuple[Number, Number]] = []
+    sent: list[tuple[Number, Number]] = []
+    for rank, _, step, needed, made in _turns(plain):
+        start = free[rank]
+        for at in needed:
+            if (there := come[at]) > start:
+                start = there
+        free[rank] = end = start + cost(step)
+        turns.append((start, end))
+        for token, send, target in made:
             come[token, rank] = end
-            if (send := sending(action, plain.stages)) and (target := peer(plain, send)) != rank:
+            if send is not None:
                 begin = max(end, link_free.get((rank, target), 0))
                 come[token, target] = link_free[rank, target] = begin + delay(step)
-                transfers.append(Transfer(token, send, rank, target, begin, come[token, target]))
-    return Timeline(plain, tuple(map(tuple, spans)), tuple(transfers))
+                sent.append((begin, come[token, target]))
+    return Timeline(plain, tuple(turns), tuple(sent))
+
+
+Made = tuple[Token, Action | None, int]
+"""What a step hands on, as which send, and to which rank; None where it stays."""
+
+
+@lru_cache(maxsize=256)
+def _turns(plain: Schedule) -> list[tuple[int, int, Step, list[tuple[Token, int]], list[Made]]]:
+    """The steps of a schedule without sends in an order in which each finds what it needs: rank, cell, step, what it waits for and where
+    that comes, and what it hands on. Many meshes follow one schedule."""
+    found = []
+    for rank, cell, step in execution(plain):
+        made: list[Made] = []
+        for action in step.parts:
+            if (token := action.makes) is not None:
+                send = sending(action, plain.stages)
+                target = peer(plain, send) if send else rank
+                made.append((token, send if target != rank else None, target))
+        found.append((rank, cell, step, [(token, rank) for token in needs(step, plain.stages)], made))
+    return found
 
 
 def lower(timeline: Timeline) -> Schedule:

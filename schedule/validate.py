@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from operator import add
 from typing import NoReturn
 
 from ..ir.errors import DscError
@@ -40,18 +42,34 @@ def in_flight(schedule: Schedule, kept_for_weights: Number = 1, sizes: Sequence[
     A chunk is held from its forward to the end of its backward. Where that is split, I lets go of all but `kept_for_weights` of it, W of
     the rest; where there is none, it is gone after its forward. `sizes` are what a chunk of each stage counts, in bytes say, instead of 1.
     """
+    rows, states = _held(schedule)
+    known = [sum((whole + kept_for_weights * part) * (sizes[stage] if sizes else 1) for stage, whole, part in held) for held in states]
+    return tuple(tuple(map(known.__getitem__, row)) for row in rows)
+
+
+Held = tuple[tuple[int, int, int], ...]
+"""What a rank holds: stage, and how many chunks of it, whole and for W alone."""
+
+
+@lru_cache(maxsize=256)
+def _held(schedule: Schedule) -> tuple[list[list[int]], list[Held]]:
+    """What each rank holds while each of its computations runs, by number, and what the numbers stand for."""
     forward_only = all(action.kind is Kind.F for _, _, action in schedule.compute().actions())
-    freed = {Kind.F: int(forward_only), Kind.B: 1, Kind.I: 1 - kept_for_weights, Kind.W: kept_for_weights}
+    change = {Kind.F: (-int(forward_only), 0), Kind.B: (-1, 0), Kind.I: (-1, 1), Kind.W: (0, -1)}
     rows = []
+    numbers: dict[Held, int] = {}
     for row in schedule.compute().rows:
-        held: Number = 0
+        held: dict[int, tuple[int, int]] = {}
         found = []
         for step in row:
-            held += sum(sizes[a.stage] if sizes else 1 for a in step.parts if a.kind is Kind.F)
-            found.append(held)
-            held -= sum(freed[a.kind] * (sizes[a.stage] if sizes else 1) for a in step.parts)
-        rows.append(tuple(found))
-    return tuple(rows)
+            for a in step.parts:
+                whole, part = held.get(a.stage, (0, 0))
+                held[a.stage] = whole + (a.kind is Kind.F), part
+            found.append(numbers.setdefault(tuple([(stage, *counts) for stage, counts in held.items()]), len(numbers)))
+            for a in step.parts:
+                held[a.stage] = tuple(map(add, held[a.stage], change[a.kind]))
+        rows.append(found)
+    return rows, list(numbers)
 
 
 def execution(schedule: Schedule) -> Iterator[tuple[int, int, Step]]:
