@@ -39,7 +39,7 @@ from dsc.distributed.world import Program  # noqa: E402
 from dsc.driver.comm import volume  # noqa: E402
 from dsc.driver.inputs import prepare  # noqa: E402
 from dsc.driver.ranks import RankWeights, cut  # noqa: E402
-from dsc.hardware.streams import simulate  # noqa: E402
+from dsc.hardware.streams import Costing, simulate  # noqa: E402
 from dsc.ir.core import Module, Op  # noqa: E402
 from dsc.ir.mesh import mesh_of  # noqa: E402
 from dsc.ir.ops.collective import Transfer  # noqa: E402
@@ -47,7 +47,6 @@ from dsc.ir.sharding import input_splits  # noqa: E402
 from dsc.ir.walk import walk  # noqa: E402
 from dsc.models.random_weights import RandomWeights  # noqa: E402
 from dsc.passes.overlap import overlapped  # noqa: E402
-from dsc.passes.overlapping.schedule import Costing  # noqa: E402
 
 GLOO = 1e9
 """Bytes a second over loopback, as the order is chosen by."""

@@ -20,7 +20,7 @@ from ..ir.core import Module, Value
 from ..ir.errors import DscError, require
 from ..ir.mesh import mesh_of
 from ..ir.ops.control import Call
-from ..ir.stages import BACKWARD, FORWARD, INPUT, ONCE, WEIGHT, Stages, merged, stages_of
+from ..ir.stages import BACKWARDS, FORWARD, INPUT, ONCE, WEIGHT, Stages, merged, stages_of
 from ..ir.types import Bundle, Type, landed
 from ..schedule.actions import Action, Kind, Overlap, Schedule, Step
 from ..schedule.simulate import lower, simulate
@@ -216,19 +216,18 @@ class _Rank:
 
     def step(self, step: Step) -> Program[None]:
         if isinstance(step, Overlap):
-            backward = next((role for role in (BACKWARD, INPUT) if role in self.stages.calls[step.backward.stage]), "")
-            calls = self.stages.calls[step.forward.stage].get(FORWARD), self.stages.calls[step.backward.stage].get(backward)
-            name = self.merged.get((str(calls[0].callee), str(calls[1].callee))) if calls[0] and calls[1] else None
+            calls = self.stages.calls
+            some = [(step.forward, FORWARD), *((step.backward, role) for role in BACKWARDS if role in calls[step.backward.stage])]
+            name = self.merged.get(tuple(str(calls[action.stage][role].callee) for action, role in some if role in calls[action.stage]))
             if name is not None:
-                yield from self.calls(name, [(step.forward, FORWARD), (step.backward, backward)])
-                yield from self.compute(step.backward, WEIGHT)
+                yield from self.calls(name, some)
                 return
         for action in step.parts:
             match action.kind:
                 case Kind.F:
                     yield from self.compute(action, FORWARD)
                 case Kind.B:
-                    for role in (BACKWARD, INPUT, WEIGHT):
+                    for role in BACKWARDS:
                         yield from self.compute(action, role)
                 case Kind.I:
                     yield from self.compute(action, INPUT)
@@ -243,12 +242,17 @@ class _Rank:
             yield from self.calls(str(self.stages.calls[action.stage][role].callee), [(action, role)])
 
     def calls(self, name: str, some: Sequence[tuple[Action, str]]) -> Program[None]:
-        """Run a function that does what some calls of main do."""
-        given = [self.take(value, action.microbatch) for action, role in some for value in self.stages.calls[action.stage][role].args]
-        found = iter((yield from self.run(name, given)))
-        for action, role in some:
-            for value in self.stages.calls[action.stage][role].results:
-                self.keep(value, next(found), action)
+        """Run a function that does what some calls of main do; what one of them hands to another stays inside."""
+        calls = [(action, self.stages.calls[action.stage][role]) for action, role in some]
+        reads = [(value, action.microbatch) for action, call in calls for value in call.args]
+        makes = [(value, action) for action, call in calls for value in call.results]
+        made = {(value, action.microbatch) for value, action in makes}
+        found = iter((yield from self.run(name, [self.take(*read) for read in reads if read not in made])))
+        for value, action in makes:
+            self.keep(value, next(found), action)
+        for read in reads:
+            if read in made:
+                self.take(*read)
 
     def take(self, value: Value, microbatch: int) -> Data:
         """A value that somebody reads."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-from ..ir.core import Module, Op, Trait
+from ..ir.core import Module, Op
 from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
-from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
+from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter, Transfer
 from ..ir.ops.control import Param
 from ..ir.routing import Routing, routing_of
 from ..ir.types import Ragged
@@ -23,10 +23,9 @@ from .device import Device
 from .kernels import MATRIX, NOTHING, Compute, Cost, slower
 from .links import Group, Legs, exchanged, gathered, group, reduced, two_hop
 from .links import seconds as transfer
+from .streams import COMPUTE
 
 __all__ = ["MATRIX", "Cost", "Costs", "seconds"]
-
-Stream = Literal["compute", "comm"]
 
 
 def seconds(op: Op, device: Device) -> float:
@@ -88,9 +87,11 @@ class Costs:
     def _weights(self) -> dict[Op, bool]:
         return {}
 
-    def stream(self, op: Op) -> Stream:
-        """Where it runs."""
-        return "comm" if Trait.COLLECTIVE in op.traits else "compute"
+    def stream(self, op: Op) -> str:
+        """Where it runs: `compute`, or the link that it takes longest on, `inter` where ranks lie in several domains, else `intra`."""
+        if not isinstance(op, Transfer):
+            return COMPUTE
+        return "inter" if self._group(*op.along()).nodes > 1 else "intra"
 
     def seconds(self, op: Op) -> float:
         """How long one execution takes."""
@@ -127,7 +128,7 @@ class Costs:
         ranks = self._group(axis, size)
         legs = self._legs(op, ranks)
         took, moving = transfer(self.cluster, legs)
-        if isinstance(op, AllToAllRows) and ranks.size > 1:
+        if isinstance(op, AllToAllRows) and ranks.size > 1 and axis != "ep.local":  # both hops go by what ranks said before the first
             took += self.cluster.comm.notify.mid
         factor = self.cluster.comm.slowdown.mid if self.overlap else 1.0
         sent = legs.inter + legs.intra

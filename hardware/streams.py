@@ -1,22 +1,25 @@
 """A function on the streams of one rank: when each op runs, what communication it leaves exposed, and what of it is hidden.
 
 The model of who runs a program: one thread goes through it in order and computes. A collective in flight runs beside it, after those that
-were started before, on the one stream of communication; its `done` makes the thread wait. A collective that is not started keeps the thread
-waiting from beginning to end.
+were started before on the same link: each link is a stream, so what goes between nodes and what goes inside one do not wait for each other,
+as NCCL's groups do not. Its `done` makes the thread wait. A collective that is not started keeps the thread waiting until it is over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 from ..ir.core import Func, Module, Op
 from ..ir.ops.collective import Done, Transfer
 from ..ir.ops.control import Call
+from ..ir.ops.fused import Fused
 from ..ir.walk import join
 
-Stream = Literal["compute", "comm"]
+COMPUTE = "compute"
+"""The stream of computation. Any other name is a link's."""
 
 
 class Durations(Protocol):
@@ -26,9 +29,21 @@ class Durations(Protocol):
         """Of one execution; 0 for what moves nothing."""
         ...
 
-    def stream(self, op: Op) -> Stream:
-        """`comm` for what ranks do together."""
+    def stream(self, op: Op) -> str:
+        """`compute`, or the link over which ranks communicate."""
         ...
+
+
+@dataclass(frozen=True)
+class Costing:
+    """What ops take: `alone`, where nothing runs beside them, and `beside` communication, which slows both down."""
+
+    alone: Durations
+    beside: Durations
+
+    def within(self, func: Func) -> Durations:
+        """What holds in a function: whether it has anything in flight."""
+        return self.beside if any(isinstance(op, Done) for op in func.ops) else self.alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +52,7 @@ class Span:
 
     op: Op
     weights: str
-    stream: Stream
+    stream: str
     start: float
     end: float
 
@@ -49,61 +64,95 @@ class Times:
     spans: tuple[Span, ...]
     total: float
 
-    def busy(self, stream: Stream) -> float:
+    def busy(self, stream: str) -> float:
         """Seconds that a stream works."""
         return sum(s.end - s.start for s in self.spans if s.stream == stream)
 
     @cached_property
+    def computing(self) -> float:
+        """Seconds of computation."""
+        return self.busy(COMPUTE)
+
+    @cached_property
+    def sending(self) -> tuple[tuple[float, float], ...]:
+        """When any link works."""
+        return united((s.start, s.end) for s in self.spans if s.stream != COMPUTE)
+
+    @cached_property
+    def communicating(self) -> float:
+        """Seconds in which any link works."""
+        return sum(end - start for start, end in self.sending)
+
+    @cached_property
     def exposed(self) -> float:
         """Seconds of communication during which nothing computes."""
-        computing = [s for s in self.spans if s.stream == "compute"]
-        beside, at = 0.0, 0
-        for sent in (s for s in self.spans if s.stream == "comm"):  # both in the order of time
-            while at < len(computing) and computing[at].end <= sent.start:
-                at += 1
-            for one in computing[at:]:
-                if one.start >= sent.end:
-                    break
-                beside += min(one.end, sent.end) - max(one.start, sent.start)
-        return self.busy("comm") - beside
+        return self.communicating - _common(self.sending, united((s.start, s.end) for s in self.spans if s.stream == COMPUTE))
 
     @property
     def hidden(self) -> float:
         """The share of communication during which something computes; 1 where nothing is sent."""
-        sent = self.busy("comm")
-        return 1 - self.exposed / sent if sent else 1.0
+        return hidden(self.exposed, self.communicating)
 
 
-def simulate(module: Module, durations: Durations, func: Func | None = None) -> Times:
-    """One run of a function, by default of main, calls followed."""
+def hidden(exposed: float, communicating: float) -> float:
+    """The share of communication that does not show."""
+    return 1 - exposed / communicating if communicating else 1.0
+
+
+def united(spans: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The union of some spans of time, in order."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(s for s in spans if s[1] > s[0]):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return tuple(found)
+
+
+def _common(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
+    i = j = 0
+    total = 0.0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def simulate(module: Module, durations: Durations | Costing, func: Func | None = None) -> Times:
+    """One run of a function, by default of main, calls followed. With a `Costing` each function takes what holds in it."""
     run = _Run(module, durations)
     run.through(module.main if func is None else func, "")
-    return Times(tuple(run.spans), max(run.now, run.free))
+    return Times(tuple(run.spans), max([run.now, *run.free.values()]))
 
 
 @dataclass
 class _Run:
     module: Module
-    durations: Durations
+    given: Durations | Costing
     now: float = 0.0
     """Where the thread is."""
-    free: float = 0.0
-    """When the stream of communication is."""
+    free: dict[str, float] = field(default_factory=dict)
+    """When each link is."""
     spans: list[Span] = field(default_factory=list)
 
     def through(self, func: Func, prefix: str) -> None:
+        durations = self.given.within(func) if isinstance(self.given, Costing) else self.given
         ends: dict[Op, float] = {}
         for op in func.ops:
-            if isinstance(op, Call) and op.callee in self.module.by_name:
+            if isinstance(op, Call) and not isinstance(op, Fused):
                 self.through(self.module[op.callee], join(prefix, op.weights))
                 continue
             if isinstance(op, Done):
                 self.now = max(self.now, ends.get(op.started, 0.0) if op.started else 0.0)
                 continue
-            seconds, stream = self.durations.seconds(op), self.durations.stream(op)
-            start = max(self.now, self.free) if stream == "comm" else self.now
-            if stream == "comm":
-                self.free = start + seconds
+            seconds, stream = durations.seconds(op), durations.stream(op)
+            start = self.now if stream == COMPUTE else max(self.now, self.free.get(stream, 0.0))
+            if stream != COMPUTE:
+                self.free[stream] = start + seconds
             if isinstance(op, Transfer) and op.start:
                 ends[op] = start + seconds
             else:

@@ -19,7 +19,8 @@ takes its own part of it, along dimension 0.
 
 A function that runs the forward pass of one stage and the backward pass of another as one, their communication under each other's
 computation, stands in the attribute `overlapped`: [{forward=@stage0_fwd, backward=@stage1_bwd, as=@both}] with the parameters of the
-forward, then those of B (or I), and the results likewise; the W of a stage that has one runs after it.
+forward, then those of B, and the results likewise. Of a backward pass in parts, backward is I and weight=@stage1_bwd_weight W, which takes
+what I makes inside.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from .ops.control import Call
 
 ATTRIBUTE, CUT, OVERLAPPED = "stages", "cut", "overlapped"
 FORWARD, BACKWARD, INPUT, WEIGHT, END = "F", "B", "I", "W", "end"
+BACKWARDS = (BACKWARD, INPUT, WEIGHT)
 SQUARES, NORM, UPDATE, READ = "squares", "norm", "update", "read"
 ONCE = (END, SQUARES, NORM, UPDATE, READ)
 """The roles in which a rank runs a stage once, after all micro-batches."""
-ROLES = (FORWARD, BACKWARD, INPUT, WEIGHT, *ONCE)
+ROLES = (FORWARD, *BACKWARDS, *ONCE)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Stages:
     @property
     def backwards(self) -> bool:
         """Whether there is a backward pass."""
-        return any(role in calls for calls in self.calls for role in (BACKWARD, INPUT, WEIGHT))
+        return any(role in calls for calls in self.calls for role in BACKWARDS)
 
     @property
     def split(self) -> bool:
@@ -123,10 +125,10 @@ def cut_inputs(module: Module) -> tuple[bool, ...]:
     return tuple(module.attributes.get(CUT, (True,) * len(module.main.params)))
 
 
-def merged(module: Module) -> Mapping[tuple[str, str], str]:
-    """The function that runs a forward and a backward function as one, by their names."""
+def merged(module: Module) -> Mapping[tuple[str, ...], str]:
+    """The function that runs a forward and a backward pass as one, by the names of their functions: F and B, or F, I and W."""
     records: Sequence[Any] = module.attributes.get(OVERLAPPED, ())
-    return {(str(r["forward"]), str(r["backward"])): str(r["as"]) for r in records}
+    return {tuple(str(r[key]) for key in ("forward", "backward", "weight") if key in r): str(r["as"]) for r in records}
 
 
 def law(module: Module, func: Func) -> Iterator[tuple[Func | Op, str]]:
@@ -146,7 +148,7 @@ def law(module: Module, func: Func) -> Iterator[tuple[Func | Op, str]]:
             if value.owner is not None and not _may_take(role, stage, *stages.home(value), stages):
                 other, made = stages.home(value)
                 yield call, f"{role} of stage {stage} takes %{value.name} of {made} of stage {other}"
-    for place, name in (((f, b), str(name)) for (f, b), name in merged(module).items()):
+    for place, name in merged(module).items():
         missing = [n for n in (*place, name) if n not in module.by_name]
         if missing:
             yield func, f"no function @{missing[0]}, which {OVERLAPPED} names"

@@ -73,7 +73,7 @@ class Pass:
     Without an upper end it is the stage before `ensures`: no pass runs twice, or carries a module back.
     """
     ensures: ClassVar[str | None] = None
-    """The stage of the result; None where it stays what it was."""
+    """The stage of the result, unless it was further before; None where it stays what it was."""
     declined: list[Declined] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __call__(self, module: Module) -> Module:
@@ -349,7 +349,7 @@ def _check_stage(each: Pass, module: Module) -> None:
 
 def _check_result(each: Pass, before: Module, after: Module) -> None:
     blame = f"{each.name} has a bug (the program is not at fault): its result"
-    expected = each.ensures or before.stage
+    expected = max(each.ensures or before.stage, before.stage, key=stage_index)
     require(after.stage == expected, f"{blame} is at stage {after.stage}, expected {expected}")
     try:
         verify(after)

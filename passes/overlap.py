@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar
 
-from ..hardware.cluster import cluster
+from ..hardware.cluster import Cluster, cluster
 from ..hardware.cost import Costs
+from ..hardware.streams import Costing
 from ..ir.core import Func, Module, Symbol, called
 from ..ir.errors import require
-from ..ir.expected import mean_rows
+from ..ir.expected import IMBALANCE, mean_rows
 from ..ir.flight import axes
-from ..ir.stages import BACKWARD as BACKWARD_ROLE
-from ..ir.stages import FORWARD, INPUT, OVERLAPPED, is_staged, stages_of
+from ..ir.stages import BACKWARDS, FORWARD, OVERLAPPED, is_staged, stages_of
+from ..ir.verify import stage_index
 from .manager import Pass, register
 from .overlapping.chunks import BACKWARD, interleaved, together
 from .overlapping.merge import Groups
-from .overlapping.schedule import Costing, ordered
+from .overlapping.schedule import ordered
 
 GB = 10**9
 
@@ -32,6 +33,8 @@ class Overlap(Pass):
     `memory-gb` of values alive in it (10^9 bytes, those of the caller and weights apart). The orders looked at are the program's own, with
     collectives as they stand and with collectives started where they stand, those of list scheduling by several priorities, every order
     where there are few ops, and for a forward and a backward chunk the published one. So the result is never slower, by the model.
+
+    `repeats` says how often the program runs before weights change: casts of weights, which a step does once, count that much less.
 
     `microbatches=2` is for inference: main takes and returns twice what it did, for two micro-batches of which one computes while the other
     communicates. In a program that is cut into stages of a pipeline the forward pass of a stage and the backward pass of the one as far
@@ -62,21 +65,23 @@ class Overlap(Pass):
     """
 
     name: ClassVar[str] = "overlap"
-    requires: ClassVar[str] = "sharded.."
+    requires: ClassVar[str] = "sharded..lowered"
     ensures: ClassVar[str | None] = "scheduled"
     cluster: str = "h800"
     memory_gb: float | None = None
     microbatches: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         cluster(self.cluster)
         require(self.memory_gb is None or self.memory_gb > 0, f"memory-gb is {self.memory_gb}, expected more than 0")
         require(self.microbatches in (1, 2), f"microbatches is {self.microbatches}, expected 1 or 2")
+        require(self.repeats >= 1, f"repeats is {self.repeats}, expected 1 or more")
 
     def __call__(self, module: Module) -> Module:
         require(self.microbatches == 1 or not is_staged(module), "microbatches=2 is for a program that is not cut into stages")
         cap = inf if self.memory_gb is None else self.memory_gb * GB
-        made = overlapped(module, costing_of(module, self.cluster), cap, self.microbatches)
+        made = overlapped(module, costing_of(module, self.cluster, repeats=self.repeats), cap, self.microbatches)
         for func, over in made.over.items():
             self.decline(made.module[func], made.module[func].ops[0], f"no order was found that keeps under memory-gb, by {over} bytes")
         return made.module
@@ -107,13 +112,15 @@ def overlapped(module: Module, costing: Costing, cap: float = inf, microbatches:
             over[name] = found.over
         if found.func is not func:
             module = module.map(lambda old, func=func, new=found.func: new if old is func else old)  # type: ignore[misc]
-    return Overlapped(module.replace(stage="scheduled"), over)
+    return Overlapped(module.replace(stage=max(module.stage, "scheduled", key=stage_index)), over)
 
 
-def costing_of(module: Module, name: str) -> Costing:
-    """What the ops of a program take on a rank of a cluster, exchanged rows being as many as are expected."""
-    given: dict[str, Any] = {"rows": mean_rows(module)}
-    where = cluster(name)
+def costing_of(module: Module, where: str | Cluster, **given: Any) -> Costing:
+    """What the ops of a program take on a rank of a cluster; of exchanged rows as many count as are expected on the fullest rank, for which
+    the others wait. `given` says else (`Costs`)."""
+    where = cluster(where) if isinstance(where, str) else where
+    more = given.setdefault("imbalance", float(IMBALANCE))
+    given = {"rows": {ragged: extent * more for ragged, extent in mean_rows(module).items()}} | given
     return Costing(Costs.of(module, where, **given), Costs.of(module, where, overlap=True, **given))
 
 
@@ -128,12 +135,14 @@ def _joined(module: Module, groups: Groups) -> Module:
     records: list[dict[str, Symbol]] = []
     for first, calls in enumerate(stages.calls):
         others = stages.calls[len(stages) - 1 - first]
-        forward, backward = calls.get(FORWARD), others.get(BACKWARD_ROLE, others.get(INPUT))
-        if forward is None or backward is None or not all(axes(module, call) for call in (forward, backward)):
+        forward, back = calls.get(FORWARD), [others[role] for role in BACKWARDS if role in others]
+        if forward is None or not back or not all(axes(module, call) for call in (forward, back[0])):
             continue
-        name = f"{forward.callee}__{backward.callee}"
-        made.append(together(groups, name, module[forward.callee], [module[backward.callee]]))
-        records.append({"forward": forward.callee, "backward": backward.callee, "as": Symbol(name)})
+        name = f"{forward.callee}__{back[0].callee}"
+        handed = {at: back[0].results.index(v) for at, v in enumerate(back[-1].args) if v.owner is back[0]}
+        made.append(together(groups, name, module[forward.callee], [module[call.callee] for call in back], handed))
+        weight = {"weight": back[1].callee} if len(back) > 1 else {}
+        records.append({"forward": forward.callee, "backward": back[0].callee, **weight, "as": Symbol(name)})
     if not records:
         return module
     return groups.module.replace(

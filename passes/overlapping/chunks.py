@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...ir.core import Func, Module, Op, Phase, Symbol, Value, called
@@ -11,47 +11,49 @@ from ...ir.ops.control import Call
 from ...ir.ops.moe import Dispatch
 from ...ir.walk import communicating
 from .components import PRODUCTS
-from .merge import Groups, Member, halves
+from .merge import Groups, Member, halves, opened, without_idle_packs
 
 FORWARD, BACKWARD = "fwd", "bwd"
 FIRST, SECOND = "mb0", "mb1"
 """What the ids of the ops of either chunk begin with."""
 
+NOTHING: Mapping[int, int] = {}
 Split = Callable[[Call], "tuple[Call, Call] | None"]
 
 
-def together(groups: Groups, name: str, forward: Func, backward: Sequence[Func]) -> Func:
+def together(groups: Groups, name: str, forward: Func, backward: Sequence[Func], handed: Mapping[int, int] = NOTHING) -> Func:
     """A forward chunk and a backward chunk as one function.
 
-    `backward` are functions that run one after the other, each perhaps on what the one before it makes: a parameter that is of the type of
-    a result of the one before is that result, the first of this type that is not taken yet. The function takes what `forward` takes and
-    then what else those of `backward` do, and returns what `forward` returns and then what each of those does. Calls of layers are grouped
-    one with one, in their order, together with the calls for gradients of weights that read nothing but what theirs makes.
+    `backward` is one function, or the parts for inputs and for weights, of which the second takes what `handed` says of the first: its
+    parameter -> the first one's result. The function takes what `forward` takes and then what else those of `backward` do, and returns what
+    `forward` returns and then what each of those does. Calls of layers are grouped one with one, in their order, together with the calls
+    for gradients of weights that read nothing but what theirs makes.
     """
-    names = _exchanging(groups.module)
+    names = exchanging(groups.module)
     params = [Value(p.type, p.name) for p in forward.params]
     mine, results = copied(forward, params, FORWARD)
     others: list[Op] = []
     made: list[Value] = []
-    for func in backward:
-        given = []
-        for param in func.params:
-            match = next((v for v in made if v.type == param.type), None)
-            if match is None:
-                match = Value(param.type, param.name)
-                params.append(match)
-            else:
-                made.remove(match)
-            given.append(match)
+    for i, func in enumerate(backward):
+        given = [made[handed[at]] if i and at in handed else Value(p.type, p.name) for at, p in enumerate(func.params)]
+        params += [v for v in given if v not in made]
         ops, made = copied(func, given, BACKWARD)
         others += ops
         results += made
-        made = list(made)
     body = _Body(groups, [*mine, *others], results)
     for x, y in zip(_calls(mine, names), _calls(others, names), strict=False):
-        gradients = [op for op in others if isinstance(op, Call) and op.phase is Phase.W and _only_of(op, y)]
+        gradients = [op for op in others if isinstance(op, Call) and gradients_of(op, y)]
         body.group([Member(x, FORWARD), *(Member(call, BACKWARD) for call in (y, *gradients))])
     return body.func(name, params)
+
+
+def beside(groups: Groups, forward: Call, backward: Sequence[Call]) -> tuple[Func, Mapping[Op, bool]]:
+    """The function that `together` makes of one layer forward and one backward, and which of its ops are of the latter."""
+    calls = (forward, *backward)
+    members = [Member(call, FORWARD if call is forward else BACKWARD) for call in calls]
+    made, _ = groups.call(members, {r for call in calls for r in call.results}, forward.id)
+    func = next(func for func in groups.funcs if func.name == made.callee)
+    return func, {op: groups.parts[func.name][op] == BACKWARD for op in func.ops}
 
 
 def interleaved(groups: Groups) -> Func:
@@ -59,7 +61,7 @@ def interleaved(groups: Groups) -> Func:
 
     The second runs half a layer behind: while one computes attention the other exchanges rows.
     """
-    main, names = groups.module.main, _exchanging(groups.module)
+    main, names = groups.module.main, exchanging(groups.module)
     cut: dict[Call, Call] = {}
 
     def split(call: Call) -> tuple[Call, Call] | None:
@@ -97,6 +99,9 @@ def copied(func: Func, args: Sequence[Value], tag: str, split: Split | None = No
     new: dict[Value, Value] = dict(zip(func.params, args, strict=True))
     ops: list[Op] = []
     for old in func.ops:
+        if (values := opened(old, new)) is not None:
+            new.update(zip(old.results, values, strict=True))
+            continue
         op = old.with_operands(new.__getitem__).copy(id=f"{tag}.{old.id}")
         parts = split(op) if split is not None and isinstance(op, Call) else None
         ops += parts or (op,)
@@ -162,10 +167,11 @@ class _Body:
         """The function, with the rest of the ops."""
         for op in self.old:
             self.need(op)
-        return Func(name, tuple(params), tuple(self.ops), tuple(map(self.value, self.results)), updates or {})
+        results = tuple(map(self.value, self.results))
+        return Func(name, tuple(params), tuple(without_idle_packs(self.ops, results)), results, updates or {})
 
 
-def _exchanging(module: Module) -> frozenset[str]:
+def exchanging(module: Module) -> frozenset[str]:
     """The names of the functions that do the work of layers: that exchange rows of tokens, or where none does, that communicate."""
     found = {func.name for func in module.funcs if any(isinstance(op, AllToAllRows) for op in func.ops)}
     while more := {func.name for func in module.funcs if not found.isdisjoint(called(module, func))} - found:
@@ -177,9 +183,9 @@ def _calls(ops: Sequence[Op], names: Collection[str]) -> list[Call]:
     return [op for op in ops if isinstance(op, Call) and op.callee in names]
 
 
-def _only_of(op: Call, call: Call) -> bool:
-    """Whether `op` reads nothing but what `call` makes."""
-    return bool(op.args) and all(v.owner is call for v in op.args)
+def gradients_of(op: Call, call: Call) -> bool:
+    """Whether `op` is for gradients of weights and reads nothing but what `call` makes."""
+    return op.phase is Phase.W and bool(op.args) and all(v.owner is call for v in op.args)
 
 
 def _directly(op: Op, other: Op) -> bool:

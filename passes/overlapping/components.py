@@ -59,7 +59,7 @@ def _assign(tasks: Sequence[Task], chunk: Sequence[int], backward: bool, found: 
     last: Component = "dispatch" if backward else "combine"
     needed = set().union(*(behind[i] for i in bringing))  # by what brings rows in
     axis = tasks[min(bringing)].op.attributes["axis"].split(".")[0]
-    told = {i for i in needed if tasks[i].stream == "comm" and tasks[i].op.attributes["axis"].split(".")[0] == axis}
+    told = {i for i in needed if tasks[i].sends and tasks[i].op.attributes["axis"].split(".")[0] == axis}
     readers = {j: i for i in reversed(chunk) for j in tasks[i].after}
     for i in reversed(chunk):
         after_in, after_out = not bringing.isdisjoint(behind[i]), not taking.isdisjoint(behind[i])
@@ -124,7 +124,7 @@ def published(tasks: Sequence[Task], found: Sequence[Block]) -> tuple[int, ...]:
 
     for block in PUBLISHED:
         for i, other in enumerate(found):
-            if other == block and (tasks[i].stream == "comm" or block.component in ("attention", "mlp")):
+            if other == block and (tasks[i].sends or block.component in ("attention", "mlp")):
                 take(i)
     for i in range(len(tasks)):
         take(i)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...ir.core import Func, Module, Op, Symbol, Trait, Value
-from ...ir.ops.control import Call, Param
+from ...ir.ops.control import Call, Pack, Param, Unpack
 from ...ir.ops.fused import Fused
 from ...ir.walk import numbered
 
@@ -106,7 +106,8 @@ class _Opened:
             callee = self.groups.module[member.call.callee]
             results = self.body(callee, [outer[v] for v in member.call.args], prefix, member.tag, member.tag)
             outer.update(zip(member.call.results, results, strict=True))
-        func = Func(self.name, params, tuple(self.ops), tuple(outer[v] for v in self.returned))
+        returned = tuple(outer[v] for v in self.returned)
+        func = Func(self.name, params, tuple(without_idle_packs(self.ops, returned)), returned)
         self.groups.parts[func.name] = self.tags
         return func
 
@@ -119,6 +120,9 @@ class _Opened:
                 inner = self.groups.module[old.callee]
                 results = self.body(inner, [new[v] for v in old.args], within, tag, f"{place}.c{index}")
                 new.update(zip(old.results, results, strict=True))
+                continue
+            if (values := opened(old, new)) is not None:
+                new.update(zip(old.results, values, strict=True))
                 continue
             op = old.with_operands(new.__getitem__)
             changes = {"path": numbered(prefix, op.path)} if isinstance(op, Param) else {}
@@ -141,6 +145,18 @@ class _Opened:
             number += 1
             found = f"{id}.{number}"
         return found
+
+
+def opened(op: Op, new: Mapping[Value, Value]) -> Sequence[Value] | None:
+    """The values of a bundle that `op` unpacks, where it is packed beside it: who reads one need not wait for the others."""
+    owner = new[op.x].owner if isinstance(op, Unpack) else None
+    return owner.values if isinstance(owner, Pack) else None
+
+
+def without_idle_packs(ops: Sequence[Op], results: Sequence[Value]) -> list[Op]:
+    """Without bundles that nobody takes any more."""
+    read = {v for op in ops for v in op.operands} | set(results)
+    return [op for op in ops if not isinstance(op, Pack) or op.result in read]
 
 
 def halves(func: Func, last_of_first: Collection[Op]) -> tuple[Func, Func, tuple[Value, ...]]:

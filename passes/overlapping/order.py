@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from math import inf
+from operator import add
 
+from ...hardware.streams import COMPUTE
 from .tasks import Task, length
 
 Order = tuple[int, ...]
+Times = tuple[float, ...]
+"""Of each link."""
 
 EXHAUSTIVE = 12
 """Tasks up to which every order is tried, as far as `STEPS` go."""
@@ -51,7 +55,8 @@ def listed(tasks: Sequence[Task], priority: Sequence[float], window: float = inf
     beyond: list[int] = []
     taken = [False] * count
     order: list[int] = []
-    now = free = 0.0
+    free = dict.fromkeys((task.stream for task in tasks), 0.0)
+    now = 0.0
     oldest = 0
 
     def offer(i: int) -> None:
@@ -59,11 +64,11 @@ def listed(tasks: Sequence[Task], priority: Sequence[float], window: float = inf
             heappush(beyond, i)
             return
         when = max((ends[j] for j in tasks[i].after), default=0.0)
-        when = max(when, free) if tasks[i].barrier else when
+        when = max([when, *free.values()]) if tasks[i].barrier else when
         if when > now:
             heappush(waiting, (when, i))
         else:
-            heappush(comm if tasks[i].stream == "comm" else compute, (-priority[i], i))
+            heappush(comm if tasks[i].sends else compute, (-priority[i], i))
 
     for i in range(count):
         if not missing[i]:
@@ -77,13 +82,13 @@ def listed(tasks: Sequence[Task], priority: Sequence[float], window: float = inf
             now = waiting[0][0]
             continue
         i = heappop(comm or compute)[1]
-        if tasks[i].barrier and free > now:
-            heappush(waiting, (free, i))  # collectives were issued since it was ready
+        if tasks[i].barrier and (last := max(free.values())) > now:
+            heappush(waiting, (last, i))  # collectives were issued since it was ready
             continue
         order.append(i)
         taken[i] = True
-        if tasks[i].stream == "comm":
-            free = ends[i] = max(now, free) + tasks[i].seconds
+        if tasks[i].sends:
+            free[tasks[i].stream] = ends[i] = max(now, free[tasks[i].stream]) + tasks[i].seconds
         else:
             now = ends[i] = now + tasks[i].seconds
         for j in readers[i]:
@@ -101,39 +106,42 @@ def exhausted(tasks: Sequence[Task], known: Order) -> Order:
     """The shortest order, or the shortest found in `STEPS` steps; `known` where none is shorter.
 
     Branch and bound: an order begun is given up where what is left cannot make it shorter than the best, or where the same tasks have been
-    done before in no more time on either stream.
+    done before in no more time on every stream.
     """
     count = len(tasks)
     readers, missing = _readers(tasks)
     way = _way(tasks, 1.0)
     seconds = [t.seconds for t in tasks]
+    links = {stream: at for at, stream in enumerate(sorted({task.stream for task in tasks if task.sends}))}
     best, shortest = known, length(tasks, known)
     seen: dict[int, list[tuple[float, ...]]] = {}
     steps = 0
 
-    def descend(order: list[int], done: int, now: float, free: float, ends: list[float], computing: float, sending: float) -> None:
+    def descend(order: list[int], done: int, now: float, free: Times, ends: list[float], computing: float, sending: Times) -> None:
         nonlocal best, shortest, steps
         steps += 1
         if len(order) == count:
-            if max(now, free) < shortest:
-                best, shortest = tuple(order), max(now, free)
+            if (last := max([now, *free])) < shortest:
+                best, shortest = tuple(order), last
             return
         ready = [i for i in range(count) if not done >> i & 1 and not missing[i]]
-        bound = max([now + computing, free + sending, *(max([now, *(ends[j] for j in tasks[i].after)]) + way[i] for i in ready)])
-        state = (now, free, *(max(ends[j], now) if done >> j & 1 else 0.0 for j in range(count) if tasks[j].stream == "comm"))
+        begin = (max([now, *(ends[j] for j in tasks[i].after)]) + way[i] for i in ready)
+        bound = max([now + computing, *map(add, free, sending), *begin])
+        state = (now, *free, *(max(ends[j], now) if done >> j & 1 else 0.0 for j in range(count) if tasks[j].sends))
         known = seen.setdefault(done, [])
         if bound >= shortest or steps > STEPS or any(all(a <= b for a, b in zip(other, state, strict=True)) for other in known):
             return
         known.append(state)
-        for i in sorted(ready, key=lambda i: (tasks[i].stream != "comm", -way[i])):
+        for i in sorted(ready, key=lambda i: (not tasks[i].sends, -way[i])):
             task = tasks[i]
             at = max([now, *(ends[j] for j in task.after)])
-            if task.stream == "comm":
-                after, sent = at, max(at, free) + task.seconds
-                ends[i] = sent
-                left = computing, sending - seconds[i]
+            if task.sends:
+                link = links[task.stream]
+                ends[i] = max(at, free[link]) + task.seconds
+                after, sent = at, (*free[:link], ends[i], *free[link + 1 :])
+                left = computing, (*sending[:link], sending[link] - seconds[i], *sending[link + 1 :])
             else:
-                at = max(at, free) if task.barrier else at
+                at = max([at, *free]) if task.barrier else at
                 after, sent = at + task.seconds, free
                 ends[i] = after
                 left = computing - seconds[i], sending
@@ -147,7 +155,7 @@ def exhausted(tasks: Sequence[Task], known: Order) -> Order:
             ends[i] = 0.0
 
     total: Callable[[str], float] = lambda stream: sum(t.seconds for t in tasks if t.stream == stream)  # noqa: E731
-    descend([], 0, 0.0, 0.0, [0.0] * count, total("compute"), total("comm"))
+    descend([], 0, 0.0, (0.0,) * len(links), [0.0] * count, total(COMPUTE), tuple(map(total, links)))
     return best
 
 
@@ -164,7 +172,7 @@ def _way(tasks: Sequence[Task], weight: float) -> list[float]:
     """The longest way from the beginning of each task to the end, collectives counted `weight` times."""
     way = [0.0] * len(tasks)
     for i in range(len(tasks) - 1, -1, -1):
-        way[i] += tasks[i].seconds * (weight if tasks[i].stream == "comm" else 1.0)
+        way[i] += tasks[i].seconds * (weight if tasks[i].sends else 1.0)
         for j in tasks[i].after:
             way[j] = max(way[j], way[i])
     return way
@@ -176,7 +184,7 @@ def _to_next(tasks: Sequence[Task]) -> list[float]:
     scale = max(way, default=0.0) or 1.0
     near = [inf] * len(tasks)
     for i in range(len(tasks) - 1, -1, -1):
-        here = 0.0 if tasks[i].stream == "comm" else near[i] + tasks[i].seconds
+        here = 0.0 if tasks[i].sends else near[i] + tasks[i].seconds
         for j in tasks[i].after:
             near[j] = min(near[j], here)
     return [-min(n, 2 * scale) + way[i] / scale * 1e-3 * scale for i, n in enumerate(near)]

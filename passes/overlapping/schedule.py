@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 
-from ...hardware.streams import Durations
+from ...hardware.streams import Costing
 from ...ir.core import Func, Module, Op
 from ...ir.flight import differences
 from ...ir.liveness import live_bytes
@@ -15,14 +15,6 @@ from .components import blocks, published
 from .emit import emit
 from .order import Order, candidates
 from .tasks import Task, length, tasks_of
-
-
-@dataclass(frozen=True)
-class Costing:
-    """What ops take: `alone`, where nothing runs beside them, and `beside` the other stream."""
-
-    alone: Durations
-    beside: Durations
 
 
 @dataclass(frozen=True)
@@ -40,12 +32,12 @@ def ordered(module: Module, func: Func, costing: Costing, cap: float = inf, back
     """`func` in the quickest order that was found: of the program's own, those of list scheduling and, for a forward and a backward chunk
     (`backward` says which ops are of the latter), the published one, the first of the quickest whose memory is at most `cap` bytes.
     """
-    before = tasks_of(module, func, costing.alone)
+    before = tasks_of(module, func, costing.alone, costing)
     plain = length(before, range(len(before)), started=False)
     starts = any(isinstance(task.op, Transfer) for task in before)
     if not starts or any(isinstance(op, Done) for op in func.ops):
         return Ordered(func, plain, plain)
-    tasks = tasks_of(module, func, costing.beside)
+    tasks = tasks_of(module, func, costing.beside, costing)
     found: list[tuple[float, int, Order]] = [(length(tasks, order), i, order) for i, order in enumerate(orders(tasks, backward))]
     choices: list[tuple[float, int, Order | None]] = sorted([(plain, -1, None), *found], key=lambda choice: choice[:2])
     least: tuple[int, float, Func] | None = None

@@ -16,7 +16,7 @@ from dsc.distributed.world import Exchange, Gather, Index, Program, Receive, Sen
 from dsc.driver.comm import volume
 from dsc.driver.inputs import prepare
 from dsc.driver.ranks import RankWeights, cut
-from dsc.hardware.streams import simulate
+from dsc.hardware.streams import Costing, simulate
 from dsc.ir.core import Module, Op
 from dsc.ir.mesh import mesh_of, parse_mesh
 from dsc.ir.ops.collective import Transfer
@@ -24,7 +24,6 @@ from dsc.ir.sharding import input_splits
 from dsc.ir.walk import walk
 from dsc.models.random_weights import RandomWeights
 from dsc.passes.overlap import overlapped
-from dsc.passes.overlapping.schedule import Costing
 
 X = np.zeros(100, np.uint8)
 LINK = Link(bandwidth=50.0, latency=1.0)

@@ -145,7 +145,7 @@ def test_a_forward_and_a_backward_chunk_are_two_runs(overlap: str, split: str) -
     stage_b = [caller(f"stage_b{i}", func, "model.layers.2") for i, func in enumerate(backward)]
     with_stages = module.replace(funcs=(*module.funcs, stage_f, *stage_b))
     groups = Groups(with_stages)
-    both = together(groups, "both", stage_f, stage_b)
+    both = together(groups, "both", stage_f, stage_b, {0: len(stage_b[0].results) - 1})
     merged = groups.module.replace(funcs=(*groups.module.funcs, *groups.funcs, both))
     (group,) = groups.funcs
     tags = groups.parts[group.name]

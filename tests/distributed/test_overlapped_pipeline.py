@@ -10,7 +10,7 @@ from dsc.distributed import local
 from dsc.driver.inputs import prepare
 from dsc.driver.pipelining import schedule_of
 from dsc.driver.ranks import rank_program
-from dsc.ir.core import Module, called
+from dsc.ir.core import Module, Phase, called
 from dsc.ir.errors import DscError
 from dsc.ir.mesh import mesh_of, parse_mesh
 from dsc.ir.ops.collective import Done
@@ -43,12 +43,13 @@ def test_overlapped_pairs_give_the_same_bits(staged: Module, tmp_path_factory: p
     made = dsc.apply(staged, f"overlap{{cluster={file}}}")
     assert dsc.parse(str(made)) == made
     pairs = merged(made)
-    assert set(pairs) == {("stage0_fwd", "stage1_bwd_input"), ("stage1_fwd", "stage0_bwd_input")}
+    assert set(pairs) == {(f"stage{f}_fwd", f"stage{b}_bwd_input", f"stage{b}_bwd_weight") for f, b in ((0, 1), (1, 0))}
     for name in pairs.values():
         layers = [made[callee] for callee in called(made, made[name]) if "overlapped" in callee]
         assert layers  # a layer's forward pass and another's backward pass are one function
         assert all(any(isinstance(op, Done) for op in func.ops) for func in layers)
         assert all({op.id.split(".")[0] for op in func.ops} == {"fwd", "bwd"} for func in layers)
+        assert all(any(op.phase is Phase.W for op in func.ops) for func in layers)  # all of the backward pass
     schedule = schedule_of(parse_mesh("pp=2"), "train", "dualpipe", 4)
     inputs, found = prepare(staged, None, microbatches=4), []
     seen: set[str] = set()

@@ -147,7 +147,7 @@ def test_an_exchange_of_rows_costs_what_is_expected_not_the_bound() -> None:
     expected = Costs(H800, mesh, routing=routing, imbalance=1.5, rows={rows: 1.5 * 32768})
     assert expected.cost(back).sent == pytest.approx(1.5 * costs.cost(back).sent)
     assert costs.cost(there).bound == "network"
-    assert costs.stream(there) == "comm"
+    assert costs.stream(there) == "inter"
 
 
 @SETTINGS

@@ -24,9 +24,9 @@ def test_at_least_nine_tenths_of_the_exchanges_are_hidden() -> None:
     made = dsc.apply(plain, "overlap{cluster=h800}")
     costing = costing_of(made, "h800")
     for (forward, backward), name in merged(made).items():
-        times = simulate(made, costing.beside, made[name])
+        times = simulate(made, costing, made[name])
         apart = sum(simulate(plain, costing.alone, plain[func]).total for func in (forward, backward))
-        hidden = f"{times.busy('comm') * 1e3:.1f} ms of communication, {times.exposed * 1e3:.2f} exposed, {100 * times.hidden:.1f}% hidden"
+        hidden = f"{times.communicating * 1e3:.1f} ms of communication, {times.exposed * 1e3:.2f} exposed, {100 * times.hidden:.1f}% hidden"
         print(f"@{name}: {times.total * 1e3:.1f} ms, apart {apart * 1e3:.1f} ms; {hidden}")
         print(f"{live_bytes(made, made[name]).peak / 1e9:.2f} GB alive")
         assert times.hidden >= 0.9

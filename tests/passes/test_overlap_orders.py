@@ -19,11 +19,11 @@ OP: Op = Iota(1, DType.i32)
 
 
 def graph(random: Random, count: int, chance: float) -> list[Task]:
-    """Tasks of whole seconds, about every third a collective, some of no length."""
+    """Tasks of whole seconds, about every second a collective on either link, some of no length."""
     tasks: list[Task] = []
     for i in range(count):
         after = tuple(j for j in range(i) if random.random() < chance)
-        stream = random.choice(("compute", "compute", "comm"))
+        stream = random.choice(("compute", "compute", "inter", "intra"))
         seconds = float(random.choice((0, 1, 2, 3, 5, 8, 13)))
         tasks.append(Task(OP, stream, seconds, after, barrier=stream == "compute" and random.random() < 0.1))  # type: ignore[arg-type]
     return tasks
@@ -38,21 +38,21 @@ def every_order(tasks: Sequence[Task], taken: tuple[int, ...] = ()) -> Iterator[
 
 
 def seconds(tasks: Sequence[Task], order: Sequence[int]) -> float:
-    """The model said once more, event by event: a thread with a list of what it has to do, and a queue of collectives."""
-    thread, queue_is_free = 0.0, 0.0
+    """The model said once more, event by event: a thread with a list of what it has to do, and a queue of collectives for each link."""
+    thread, free = 0.0, {"inter": 0.0, "intra": 0.0}
     over: dict[int, float] = {}
     for i in order:
         for j in tasks[i].after:
             thread = max(thread, over[j])
-        if tasks[i].stream == "comm":
-            begins = max(thread, queue_is_free)
-            over[i] = queue_is_free = begins + tasks[i].seconds
+        if tasks[i].stream != "compute":
+            begins = max(thread, free[tasks[i].stream])
+            over[i] = free[tasks[i].stream] = begins + tasks[i].seconds
         else:
             if tasks[i].barrier:
-                thread = max(thread, queue_is_free)
+                thread = max(thread, *free.values())
             thread += tasks[i].seconds
             over[i] = thread
-    return max([thread, queue_is_free, *over.values()])
+    return max([thread, *free.values(), *over.values()])
 
 
 @given(random=st.randoms(use_true_random=False), count=st.integers(1, 7), chance=st.sampled_from((0.1, 0.25, 0.5)))
@@ -77,7 +77,7 @@ def test_many_tasks(random: Random, count: int) -> None:
     found = {order: length(tasks, order) for order in candidates(tasks)}
     assert all(set(tasks[i].after) <= set(order[:at]) for order in found for at, i in enumerate(order))
     assert min(found.values()) <= length(tasks, range(count))
-    busy = [sum(t.seconds for t in tasks if t.stream == stream) for stream in ("compute", "comm")]
+    busy = [sum(t.seconds for t in tasks if t.stream == stream) for stream in ("compute", "inter", "intra")]
     assert min(found.values()) >= max(busy)
 
 
@@ -91,11 +91,11 @@ def test_a_window_keeps_tasks_near_their_turn() -> None:
 
 def test_the_search_finds_what_list_scheduling_does_not() -> None:
     """Two ways to the end of one length: the long computation must not come before the short one that a collective waits for."""
-    tasks = [Task(OP, "compute", 5, ()), Task(OP, "compute", 1, ()), Task(OP, "comm", 5, (1,)), Task(OP, "compute", 1, (0,))]
+    tasks = [Task(OP, "compute", 5, ()), Task(OP, "compute", 1, ()), Task(OP, "inter", 5, (1,)), Task(OP, "compute", 1, (0,))]
     assert length(tasks, exhausted(tasks, (0, 1, 2, 3))) == 7 < length(tasks, (0, 1, 2, 3)) == 11
 
 
 @pytest.mark.parametrize("started", [True, False])
 def test_a_collective_that_is_not_started_keeps_the_thread_waiting(started: bool) -> None:
-    tasks = [Task(OP, "comm", 5, ()), Task(OP, "compute", 4, ()), Task(OP, "compute", 1, (0,))]
+    tasks = [Task(OP, "inter", 5, ()), Task(OP, "compute", 4, ()), Task(OP, "compute", 1, (0,))]
     assert length(tasks, (0, 1, 2), started=started) == (6 if started else 10)
