@@ -7,6 +7,8 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ..hardware.cluster import cluster
+from ..hardware.device import Device
 from ..ir.core import Builder, Func, Module, Op, Phase, Symbol, Value
 from ..ir.errors import require
 from ..ir.gradients import ATTRIBUTE as GRADIENTS
@@ -26,8 +28,9 @@ from .stage_placement import Placement
 class SplitStages(Pass):
     """Cut main into the stages of a pipeline, each of functions for its forward and its backward pass.
 
-    Main becomes the calls of these for one micro-batch (`ir/stages.py`). Its forward ops are cut where they stand, so that the stages cost
-    about the same, backward counted in; `at` says instead which components begin a new stage. What goes back belongs where it came
+    Main becomes the calls of these for one micro-batch (`ir/stages.py`). Its forward ops are cut where they stand, so that the dearest
+    stage costs as little as can be, backward counted in: by FLOPs, or by seconds on the GPUs of a `cluster`, which count memory traffic;
+    `at` says instead which components begin a new stage. What goes back belongs where it came
     from. Values travel between neighbours, through the stages between where they skip some; inputs, and what costs next to nothing and
     follows from inputs and constants alone, every stage has itself. Backward is one function, or one for each phase where autodiff
     made it so. A stage returns the gradients of its weights; those of weights that others read too are added by its `end`.
@@ -70,15 +73,21 @@ class SplitStages(Pass):
 
     stages: int
     at: tuple[str, ...] = ()
+    cluster: str = ""
 
     def __post_init__(self) -> None:
         require(self.stages >= 1, f"stages is {self.stages}, expected 1 or more")
+        require(not (self.at and self.cluster), "at says where stages begin, cluster by what they are balanced: expected one of them")
+        self._device()
         n = self.stages - 1
         require(len(self.at) in (0, n), f"at names {len(self.at)} components, expected the {n} at which further stages begin")
 
     def __call__(self, module: Module) -> Module:
         require(ATTRIBUTE not in module.attributes, "the program is cut into stages already")
-        return _Split(module, self.stages, self.at).module()
+        return _Split(module, self.stages, self.at, self._device()).module()
+
+    def _device(self) -> Device | None:
+        return cluster(self.cluster).device if self.cluster else None
 
 
 Key = Hashable
@@ -97,11 +106,11 @@ class _Part:
 class _Split:
     """One run of the pass."""
 
-    def __init__(self, module: Module, count: int, at: Sequence[str]) -> None:
+    def __init__(self, module: Module, count: int, at: Sequence[str], device: Device | None) -> None:
         self.count = count
         self.before = module.replace(funcs=(_unpacked(module), *module.funcs[1:]))
         self.main = self.before.main
-        self.placed = Placement(self.before, count, at)
+        self.placed = Placement(self.before, count, at, device)
         self.split = not any(_has_both(self.before, op) for op in self.main.ops)
         self.order = {v: i for i, v in enumerate((*self.main.params, *(r for op in self.main.ops for r in op.results)))}
         stages = range(count)

@@ -6,17 +6,20 @@ its id says: `mlp#3.1` comes from `mlp#3`. Sums of gradients of activations stan
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+from ..hardware.cost import seconds
+from ..hardware.device import Device
 from ..ir.core import Module, Op, Phase, Value
 from ..ir.errors import require
 from ..ir.gradients import bundles
 from ..ir.ops.control import Call, Pack, Param
 from ..ir.ops.elementwise import Add
 from ..ir.types import tensors
-from ..ir.walk import flops
+from ..ir.walk import walk
+from ..schedule.partition import partition
 from .outline import is_free, needed
 
 
@@ -26,15 +29,15 @@ class Placement:
     Main packs its gradients itself: what it returns as a call gave it is unpacked before.
     """
 
-    def __init__(self, module: Module, count: int, at: Sequence[str] = ()) -> None:
-        self.module = module
+    def __init__(self, module: Module, count: int, at: Sequence[str] = (), device: Device | None = None) -> None:
+        self.module, self.device = module, device
         self.count = count
         self.repeated = _repeated(module)
         main = module.main
         self.units = [op for op in main.ops if op.phase is Phase.F and op not in self.repeated]
         self.forward = {op.id: op for op in main.ops if op.phase is Phase.F}
         require(count <= len(self.units), f"found {count} stages, but @{main.name} has {len(self.units)} ops to make them of")
-        starts = self._starts(at) if at else balanced(self.costs(), count)
+        starts = self._starts(at) if at else list(accumulate(partition(self.costs(), count)))[:-1]
         self.stage = {op: bisect_right(starts, i) for i, op in enumerate(self.units)}
         """Of every op but sums over stages."""
         self.parts: dict[str, tuple[tuple[int, Value], ...]] = {}
@@ -56,13 +59,17 @@ class Placement:
         """The stages of what `values` are made of, in order."""
         return sorted({self.stage[v.owner] for v in self.roots((), values) if v.owner in self.stage})
 
-    def costs(self) -> list[int]:
-        """FLOPs of each forward op and of what goes back through it."""
-        inside = {func.name: flops(self.module, func) for func in self.module.funcs[1:]}
-        found = dict.fromkeys(self.units, 0)
+    def costs(self) -> list[float]:
+        """Of each forward op and of what goes back through it: seconds on the device that was given, else FLOPs."""
+
+        def cost(op: Op) -> float:
+            return op.flops() if self.device is None else seconds(op, self.device)
+
+        inside = {func.name: sum(cost(op) for *_, op in walk(self.module, func)) for func in self.module.funcs[1:]}
+        found: dict[Op, float] = dict.fromkeys(self.units, 0)
         for op in self.module.main.ops:
             if (unit := self._origin(op)) in found:
-                found[unit] += inside[op.callee] if isinstance(op, Call) else op.flops()
+                found[unit] += inside[op.callee] if isinstance(op, Call) else cost(op)
         return list(found.values())
 
     def _starts(self, at: Sequence[str]) -> list[int]:
@@ -141,29 +148,3 @@ def _linear(module: Module, op: Op) -> bool:
 
 def _listed(components: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(components))
-
-
-def balanced(costs: Sequence[int], count: int) -> list[int]:
-    """Where the second and later of `count` parts begin, in order: none empty, the dearest as cheap as can be, the others near the mean."""
-    ends = [0, *accumulate(costs)]
-    items = len(costs)
-    cap = bisect_left(range(ends[-1] + 1), True, key=lambda cap: _parts_from(ends, cap)[0] <= count)
-    least = _parts_from(ends, cap)
-    starts: list[int] = []
-    at = 0
-    for left in range(count - 1, 0, -1):
-        goal = ends[at] + (ends[-1] - ends[at]) / (left + 1)
-        fits = [i for i in range(at + 1, items - left + 1) if ends[i] - ends[at] <= cap and least[i] <= left]
-        at = min(fits, key=lambda i: abs(ends[i] - goal))
-        starts.append(at)
-    return starts
-
-
-def _parts_from(ends: Sequence[int], cap: int) -> list[float]:
-    """Of each place, the least number of parts within `cap` that hold everything after it."""
-    items = len(ends) - 1
-    least: list[float] = [0.0] * (items + 1)
-    for i in range(items - 1, -1, -1):
-        end = bisect_right(ends, ends[i] + cap) - 1
-        least[i] = least[end] + 1 if end > i else float("inf")
-    return least

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 
 from ..ir.errors import require
 
+Span = tuple[int, int]
+"""The layers of a stage: the first, and the first after them."""
 
-def balanced(costs: Sequence[float], ranks: Sequence[Sequence[int]], fill: float = 0.0) -> tuple[int, ...]:
+
+def balanced(
+    costs: Sequence[float],
+    ranks: Sequence[Sequence[int]],
+    together: Callable[[tuple[Span, ...]], float] | None = None,
+    fill: float = 0.0,
+) -> tuple[int, ...]:
     """How many of the layers each stage takes, `ranks` saying which stages a rank has: the busiest rank has as little as can be found.
 
+    A rank has the sum of its layers' costs, or what `together` says of the layers of its stages, where these hide one another's costs.
     Begins with `partition`, and lets layers wander from the stages of the busiest rank, or to them, over the stages between, while that
-    makes the largest sum of a rank less, or with it the sum of squares. The largest stage counts `fill` times besides: while a pipeline
-    fills and drains a rank works on one stage, and the others wait for it.
+    makes the most that a rank has less, or with it the sum of squares. Where each rank has one stage `partition` is the optimum. The
+    largest stage counts `fill` times besides: while a pipeline fills and drains a rank works on one stage, and the others wait for it.
     """
     before = [0.0, *accumulate(costs)]
+    of_rank = cache(together or (lambda spans: sum(before[b] - before[a] for a, b in spans)))
     count = 1 + max(stage for stages in ranks for stage in stages)
     cuts = [0, *accumulate(partition(costs, count))]
     if all(len(stages) == 1 for stages in ranks):
         return _sizes(cuts)
 
     def score(cuts: Sequence[int]) -> tuple[tuple[float, float], int]:
-        own = [before[b] - before[a] for a, b in pairwise(cuts)]
-        sums = [sum(own[stage] for stage in stages) for stages in ranks]
+        spans = list(pairwise(cuts))
+        own = [before[b] - before[a] for a, b in spans]
+        sums = [of_rank(tuple(spans[stage] for stage in stages)) for stages in ranks]
         most = max(sums)
         return (most + fill * max(own), sum(x * x for x in (*sums, *own))), sums.index(most)
 
@@ -45,26 +57,31 @@ def _sizes(cuts: Sequence[int]) -> tuple[int, ...]:
 
 
 def partition(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """How many of the layers each stage takes, in order: the largest sum is the least possible.
+    """How many of the layers each stage takes, in order: the largest sum is the least possible, and of such splits the sum of squares.
 
-    A stage has one layer at least. Exact, by dynamic programming in O(stages x layers^2); of equal splits one with a small sum of squares.
+    A stage has one layer at least. Exact, by dynamic programming in O(stages x layers^2), first for the largest, then for the squares.
     `DscError` where there are fewer layers than stages.
     """
-    count = len(costs)
-    require(0 < stages <= count, f"{count} layers do not make {stages} stages; 1 to {count} would fit")
+    require(0 < stages <= len(costs), f"{len(costs)} layers do not make {stages} stages; 1 to {len(costs)} would fit")
     before = [0.0, *accumulate(costs)]
-    best = [(total, total * total) for total in before]
+    most, _ = _cut(before, stages, max, float("inf"))
+    return _cut(before, stages, lambda rest, own: rest + own * own, most)[1]
+
+
+def _cut(before: Sequence[float], stages: int, join: Callable[[float, float], float], cap: float) -> tuple[float, tuple[int, ...]]:
+    """The least that `join` makes of the stages' costs, one after the other, where none is above `cap`; and the sizes of the stages."""
+    count, never = len(before) - 1, float("inf")
+    best = [join(0.0, total) if total <= cap else never for total in before]
     cuts: list[list[int]] = []
     for stage in range(1, stages):
-        row: list[tuple[float, float]] = [(float("inf"), float("inf"))] * (count + 1)
+        row = [never] * (count + 1)
         cut = [0] * (count + 1)
         for end in range(stage + 1, count + 1):
             for start in range(end - 1, stage - 1, -1):
                 own = before[end] - before[start]
-                if own > row[end][0]:
+                if own > cap or join(0.0, own) > row[end]:
                     break  # costs are not negative: a stage that begins earlier costs more
-                most, squares = best[start]
-                found = max(most, own), squares + own * own
+                found = join(best[start], own)
                 if found < row[end]:
                     row[end], cut[end] = found, start
         best = row
@@ -74,4 +91,4 @@ def partition(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     for cut in reversed(cuts):
         sizes.append(end - cut[end])
         end = cut[end]
-    return (end, *reversed(sizes))
+    return best[count], (end, *reversed(sizes))

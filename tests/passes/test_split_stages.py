@@ -14,7 +14,9 @@ import dsc
 from dsc import DscError
 from dsc.driver.measure import flat
 from dsc.driver.run import array_types
-from dsc.ir.core import Builder, Module
+from dsc.hardware.cluster import cluster
+from dsc.hardware.cost import seconds
+from dsc.ir.core import Builder, Module, Op
 from dsc.ir.ops.control import Call, Param
 from dsc.ir.ops.elementwise import Add, Exp, Mul, Tanh
 from dsc.ir.ops.linalg import Matmul
@@ -23,7 +25,7 @@ from dsc.ir.ops.shape import Reshape
 from dsc.ir.stages import FORWARD, stages_of
 from dsc.ir.types import DType, Tensor
 from dsc.ir.walk import walk, weights
-from dsc.passes.stage_placement import Placement, balanced
+from dsc.passes.stage_placement import Placement
 
 X = Tensor(DType.f32, (4, 6))
 SQUARE = Tensor(DType.f32, (6, 6))
@@ -164,18 +166,27 @@ def test_stages_begin_where_the_option_says(tiny: Any) -> None:
     ]
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.data())
-def test_balance_is_the_best_there_is(costs: list[int], data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, len(costs)))
+@pytest.mark.parametrize("where", ["", "h800"])
+def test_the_dearest_stage_is_as_cheap_as_can_be(where: str, tiny: Any) -> None:
+    """Of all cuts in three: by FLOPs, or by what each op takes on a GPU, calls followed."""
+    module = tiny("forward")
 
-    def dearest(starts: tuple[int, ...]) -> int:
-        ends = (0, *starts, len(costs))
-        return max(sum(costs[a:b]) for a, b in pairwise(ends))
+    def cost(op: Op) -> float:
+        if isinstance(op, Call):
+            return sum(map(cost, module[op.callee].ops))
+        return seconds(op, cluster(where).device) if where else op.flops()
 
-    every = list(combinations(range(1, len(costs)), count - 1))
-    found = tuple(balanced(costs, count))
-    assert found in every
-    assert dearest(found) == min(map(dearest, every))
+    placed = Placement(module, 3, device=cluster(where).device if where else None)
+    costs = list(map(cost, placed.units))
+
+    def dearest(starts: tuple[int, ...]) -> float:
+        return max(sum(costs[a:b]) for a, b in pairwise((0, *starts, len(costs))))
+
+    stages = [placed.stage[op] for op in placed.units]
+    found = tuple(stages.index(stage) for stage in (1, 2))
+    assert dearest(found) == pytest.approx(min(map(dearest, combinations(range(1, len(costs)), 2))))
+    made = dsc.apply(module, f"split-stages{{stages=3,cluster={where}}}" if where else "split-stages{stages=3}")
+    assert dsc.parse(str(made)) == made
 
 
 @pytest.mark.parametrize(

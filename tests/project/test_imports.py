@@ -40,7 +40,7 @@ LAWS = {
     "ir": law(libraries="lark"),
     "numerics": law("ir", "numpy ml_dtypes"),
     "hardware": law("ir"),
-    "passes": law("ir hardware", late="scipy networkx"),
+    "passes": law("ir hardware schedule", late="scipy networkx"),
     "schedule": law("ir hardware", late="matplotlib"),
     "distributed": law("ir schedule", "numpy ml_dtypes"),
     "distributed/torch_world.py": law("ir distributed", "numpy ml_dtypes torch"),

@@ -19,6 +19,12 @@ def largest(costs: list[int], sizes: tuple[int, ...], ranks: list[list[int]]) ->
     return max(sum(own[stage] for stage in stages) for stages in ranks)
 
 
+def squares(costs: list[int], sizes: tuple[int, ...]) -> int:
+    """The sum of squares of what stages have."""
+    starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return sum(sum(costs[a:b]) ** 2 for a, b in pairwise(starts))
+
+
 def every(count: int, stages: int) -> list[tuple[int, ...]]:
     """All ways to cut."""
     cuts = (((0, *inner, count)) for inner in combinations(range(1, count), stages - 1))
@@ -36,7 +42,9 @@ def test_the_largest_stage_is_the_least_possible(costs: list[int], stages: int) 
     assert len(found) == stages
     assert sum(found) == len(costs)
     assert min(found) >= 1
-    assert largest(costs, found, ranks) == min(largest(costs, sizes, ranks) for sizes in every(len(costs), stages))
+    ways = every(len(costs), stages)
+    assert largest(costs, found, ranks) == min(largest(costs, sizes, ranks) for sizes in ways)
+    assert squares(costs, found) == min(squares(costs, w) for w in ways if largest(costs, w, ranks) == largest(costs, found, ranks))
 
 
 @given(st.lists(st.integers(1, 9), min_size=4, max_size=9))
@@ -62,3 +70,17 @@ def test_stages_are_as_even_as_they_can_be_where_that_is_all_that_counts(costs: 
     alone = [[stage] for stage in range(4)]
     found = balanced(costs, [[0, 3], [1, 2]], fill=1e6)
     assert largest(costs, found, alone) == largest(costs, partition(costs, 4), alone)
+
+
+@given(st.lists(st.integers(1, 9), min_size=4, max_size=9))
+def test_what_a_ranks_stages_take_together_may_be_anything(costs: list[int]) -> None:
+    """Such as the larger of the two, where they hide one another: no worse than at the start, nor better than the best."""
+    ranks = [[0, 3], [1, 2]]
+
+    def most(sizes: tuple[int, ...]) -> int:
+        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        own = [sum(costs[a:b]) for a, b in pairwise(starts)]
+        return max(max(own[stage] for stage in stages) for stages in ranks)
+
+    found = balanced(costs, ranks, lambda spans: max(sum(costs[a:b]) for a, b in spans))
+    assert min(map(most, every(len(costs), 4))) <= most(found) <= most(partition(costs, 4))
