@@ -141,15 +141,14 @@ def plan(
     if tornado:
         with progress("assumptions") as advance:
             effects = planner.effects(best, advance)
-    others = [(f"{p.setup.mesh}, {p.setup.schedule}", p) for p in rest]
+    others = [(f"{p.setup.mesh}, {p.setup.order}", p) for p in rest]
     if recommendations:
         others += [
             (v.name, planner.on(best, replace(inputs, cluster=v)))
             for v in map(cluster, clusters())
             if v.name.startswith(f"{inputs.cluster.name} +")
         ]
-    program = compiler.program(best.setup.mesh, micro, inputs["run.imbalance"])
-    flops = model_flops(program, micro * seq, best.setup.mesh.tp)
+    flops = model_flops(best.stages.program, micro * seq, best.setup.mesh.tp)
     if out:
         _write(out, best, document(source, best, flops, inputs, effects, others))
     if plot:

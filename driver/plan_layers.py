@@ -1,40 +1,33 @@
-"""A compiled program as layers: what each runs in every phase of a training step, as tasks on the streams of a rank, and what it keeps.
+"""A compiled program as layers: what each runs in every phase of a training step, alone or beside another, and what it keeps.
 
 A layer is one call that main makes in its forward pass, with the calls that stem from it in backward; what main does beside them belongs
-to the layer whose name it bears. Costs are those of the program's own ops. A cast of weights runs once a step, not for each micro-batch.
+to the layer whose name it bears. What layers run is what the pass `overlap` makes of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
+from ..hardware.cluster import Cluster
+from ..hardware.streams import Costing
 from ..ir.core import Func, Module, Op, Phase, Trait, Value
 from ..ir.expected import expected_bytes, mean_rows
 from ..ir.liveness import live_bytes
 from ..ir.ops.collective import Collective, OwnPart
-from ..ir.ops.control import Call, Pack, Param, Unpack
+from ..ir.ops.control import Call, Pack, Param
 from ..ir.ops.fused import Fused
-from ..ir.ops.shape import Transpose
 from ..ir.types import Bundle, Ragged, Type
 from ..ir.walk import join, walk
-from ..schedule.streams import Task
+from ..passes.overlap import costing_of
+from ..passes.overlapping.chunks import beside, exchanging, gradients_of
+from ..passes.overlapping.merge import Groups
+from ..passes.overlapping.schedule import ordered
 
 ROOT = re.compile(r"(.*?#\d+)")
 """The id of the op that another stems from: `layers.3#1` of `layers.3#1.2`."""
-
-
-class Clock(Protocol):
-    """What an op takes on a rank."""
-
-    def seconds(self, op: Op, overlapped: bool) -> float:
-        """Alone, or while the other stream works as well."""
-
-    def stream(self, op: Op) -> str:
-        """`compute` or `comm`."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +48,14 @@ BUCKETS = ("tp", "replicated", "experts")
 
 @dataclass(frozen=True)
 class Program:
-    """A program that is planned, sharded for the ranks of one stage, forward alone or differentiated with split phases.
-
-    `imbalance` is how many times the mean of rows the experts of the fullest rank have.
+    """A program that is planned, sharded for the ranks of one stage, forward alone or differentiated with split phases; its functions are
+    ordered for a cluster as `overlap` does it.
     """
 
     module: Module
-    imbalance: float = 1.0
+    cluster: Cluster
+    repeats: int
+    """How often it runs before weights change, by which it is ordered."""
 
     @cached_property
     def extents(self) -> Mapping[Ragged, int]:
@@ -84,35 +78,70 @@ class Program:
         """Whether there is a backward pass."""
         return any(op.phase is not Phase.F for op in self.module.main.ops)
 
-    def tasks(self, layers: Sequence[Layer], phases: Iterable[Phase], clock: Clock, overlapped: bool = False) -> tuple[Task, ...]:
-        """The tasks of these layers in one micro-batch, in program order: forward, or phases of backward, which runs layers in reverse.
+    def alone(self, layers: Sequence[Layer], phases: Collection[Phase]) -> Iterator[Func | Op]:
+        """What a chunk runs in one micro-batch, one after the other: functions in their order, and ops of main. Backward takes layers in
+        reverse."""
+        for layer in layers if Phase.F in phases else layers[::-1]:
+            yield from (self.piece(op) for op in layer.ops if op.phase in phases)
 
-        Dependences are those of values, between functions and through the bundles that backward parts hand on. What other phases made is
-        there from the start.
-        """
-        steps = self._traced(layers, frozenset(phases)).steps
-        return tuple(Task(op, clock.stream(op), clock.seconds(op, overlapped), after) for op, after in steps)
+    def paired(self, forward: Sequence[Layer], backward: Sequence[Layer]) -> Iterator[Func | Op]:
+        """What a forward and a backward chunk run as one: layers that exchange rows one beside the other, each two in one function, and the
+        rest of both alone (`overlap`)."""
+        pairs = list(self.pairs(forward, backward))
+        joined = {op for x, y in pairs for op in (self.exchanging(x)[0], *self.exchanging(y)[1:])}
+        yield from (self.beside(x, y) for x, y in pairs)
+        for layers, phases in ((forward, FORWARD), (backward[::-1], BACKWARD)):
+            yield from (self.piece(op) for layer in layers for op in layer.ops if op.phase in phases and op not in joined)
 
-    def once(self, layers: Sequence[Layer], clock: Clock) -> float:
-        """Seconds of what depends on weights alone, which a step does once: their casts to the formats of products."""
-        return sum(clock.seconds(op, False) for layer in layers for op in self._traced([layer], frozenset(Phase)).once)
+    def pairs(self, forward: Sequence[Layer], backward: Sequence[Layer]) -> Iterator[tuple[Layer, Layer]]:
+        """The layers of two chunks that run one beside the other."""
+        return zip(filter(self.exchanging, forward), filter(self.exchanging, backward[::-1]), strict=False)
 
-    def _traced(self, layers: Sequence[Layer], phases: frozenset[Phase]) -> _Tracer:
-        """Layers of the same kinds run the same ops: traced once."""
-        key = tuple(layer.kind for layer in layers), phases
-        if key not in self._traces:
-            tracer = _Tracer(self.module, phases)
-            ways = ((True, layers), (False, layers[::-1]))
-            rows = (op for forward, ordered in ways for layer in ordered for op in layer.ops if (op.phase is Phase.F) is forward)
-            values: dict[Value, Data] = {}
-            for op in rows:
-                if op.phase in phases or not phases.isdisjoint(_within(self.module, op)):
-                    tracer.op(op, values)
-            self._traces[key] = tracer
-        return self._traces[key]
+    def piece(self, op: Op) -> Func | Op:
+        """The function that an op of main calls, in its order, or the op."""
+        if not isinstance(op, Call) or isinstance(op, Fused):
+            return op
+        name = str(op.callee)
+        if name not in self._ordered:
+            self._ordered[name] = ordered(self.module, self.module[name], self.costing).func
+        return self._ordered[name]
+
+    def beside(self, forward: Layer, backward: Layer) -> Func:
+        """The function that runs one layer forward and one backward, of two micro-batches, in its order."""
+        key = forward.kind, backward.kind
+        if key not in self._beside:
+            groups = Groups(self.module)
+            made, parts = beside(groups, self.exchanging(forward)[0], self.exchanging(backward)[1:])
+            self._beside[key] = ordered(groups.module, made, self.costing, backward=parts).func
+        return self._beside[key]
+
+    def exchanging(self, layer: Layer) -> tuple[Call, ...]:
+        """The call that exchanges a layer's rows, and those of its backward pass that run beside another's; none if it has none."""
+        if layer.name not in self._exchanges:
+            calls = [op for op in layer.ops if isinstance(op, Call) and str(op.callee) in self._exchanging]
+            rest = [op for op in layer.ops if isinstance(op, Call) and gradients_of(op, calls[-1])] if calls else []
+            self._exchanges[layer.name] = (*calls, *rest)
+        return self._exchanges[layer.name]
 
     @cached_property
-    def _traces(self) -> dict[tuple[tuple[str, ...], frozenset[Phase]], _Tracer]:
+    def costing(self) -> Costing:
+        """By which ops are ordered: what the pass `overlap` goes by."""
+        return costing_of(self.module, self.cluster, repeats=self.repeats)
+
+    @cached_property
+    def _exchanging(self) -> frozenset[str]:
+        return exchanging(self.module)
+
+    @cached_property
+    def _exchanges(self) -> dict[str, tuple[Call, ...]]:
+        return {}
+
+    @cached_property
+    def _ordered(self) -> dict[str, Func]:
+        return {}
+
+    @cached_property
+    def _beside(self) -> dict[tuple[str, str], Func]:
         return {}
 
     @property
@@ -198,73 +227,6 @@ def _stashed(layer: Layer, size: Callable[[Type], int]) -> int:
     made = [op for op in layer.ops if op.phase is Phase.I and isinstance(op, Call)]
     read = {value for op in layer.ops if op.phase is Phase.W for value in op.operands}
     return sum(size(r.type) for op in made for r in op.results if r in read and isinstance(r.type, Bundle))
-
-
-Data = tuple[int, ...] | list["Data"] | None
-"""Where a value is from: the tasks that it waits for, those of a bundle's values apart, or None for what follows from weights alone."""
-
-
-@dataclass
-class _Tracer:
-    """Runs ops on the numbers of tasks in place of arrays. A view, a weight and a bundle are no tasks."""
-
-    module: Module
-    phases: frozenset[Phase]
-    steps: list[tuple[Op, tuple[int, ...]]] = field(default_factory=list)
-    once: list[Op] = field(default_factory=list)
-
-    def op(self, op: Op, values: dict[Value, Data]) -> None:
-        """Run one op; what it reads and nobody made is there from the start."""
-        given = [values.get(v, ()) for v in op.operands]
-        if isinstance(op, Call) and not isinstance(op, Fused):
-            func = self.module[op.callee]
-            inner: dict[Value, Data] = dict(zip(func.params, given, strict=True))
-            for one in func.ops:
-                self.op(one, inner)
-            found = [inner.get(r, ()) for r in func.results]
-        elif isinstance(op, Pack):
-            found = [list(given)]
-        elif isinstance(op, Unpack):
-            (bundle,) = given
-            found = list(bundle) if isinstance(bundle, list) else [bundle for _ in op.results]
-        else:
-            found = [self._made(op, given)] * len(op.results)
-        values.update(zip(op.results, found, strict=True))
-
-    def _made(self, op: Op, given: Sequence[Data]) -> Data:
-        moves = Trait.SOURCE not in op.traits and (Trait.VIEW not in op.traits or _turns_codes(op))
-        if not isinstance(op, Collective) and all(map(_fixed_data, given)):
-            self.once += [op] if moves else []
-            return None
-        after = tuple(sorted({i for data in given for i in _numbers(data)}))
-        if op.phase not in self.phases:
-            return ()
-        if not moves:
-            return after
-        self.steps.append((op, after))
-        return (len(self.steps) - 1,)
-
-
-def _turns_codes(op: Op) -> bool:
-    """Whether a view may be a copy all the same: of codes that a product wants turned."""
-    return isinstance(op, Transpose) and op.x.dtype.bits <= 8
-
-
-def _fixed_data(data: Data) -> bool:
-    return all(map(_fixed_data, data)) if isinstance(data, list) else data is None
-
-
-def _numbers(data: Data) -> Iterator[int]:
-    if isinstance(data, list):
-        for item in data:
-            yield from _numbers(item)
-    elif data is not None:
-        yield from data
-
-
-def _within(module: Module, op: Op) -> frozenset[Phase]:
-    """The phases of the ops that a call runs."""
-    return frozenset(one.phase for one in module[op.callee].ops) if isinstance(op, Call) else frozenset()
 
 
 def _root(op: Op) -> str:

@@ -9,11 +9,15 @@ from math import gcd, lcm
 from pathlib import Path
 from typing import Any
 
+from ..hardware.cluster import Cluster
 from ..ir.core import Module
 from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh
 from ..ir.walk import expert_weights, weights
 from .plan_layers import Program
+
+STEP = 64
+"""How often a program runs before weights change, as far as its order goes: their casts take next to nothing of a run."""
 
 
 @dataclass
@@ -21,9 +25,8 @@ class Compiler:
     """Traces `source` when it is first needed, once for each number of sequences, and compiles it for meshes.
 
     What a rank runs does not depend on dp, but for the size of groups that add gradients up, which a step's end is charged with. So every
-    mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all. Rows go to experts by one exchange,
-    whose cost is that of a kernel that forwards a token inside the node as it arrives (DeepSeek-V3 report, section 3.2.2). `placing` is the
-    pass that gives experts slots, if they have any.
+    mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all. `placing` is the pass that gives
+    experts slots, if they have any.
     """
 
     source: str | Path
@@ -38,7 +41,7 @@ class Compiler:
     on_step: Callable[[str], None] = lambda step: None
     traced: dict[int, Module] = field(default_factory=dict)
     sharded: dict[tuple[Mesh, int], Module] = field(default_factory=dict)
-    programs: dict[tuple[Mesh, int, float], Program] = field(default_factory=dict)
+    programs: dict[tuple[Mesh, int, str], Program] = field(default_factory=dict)
 
     def of(self, tokens: int) -> Compiler:
         """One for sequences of so many tokens: of context where decoding."""
@@ -46,24 +49,26 @@ class Compiler:
         same = (seq, context) == (self.seq, self.context)
         return self if same else replace(self, seq=seq, context=context, traced={}, sharded={}, programs={})
 
-    def program(self, mesh: Mesh, sequences: int, imbalance: float = 1.0) -> Program:
-        """What a rank runs for `sequences` of each rank along dp, the fullest rank's experts having `imbalance` times the mean of rows."""
+    def program(self, mesh: Mesh, sequences: int, cluster: Cluster) -> Program:
+        """What a rank of a cluster runs for `sequences` of each rank along dp. Assumptions about a cluster leave the program as it is."""
         stage = Mesh(1, self.lanes, mesh.ep, mesh.tp, mesh.node)
-        key = stage, sequences, imbalance
+        key = stage, sequences, cluster.name
         if key not in self.programs:
-            self.programs[key] = Program(self._sharded(stage, sequences), imbalance)
+            self.programs[key] = Program(self._sharded(stage, sequences), cluster, STEP)
         return self.programs[key]
 
     def _sharded(self, mesh: Mesh, sequences: int) -> Module:
-        from ..passes.manager import apply, parse_pipeline
+        from ..passes.manager import parse_pipeline
         from ..passes.recompute import Recompute
 
         if (mesh, sequences) not in self.sharded:
-            module = apply(self.trace(mesh.dp * sequences), f'shard-experts{{mesh="{mesh}",dispatch=direct}}')
-            for each in parse_pipeline(self.recompute) if self.mode == "train" else ():
+            module = self.trace(mesh.dp * sequences)
+            hops = "" if self.mode == "train" else ",dispatch=direct"  # in serving `Costs` say how rows of one exchange go
+            passes = [f'shard-experts{{mesh="{mesh}"{hops}}}', self.recompute if self.mode == "train" else "", "fuse"]
+            for each in parse_pipeline(",".join(filter(None, passes))):  # not verified between: what `dsc compile` verifies is the same
                 quick = isinstance(each, Recompute) and each.budget_gb is None
-                module = each.unreported(module) if quick else apply(module, [each])  # type: ignore[attr-defined]
-            self.sharded[mesh, sequences] = apply(module, "fuse")
+                module = each.unreported(module) if quick else each(module)  # type: ignore[attr-defined]
+            self.sharded[mesh, sequences] = module
             self.on_step(f"sharded for {mesh}")
         return self.sharded[mesh, sequences]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from ..hardware.figures import Figure, spoken
 from ..schedule.actions import Action, Overlap
-from ..schedule.streams import COMM, COMPUTE
 from .plan_flops import Flops
 from .plan_inputs import Inputs
 from .plan_train import Training
@@ -19,7 +18,6 @@ ENDS = {
     "gradients": "gradients added up",
     "optimiser": "optimiser",
     "weights": "weights handed out",
-    "casts": "weights cast to the formats of products",
 }
 BUCKETS = {"tp": "split along tp", "replicated": "whole on each rank", "experts": "experts, split along ep"}
 STEPS = {"FB": "forward and backward as one", "F": "forward alone", "B": "backward alone", "I": "backward for inputs", "W": "for weights"}
@@ -62,7 +60,7 @@ def limits(plan: Training) -> str:
     row = plan.schedule.rows[plan.schedule.ranks // 2]
     step = next((s for s in row if isinstance(s, Overlap)), row[0])
     run = plan.stages.run(step)
-    computing, sending = run.busy(COMPUTE), run.busy(COMM)
+    computing, sending = run.computing, run.communicating
     what = "computation" if computing >= sending else "communication"
     if not plan.fits:
         what = "memory, which does not suffice; then " + what
@@ -109,7 +107,7 @@ def describe(
     scale, unit = unit_of(plan.step)
     least, most = (float(f(plan.timeline.bubbles)) / scale for f in (min, max))
     lines = [
-        f"{name} on {mesh.world:,} {cluster.name}: {mesh}, {setup.schedule}, "
+        f"{name} on {mesh.world:,} {cluster.name}: {mesh}, {setup.order}, "
         f"{setup.microbatches} micro-batches of {micro} of {setup.seq} tokens",
         "",
         f"step       {plan.step / scale:.2f} {unit} for {count(setup.tokens)} tokens: {count(plan.tokens_per_second)} tokens/s, "

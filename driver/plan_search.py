@@ -12,10 +12,7 @@ from .plan_inputs import Inputs
 from .plan_machine import Machine
 from .plan_program import Compiler
 from .plan_report import Effect
-from .plan_train import Setup, Training, plan_training
-
-CHUNKS = {"1f1b": (1,), "interleaved": (2, 4), "zb1p": (1, 2), "dualpipe": (1,), "dualpipev": (2,)}
-"""Stages on a rank that are tried; dualpipe's second stage is that of the other direction."""
+from .plan_train import CHUNKS, Setup, Training, plan_training
 
 
 @dataclass
@@ -30,12 +27,12 @@ class Planner:
     def plan(self, setup: Setup, inputs: Inputs | None = None, sizes: Sequence[int] = ()) -> Training:
         """One step."""
         given = inputs or self.inputs
-        program = self.compiler.program(setup.mesh, setup.micro, given["run.imbalance"])
+        program = self.compiler.program(setup.mesh, setup.micro, given.cluster)
         if given is not self.inputs:
-            return plan_training(program, Machine(given, setup.mesh, program), setup, sizes)
+            return plan_training(program, Machine(given, setup.mesh, program, {"repeats": max(1, setup.microbatches)}), setup, sizes)
         key = id(program), setup.mesh
         if key not in self.machines:
-            self.machines[key] = Machine(given, setup.mesh, program)
+            self.machines[key] = Machine(given, setup.mesh, program, {"repeats": max(1, setup.microbatches)})
         return plan_training(program, self.machines[key], setup, sizes)
 
     def candidates(self, meshes: Sequence[Mesh], names: Sequence[str], batch: int, seq: int, micro: int) -> Iterator[Training]:

@@ -32,7 +32,6 @@ from ..ir.slots import slots_of
 from ..ir.types import DType, Tensor, bound
 from ..ir.walk import communicating, weights
 from ..passes.overlap import overlapped
-from ..passes.overlapping.schedule import Costing
 from .plan_inputs import Inputs
 from .plan_layers import Program
 from .plan_machine import Machine
@@ -117,7 +116,7 @@ class Clock:
         """Of one execution."""
         return self.cost(op).seconds
 
-    def stream(self, op: Op) -> Literal["compute", "comm"]:
+    def stream(self, op: Op) -> str:
         """Where it runs."""
         return self.beside.stream(op)
 
@@ -202,7 +201,7 @@ class Serving:
         bytes_of = expected_bytes(self.both)
         given = sum(bytes_of(p.type) for p in self.both.main.params) // (1 if self.accepted is None else 2)
         held = sum(t.bytes for t in weights(self.both).values())
-        return {"weights": held, "inputs and caches": given, "workspace": Program(self.both).workspace}
+        return {"weights": held, "inputs and caches": given, "workspace": replace(self.program, module=self.both).workspace}
 
 
 def _clock(machine: Machine, module: Module, shared: int) -> Clock:
@@ -218,10 +217,9 @@ def serve(compiler: Compiler, inputs: Inputs, mode: Mode, mesh: Mesh) -> Serving
     accepted = own[ACCEPTED].mid if ACCEPTED in own else None
     micro, tokens = round(inputs[SEQUENCES]), round(inputs[TOKENS])
     compiler = compiler.of(tokens)
-    program = compiler.program(mesh, micro * (1 if accepted is None else 2), inputs["run.imbalance"])
+    program = compiler.program(mesh, micro * (1 if accepted is None else 2), inputs.cluster)
     machine = _machine(inputs, mesh, program, mode)
-    alone, beside = machine.costs
-    both = overlapped(program.module, Costing(alone, beside), microbatches=2).module
+    both = overlapped(program.module, machine.costing, microbatches=2).module
     return Serving(mode, mesh, program, both, machine, micro, tokens, accepted)
 
 
@@ -233,9 +231,8 @@ def changed(plan: Serving, compiler: Compiler, inputs: Inputs, key: str) -> Serv
     """The plan with another value of one figure. Other work is another program; else the order of ops stays."""
     if key in (SEQUENCES, TOKENS):
         return serve(compiler, inputs, plan.mode, plan.mesh)
-    program = replace(plan.program, imbalance=inputs["run.imbalance"])
     accepted = inputs[ACCEPTED] if plan.accepted is not None else None
-    return replace(plan, program=program, machine=_machine(inputs, plan.mesh, program, plan.mode), accepted=accepted)
+    return replace(plan, machine=_machine(inputs, plan.mesh, plan.program, plan.mode), accepted=accepted)
 
 
 @dataclass(frozen=True)
@@ -276,8 +273,8 @@ def document(name: str, plan: Serving, found: Effects) -> dict[str, Any]:
         "run_seconds": plan.time,
         "bound_seconds": plan.bound,
         "tokens_per_second_of_a_node": {"mid": plan.per_node, "low": least, "high": most},
-        "compute_seconds": times.busy("compute") + plan.proposing,
-        "communication_seconds": times.busy("comm"),
+        "compute_seconds": times.computing + plan.proposing,
+        "communication_seconds": times.communicating,
         "exposed_seconds": times.exposed,
         "hidden": times.hidden,
         "memory": dict(plan.memory),
@@ -307,7 +304,7 @@ def describe(name: str, plan: Serving, found: Effects) -> str:
         "",
         f"{'prompts read in' if prefill else 'TPOT':<15} {seconds[0]}{ranges[0]}; bound by the exchanges: {spoken(plan.bound, 's')}",
         f"{'throughput':<15} {rates[0]}{ranges[1]} tokens/s on a node of {mesh.node}",
-        f"{'streams':<15} computation {spoken(times.busy('compute'), 's')}, communication {spoken(times.busy('comm'), 's')}, "
+        f"{'streams':<15} computation {spoken(times.computing, 's')}, communication {spoken(times.communicating, 's')}, "
         f"of which {spoken(times.exposed, 's')} shows ({times.hidden:.1%} hidden)",
         f"{'memory':<15} {size(sum(memory.values()))} of {size(plan.machine.capacity)}: "
         + ", ".join(f"{size(v)} {k}" for k, v in memory.items()),

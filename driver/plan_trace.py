@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..hardware.streams import COMPUTE, united
 from ..schedule.actions import Overlap
-from ..schedule.streams import COMM, COMPUTE, Run, merged
 from ..schedule.timeline import COLOURS, MEANING, kind_of, trace
 from ..schedule.validate import in_flight
 from .plan_train import Training, chunk_bytes
 
 MICROSECONDS = 1e6
-STREAMS = {COMPUTE: 0, COMM: 100}
-"""Threads of a rank: its computation, which is the schedule's own, and its communication within chunks, after those of its links."""
+STREAMS = {COMPUTE: 0, "inter": 100, "intra": 101}
+"""Threads of a rank: its computation, which is the schedule's own, and exchanges within chunks by link, after transfers to neighbours."""
 DETAIL = 10_000
 """The process that shows one step op by op."""
 
@@ -30,10 +30,12 @@ def write_trace(plan: Training, file: Path) -> None:
 
 def _communication(plan: Training) -> Iterator[dict[str, Any]]:
     for rank, spans in enumerate(plan.timeline.spans):
-        yield _named("thread_name", rank, STREAMS[COMM], "communication")
-        for span in spans:
-            for start, end in merged(intervals(plan.stages.run(span.step), COMM)):
-                yield _slice(f"exchanges of {span.step}", "exchange", rank, STREAMS[COMM], float(span.start) + start, end - start)
+        for stream, thread in list(STREAMS.items())[1:]:
+            yield _named("thread_name", rank, thread, f"exchanges, {stream}")
+            for span in spans:
+                sent = (s for s in plan.stages.run(span.step).spans if s.stream == stream)
+                for start, end in united((s.start, s.end) for s in sent):
+                    yield _slice(f"exchanges of {span.step}", "exchange", rank, thread, float(span.start) + start, end - start)
 
 
 def _memory(plan: Training) -> Iterator[dict[str, Any]]:
@@ -52,15 +54,8 @@ def _detail(plan: Training) -> Iterator[dict[str, Any]]:
     yield _named("process_name", DETAIL, 0, f"ops of {step}")
     for stream, thread in STREAMS.items():
         yield _named("thread_name", DETAIL, thread, stream)
-    for start, task in zip(run.starts, run.tasks, strict=True):
-        name = task.what if isinstance(task.what, str) else f"{task.what.name} {task.what.id}"
-        phase = "send" if isinstance(task.what, str) else task.what.phase.name
-        yield _slice(name, phase, DETAIL, STREAMS[task.stream], start, task.seconds)
-
-
-def intervals(run: Run, stream: str) -> list[tuple[float, float]]:
-    """When a stream works."""
-    return [(s, s + t.seconds) for s, t in zip(run.starts, run.tasks, strict=True) if t.stream == stream]
+    for span in run.spans:
+        yield _slice(f"{span.op.name} {span.op.id}", span.op.phase.name, DETAIL, STREAMS[span.stream], span.start, span.end - span.start)
 
 
 def _named(what: str, rank: int, thread: int, name: str) -> dict[str, Any]:

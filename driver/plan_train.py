@@ -7,23 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 
+from ..hardware.streams import hidden
 from ..ir.core import Phase
 from ..ir.errors import require
 from ..ir.mesh import Mesh
 from ..schedule.actions import Action, Kind, Overlap, Schedule, Step
 from ..schedule.generate import generate
-from ..schedule.partition import balanced
+from ..schedule.partition import Span, balanced
 from ..schedule.simulate import Timeline, simulate
-from ..schedule.streams import COMM, Run, Task, joined, listed
 from ..schedule.validate import in_flight
 from .memory import GRADIENT, MASTER, MOMENTS
 from .plan_layers import BACKWARD, BUCKETS, FORWARD, Layer, Program
-from .plan_machine import Machine
+from .plan_machine import Machine, Run
 
 PHASES = {Kind.F: FORWARD, Kind.I: (Phase.I, Phase.R), Kind.W: (Phase.W,), Kind.B: BACKWARD}
 """What actions of a schedule run."""
 NUMBERED = re.compile(r"\blayers\.[0-9]+$")
 """The names of a model's layers."""
+CHUNKS = {"1f1b": (1,), "interleaved": (2, 4), "zb1p": (1, 2), "dualpipe": (1,), "dualpipev": (2,)}
+"""Stages on a rank that are tried; dualpipe's second stage is that of the other direction."""
 ADAMW = GRADIENT + 2 * (MASTER + MOMENTS) + 2
 """Bytes that an update reads and writes for each parameter: gradient, master weight and moments there and back, the BF16 weight."""
 
@@ -43,6 +45,12 @@ class Setup:
     def stages(self) -> int:
         """Of the pipeline."""
         return self.mesh.pp if self.schedule == "dualpipe" else self.mesh.pp * self.chunks
+
+    @property
+    def order(self) -> str:
+        """The schedule in words, with the stages of a rank where that is open."""
+        tried = len(CHUNKS[self.schedule]) > 1 and self.mesh.pp > 1
+        return f"{self.schedule} with {self.chunks} {'stage' if self.chunks == 1 else 'stages'} on a rank" if tried else self.schedule
 
     @property
     def microbatches(self) -> int:
@@ -75,7 +83,8 @@ class Stages:
     sizes: Sequence[int]
     hop: float = 0.0
     """Seconds of a transfer to the next stage, which overlapped pairs send beside their other communication."""
-    runs: dict[tuple[object, ...], Run] = field(default_factory=dict)
+    runs: dict[tuple[tuple[Kind, int], ...], Run] = field(default_factory=dict)
+    known: dict[tuple[Kind | int, int], float] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> tuple[tuple[Layer, ...], ...]:
@@ -92,38 +101,50 @@ class Stages:
         return tuple(sum(NUMBERED.search(layer.name) is not None for layer in layers) for layers in self.layers)
 
     @cached_property
-    def kinds(self) -> tuple[tuple[str, ...], ...]:
-        """Of each stage, the kinds of its layers."""
-        return tuple(tuple(layer.kind for layer in layers) for layers in self.layers)
-
-    def tasks(self, stage: int, kind: Kind, overlapped: bool = False) -> tuple[Task, ...]:
-        """Of one micro-batch."""
-        return self.program.tasks(self.layers[stage], PHASES[kind], self.machine, overlapped)
+    def kinds(self) -> tuple[int, ...]:
+        """Of each stage, the first that has layers of the same kinds."""
+        kinds = [tuple(layer.kind for layer in layers) for layers in self.layers]
+        return tuple(map(kinds.index, kinds))
 
     def run(self, step: Step) -> Run:
         """A step of the schedule on the streams of its rank.
 
         Alone a chunk hides communication under what of its own does not wait for it; a pair under each other's computation.
         """
-        key = tuple((action.kind, self.kinds[action.stage]) for action in step.parts)
+        key = tuple([(action.kind, self.kinds[action.stage]) for action in step.parts])
         if key not in self.runs:
-            tasks = self.tasks(step.stage, step.kind) if isinstance(step, Action) else self._both(step)
-            self.runs[key] = listed(tasks)
+            if isinstance(step, Action):
+                self.runs[key] = self.machine.run(self.program.alone(self.layers[step.stage], PHASES[step.kind]))
+            else:
+                forward, backward = (self.layers[action.stage] for action in step.parts)
+                self.runs[key] = self.machine.run(self.program.paired(forward, backward), 2 * self.hop)
         return self.runs[key]
-
-    def _both(self, step: Overlap) -> tuple[Task, ...]:
-        both = [self.tasks(action.stage, action.kind, overlapped=True) for action in step.parts]
-        sends = [Task(f"send {action}", COMM, self.hop) for action in step.parts if self.hop]
-        return joined(*both, sends)
 
     def seconds(self, step: Step) -> float:
         """What a step of the schedule takes."""
-        return self.run(step).time
+        key = (step.kind, step.stage) if isinstance(step, Action) else (step.forward.stage, step.backward.stage)
+        if key not in self.known:
+            self.known[key] = self.run(step).time
+        return self.known[key]
 
-    def busiest(self, stage: int) -> float:
-        """What a micro-batch takes of the busier stream, forward and backward, where nothing slows it down."""
-        computing, sending = (sum(self.machine.busy[kind][i] for kind in self.kinds[stage]) for i in (0, 1))
-        return max(computing, sending)
+    def least(self, schedule: Schedule, microbatches: int) -> float:
+        """Seconds below which no rank gets through its steps. Where chunks run one by one a rank waits for the first, runs all of them, and
+        stages before it take the last one back; where they overlap no stream of the busiest rank pauses, nor slows another down.
+        """
+        overlaps = any(isinstance(step, Overlap) for row in schedule.rows for step in row)
+        split = any(action.kind is Kind.I for _, _, action in schedule.actions())
+        kinds = (Kind.F, Kind.I, Kind.W) if split else (Kind.F, Kind.B)
+        most = 0.0
+        for held in held_by(schedule):
+            if overlaps:
+                busy = [self.machine.busy[layer.kind] for stage in held for layer in self.layers[stage]]
+                each = max((sum(b.get(stream, 0.0) for b in busy) for stream in {stream for b in busy for stream in b}), default=0.0)
+                most = max(most, microbatches * each)
+                continue
+            every = [[self.seconds(Action(kind, stage, 0)) for kind in kinds] for stage in range(1 + max(held))]
+            before = [sum(row) if not split else row[0] for row in every[: min(held)]]
+            most = max(most, sum(before) + microbatches * sum(sum(every[stage]) for stage in held))
+        return most
 
 
 @dataclass(frozen=True)
@@ -165,14 +186,13 @@ class Training:
 
     @cached_property
     def ends(self) -> Mapping[str, float]:
-        """What follows the pipeline: gradients, optimiser, weights, casts."""
+        """What follows the pipeline: gradients, optimiser, weights."""
         return ends(self.stages, self.schedule, self.setup)
 
     @cached_property
     def least(self) -> float:
-        """A step takes this long at least: the busier stream of the busiest rank never pauses, nor slows the other down."""
-        share = self.setup.microbatches / self.setup.copies
-        return share * max(sum(map(self.stages.busiest, held)) for held in held_by(self.schedule)) + sum(self.ends.values())
+        """A step takes this long at least."""
+        return self.stages.least(self.schedule, self.setup.microbatches // self.setup.copies) + sum(self.ends.values())
 
     @cached_property
     def step(self) -> float:
@@ -209,8 +229,7 @@ class Training:
         """The share of that rank's communication which computation covers, in overlapped pairs where there are any, else in all steps."""
         row = self.schedule.rows[self.schedule.ranks // 2]
         runs = [self.stages.run(step) for step in row if isinstance(step, Overlap)] or [self.stages.run(step) for step in row]
-        sent = sum(run.busy(COMM) for run in runs)
-        return 1 - sum(run.exposed for run in runs) / sent if sent else 1.0
+        return hidden(sum(run.exposed for run in runs), sum(run.communicating for run in runs))
 
     @property
     def peak(self) -> Memory:
@@ -241,10 +260,19 @@ scheduled = cache(generate)
 
 
 def placed(program: Program, machine: Machine, schedule: Schedule) -> tuple[int, ...]:
-    """Layers on stages, ranks balanced by what a micro-batch takes of the busier stream, forward and backward."""
-    layers = machine.busiest
-    fill = (schedule.ranks - 2) / schedule.microbatches  # steps of one stage beside those of both, as DualPipe's bubble has them
-    return balanced([layers[layer.kind] for layer in program.layers], held_by(schedule), max(0.0, fill))
+    """Layers on stages, ranks balanced by what a micro-batch takes, forward and backward: where two overlap, by what both pairs of their
+    stages take."""
+    costs, held = [machine.apart[layer.kind] for layer in program.layers], held_by(schedule)
+    fill = max(0.0, (schedule.ranks - 2) / schedule.microbatches)  # steps of one stage beside those of both, as DualPipe's bubble has them
+    if not any(isinstance(step, Overlap) for row in schedule.rows for step in row):
+        return balanced(costs, held, fill=fill)
+
+    def both(spans: tuple[Span, ...]) -> float:
+        first, last = (program.layers[a:b] for a, b in spans)
+        gained = sum(machine.gained(x, y) for f, b in ((first, last), (last, first)) for x, y in program.pairs(f, b))
+        return sum(machine.apart[layer.kind] for layer in (*first, *last)) - gained
+
+    return balanced(costs, held, both, fill)
 
 
 def held_by(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
@@ -300,7 +328,6 @@ def ends(stages: Stages, schedule: Schedule, setup: Setup) -> dict[str, float]:
             / machine.memory_bandwidth,
             "weights": machine.gather(2 * (count["tp"] + count["replicated"]), "dp", setup.copies)
             + machine.gather(2 * count["experts"], "edp", setup.copies),
-            "casts": sum(stages.program.once(stages.layers[stage], machine) for stage in held),
         }
         if sum(parts.values()) > sum(most.values()):
             most = parts
