@@ -246,6 +246,8 @@ def run(
     "--plot", type=click.Path(path_type=Path), metavar="FILE", help="With --memory: draw live bytes over the run (png, svg, pdf)."
 )
 @click.option("--comm", is_flag=True, help="What a rank of a mesh sends: every collective, its bytes, and those that leave the node.")
+@click.option("--overlap", is_flag=True, help="What of the communication computation hides, by function and the costs of a cluster.")
+@click.option("--cluster", metavar="NAME|FILE", help="With --overlap: on which. Default: that of the pass overlap, or h800.")
 @click.option("--quantization", is_flag=True, help="Every matrix product: its formats, or why it is not quantised.")
 @json_option
 def inspect(
@@ -256,6 +258,8 @@ def inspect(
     memory: bool,
     plot: Path | None,
     comm: bool,
+    overlap: bool,
+    cluster: str | None,
     quantization: bool,
     as_json: bool,
 ) -> int:
@@ -268,27 +272,32 @@ def inspect(
     dsc inspect out --after traced --func moe_layer
     dsc inspect deepseek-v3 --params
     dsc inspect out --memory --plot memory.png
+    dsc inspect out --overlap --cluster h100
     """
     from . import artifact
     from .comm import describe_comm
     from .compile import read
+    from .hiding import describe_overlap, overlap_of
     from .inspect import describe_parameters, describe_program
     from .memory import describe_memory, plot_memory
     from .quantization import describe_quantization
     from .run import check_writable, chosen_schedule
 
     require(plot is None or memory, "--plot draws memory: give --memory too")
+    require(cluster is None or overlap, "--cluster says where communication is hidden: give --overlap too")
     if plot:
         kinds = (".png", ".svg", ".pdf")
         require(plot.suffix in kinds, f"--plot {plot}: expected a name that ends in {', '.join(kinds)}")
         check_writable(plot)
 
     notes: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     update = order = None
     if artifact.is_artifact(Path(source)) or (Path(source).is_dir() and not (Path(source) / "config.json").exists()):
         program = artifact.load(source)
         module, update = program.after(after) if after else program.module, program.update if comm else None
         notes = tuple(line for record in program.manifest.passes for line in record.notes)
+        passes = tuple(record.text for record in program.manifest.passes)
         order = chosen_schedule(program) if comm and not after else None
     else:
         require(after in (None, "traced"), f"--after {after} needs an artifact; {source} is not one")
@@ -297,16 +306,17 @@ def inspect(
         text = str(module[func.removeprefix("@")])
         emit_json({"func": func, "text": text}) if as_json else print(text, end="")
         return 0
-    if after and not (params or memory or comm or quantization or as_json):
+    if after and not (params or memory or comm or overlap or quantization or as_json):
         print(module, end="")
         return 0
     reasons = dict(line.split(": ", 1) for line in notes)
-    found = [("program", *describe_program(module))] if not (params or memory or comm or quantization) else []
+    found = [("program", *describe_program(module))] if not (params or memory or comm or overlap or quantization) else []
     found += [("parameters", *describe_parameters(module))] if params else []
     found += [("memory", *describe_memory(module))] if memory else []
     if plot:
         plot_memory(module, plot)
     found += [("comm", *describe_comm(module, update, order))] if comm else []
+    found += [("overlap", *describe_overlap(module, overlap_of(passes, cluster)))] if overlap else []
     found += [("quantization", *describe_quantization(module, reasons))] if quantization else []
     if as_json:
         emit_json({name: value for name, value, _ in found})
