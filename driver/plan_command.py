@@ -49,6 +49,12 @@ SHOWN = 4
 @click.option("--speculate", is_flag=True, help="In decode: the MTP module proposes a second token (serve.accepted of them are right).")
 @click.option("--recipe", metavar="NAME|none", default="deepseek-v3", help="How products are quantised. Default: deepseek-v3.")
 @click.option("--recompute", metavar="PASS", default="recompute", help="The pass that says what runs again, or none. Default: recompute.")
+@click.option(
+    "--dispatch",
+    type=click.Choice(["auto", "direct"]),
+    default="auto",
+    help="Tokens to other nodes in two hops, or direct: one exchange, forwarded by a kernel. Default: auto, two hops in training.",
+)
 @click.option("--assume", multiple=True, metavar="KEY=NUMBER", help="Another value for an assumption, in its unit without prefix.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the model's configuration.")
 @click.option("--tornado/--no-tornado", default=True, help="What each assumption does to the total. Default: yes.")
@@ -80,6 +86,7 @@ def plan(
     speculate: bool,
     recipe: str,
     recompute: str,
+    dispatch: str,
     assume: Sequence[str],
     overrides: Sequence[str],
     tornado: bool,
@@ -133,7 +140,7 @@ def plan(
     batch = batch or BATCH.get(source) or 8 * gpus * micro
     recompute = "" if recompute == "none" else recompute
     parse_pipeline(recompute)  # a wrong name is said before meshes are tried
-    compiler = Compiler(source, None if recipe == "none" else recipe, seq, recompute, overrides)
+    compiler = Compiler(source, None if recipe == "none" else recipe, seq, recompute, overrides, dispatch=dispatch)
     planner = Planner(compiler, inputs)
     names = NAMES if schedule == "auto" else (schedule,)
     best, *rest = _found(planner, config, gpus, mesh, names, batch, seq, micro)

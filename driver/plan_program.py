@@ -26,7 +26,8 @@ class Compiler:
 
     What a rank runs does not depend on dp, but for the size of groups that add gradients up, which a step's end is charged with. So every
     mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all. `placing` is the pass that gives
-    experts slots, if they have any.
+    experts slots, if they have any. With `dispatch=direct` rows go by one exchange, whose cost across nodes is that of a kernel that
+    forwards a token inside the node as it arrives (DeepSeek-V3 report, section 3.2.2); by default in training as two, one for each hop.
     """
 
     source: str | Path
@@ -37,6 +38,7 @@ class Compiler:
     mode: str = "train"
     context: int | None = None
     placing: str = ""
+    dispatch: str = "auto"
     lanes: int = 1
     on_step: Callable[[str], None] = lambda step: None
     traced: dict[int, Module] = field(default_factory=dict)
@@ -63,8 +65,8 @@ class Compiler:
 
         if (mesh, sequences) not in self.sharded:
             module = self.trace(mesh.dp * sequences)
-            hops = "" if self.mode == "train" else ",dispatch=direct"  # in serving `Costs` say how rows of one exchange go
-            passes = [f'shard-experts{{mesh="{mesh}"{hops}}}', self.recompute if self.mode == "train" else "", "fuse"]
+            dispatch = self.dispatch if self.mode == "train" else "direct"
+            passes = [f'shard-experts{{mesh="{mesh}",dispatch={dispatch}}}', self.recompute if self.mode == "train" else "", "fuse"]
             for each in parse_pipeline(",".join(filter(None, passes))):  # not verified between: what `dsc compile` verifies is the same
                 quick = isinstance(each, Recompute) and each.budget_gb is None
                 module = each.unreported(module) if quick else each(module)  # type: ignore[attr-defined]
