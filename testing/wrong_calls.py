@@ -7,7 +7,7 @@ from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
 from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
-from ..ir.ops.fused import RmsNormBackwardAdd, RmsNormQuantize, SwiGLUQuantize
+from ..ir.ops.fused import GroupedScaledMatmulAdd, RmsNormBackwardAdd, RmsNormQuantize, ScaledMatmulAdd, SwiGLUQuantize
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import (
@@ -216,6 +216,16 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
     wrong(SwiGLUQuantize, "f32[3, 8]", "bf16[3, 8]", message="types differ: gate is f32[3, 8] and up bf16[3, 8]"),
     wrong(RmsNormBackwardAdd, "f32[3, 8]", "f32[8]", "f32[3, 8]", eps=1e-6, message="rms_norm_backward_add needs what is added"),
     wrong(RmsNormBackwardAdd, "f32[3, 8]", "f32[8]", "f32[3, 8]", "f32[8]", eps=1e-6, message="f32[8] is added, expected f32[3, 8]"),
+    wrong(
+        ScaledMatmulAdd,
+        *("f8e4m3[3, 20]", "f32[3, 1]", "f8e4m3[5, 20]", "f32[1, 1]", "f32[3, 5]"),
+        message="f32[3, 5] is added, expected bf16[3, 5]",
+    ),
+    wrong(
+        GroupedScaledMatmulAdd,
+        *("f8e4m3[6, 20]", "f32[6, 1]", "f8e4m3[2, 5, 20]", "f32[2, 1, 1]", "i32[2]"),
+        message="grouped_scaled_matmul_add needs what is added",
+    ),
     # collectives
     wrong(AllGather, "f32[3, 4]", axis="tp", size=0, message="size is 0, expected the number of ranks along tp, 1 or more"),
     wrong(AllGather, "f32[rows<=3, 4]", axis="tp", size=2, message="all_gather needs a static shape, found f32[rows<=3, 4]"),

@@ -40,10 +40,10 @@ from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from dsc.ir.ops.control import Param
 from dsc.ir.ops.elementwise import Add, SwiGLU, SwiGLUBackward
-from dsc.ir.ops.fused import RmsNormQuantize, SwiGLUQuantize
+from dsc.ir.ops.fused import GroupedScaledMatmulAdd, RmsNormBackwardAdd, RmsNormQuantize, ScaledMatmulAdd, SwiGLUQuantize
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from dsc.ir.ops.loss import CrossEntropy, CrossEntropyBackward
-from dsc.ir.ops.moe import Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights
+from dsc.ir.ops.moe import Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights, SlotWeights
 from dsc.ir.ops.norm import RmsNorm, RmsNormBackward, Rope
 from dsc.ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
 from dsc.ir.ops.shape import IndexAdd, Take
@@ -239,6 +239,8 @@ def products(bench: Bench, found: Machine) -> None:
         for m in bench.sizes.rows:
             op = ScaledMatmul(value(F8, m, k), value(F32, m, tiles(k)), value(F8, n, k), value(F32, tiles(n), tiles(k)))
             measure(bench, found, op, others)
+            added = ScaledMatmulAdd(op.a, op.a_scales, op.b, op.b_scales, added=value(BF16, m, n))
+            measure(bench, found, added, {"torch.compile": compiled(bench, added)})
         t = bench.sizes.tokens
         wgrad = ScaledMatmul(value(F8, n, t), value(F32, n, tiles(t)), value(F8, k, t), value(F32, k, tiles(t)), b_tile=(1, 128), out=F32)
         measure(bench, found, wgrad, {})
@@ -257,6 +259,7 @@ def experts(bench: Bench, found: Machine) -> None:
             number = value(I32, groups)
             others: dict[str, Peer] = {"torch grouped_mm bf16": peers.grouped_bf16, "DeepGEMM": peers.deep_gemm_grouped}
             measure(bench, found, GroupedScaledMatmul(*x, *w, number), others, counts)
+            measure(bench, found, GroupedScaledMatmulAdd(*x, *w, number, added=value(BF16, rows, n)), {}, counts)
             column_tiles = tiles(rows) + groups
             dy, turned = (value(F8, rows, n), value(F32, column_tiles, n)), (value(F8, rows, k), value(F32, column_tiles, k))
             measure(bench, found, GroupedScaledMatmulWgrad(*dy, *turned, number), {}, counts)
@@ -300,9 +303,11 @@ def rows(bench: Bench, found: Machine) -> None:
         (RmsNormQuantize(x, weight, 1e-6), None),
         (SwiGLUQuantize(gate, up), None),
         (RmsNormBackward(x, weight, x_gradient, 1e-6), None),
+        (RmsNormBackwardAdd(x, weight, x_gradient, 1e-6, added=value(BF16, s.tokens, s.hidden)), None),
         (SwiGLUBackward(gate, up, value(BF16, s.tokens, s.width)), None),
         (RouteBackward(value(F32, s.tokens, s.experts), value(I32, s.tokens, s.top_k), value(F32, s.tokens, s.top_k)), chosen),
         (RowWeights(value(F32, s.tokens, s.top_k), handle), order),
+        (SlotWeights(value(F32, sent, 1), handle, s.top_k), order),
         (SwiGLUQuantize(value(BF16, sent, s.width), value(BF16, sent, s.width), value(F32, sent, 1)), None),
         (CrossEntropyBackward(value(BF16, s.tokens, s.vocabulary), value(I64, s.tokens), value(F32)), below(s.vocabulary)),
         (IndexAdd(value(F32, s.vocabulary, s.hidden), value(I64, s.tokens), value(F32, s.tokens, s.hidden)), below(s.vocabulary)),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsc.backends.arrays import STORAGE
+from dsc.backends.eager import Compute
 from dsc.backends.numpy_ref.run import FLOAT32, Interpreter
 from dsc.ir.core import Op
 from dsc.ir.parser import parse
@@ -25,8 +26,9 @@ class Faulty(Interpreter):
         super().__init__(STORAGE[DType.f32])
         object.__setattr__(self, "fault", fault)
 
-    def compute(self, op: Op, operands: tuple[Any, ...]) -> tuple[Any, ...]:
-        return self.fault(op, operands, super().compute(op, operands))  # type: ignore[attr-defined]
+    def prepare(self, op: Op) -> Compute:
+        computed = super().prepare(op)
+        return lambda operands: self.fault(op, operands, computed(operands))  # type: ignore[attr-defined]
 
 
 def of(name: str, contains: str = "") -> Sample:
@@ -158,6 +160,7 @@ def test_three_lines_in_another_package(tmp_path: Any) -> None:
     import sys
 
     (tmp_path / "test_mine.py").write_text("""
+from dsc.backends.eager import Compute
 from dsc.backends.numpy_ref.run import FLOAT32
 from dsc.testing.conformance import Conformance
 

@@ -8,7 +8,8 @@ from ..tensors import Held
 from .registry import run, torch_op
 
 
-@torch_op(ops.RmsNormQuantize, ops.SwiGLUQuantize, *ops.SUMS.values())
+@torch_op(ops.RmsNormQuantize, ops.SwiGLUQuantize, ops.ScaledMatmulAdd, ops.RmsNormBackwardAdd)
+@torch_op(ops.GroupedScaledMatmulAdd, waits=True)
 def by_expansion(op: Op, *operands: Held) -> Held:
     func = ops.expansion(op)
     assert func is not None
