@@ -133,7 +133,7 @@ def test_two_micro_batches_hide_their_communication() -> None:
     even = Even(plain)
     made = overlapped(plain, Costing(even, even), microbatches=2).module
     assert 2 * simulate(plain, even).total / simulate(made, even).total >= 1.6
-    weights, mesh = RankWeights(RandomWeights(0), plain, keep=True), mesh_of(plain)
+    weights, mesh = RankWeights(RandomWeights(0), plain, keep="all"), mesh_of(plain)
     one = prepare(plain, None)
     other = [np.roll(x, 1, -1) for x in one]
 

@@ -66,7 +66,7 @@ def leaves(data: Iterable[Any]) -> list[bytes]:
 
 def run(module: Module, inputs: Sequence[np.ndarray]) -> list[bytes]:
     """The bits of every result on every rank, for whole inputs."""
-    mesh, weights, runner = mesh_of(module), RankWeights(RandomWeights(0), module, keep=True), backends.get("numpy")
+    mesh, weights, runner = mesh_of(module), RankWeights(RandomWeights(0), module, keep="all"), backends.get("numpy")
     splits = input_splits(module)
 
     def one(rank: int) -> Any:

@@ -88,7 +88,7 @@ def test_a_rank_reads_its_parts(
     """To run, to begin training with masters in float32 from weights in BF16, and to go on: a quarter or half of the experts."""
     programs, model, optimizer = made[mesh], checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors"
     own, more = expected(programs, programs.weight_splits, rank, programs.weights, 2)
-    given = RankWeights(CheckpointFolder(checkpoint), programs.step, keep=False)
+    given = RankWeights(CheckpointFolder(checkpoint), programs.step, keep="none")
     for name in programs.weights:
         np.array(given.get(rank, name))
     del given.source
