@@ -103,7 +103,7 @@ class ReduceScatter(Transfer):
 
 @op("all_reduce", Trait.COLLECTIVE)
 class AllReduce(Transfer):
-    """The sum, or the largest, of every rank's x, element by element, on every rank; of type like x. A NaN stays one."""
+    """The sum, or the largest, of every rank's x, element by element, on every rank; of type like x. A NaN stays one; 0 exceeds -0."""
 
     x: Value
     axis: str

@@ -225,6 +225,23 @@ def test_a_collective_in_two_ops_gives_what_it_gives_in_one(type: str, call: str
     assert seen == expected == ["moe#1"] * 3 + ["moe#2"] * 3  # a start has nothing to show: its done has
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numpy-f64", "triton"])
+def test_the_largest_of_zeros_is_zero(backend: str) -> None:
+    """NumPy and torch give either of 0 and -0, as vector lanes have it: here -0 is the largest of -0 alone."""
+
+    def no_weights(*_: object) -> np.ndarray:
+        raise AssertionError
+
+    negative = np.array([[bit >> rank & 1 for bit in range(12)] for rank in range(3)], bool).reshape(3, 6, 2)
+    inputs = np.where(negative, np.float32(-0.0), np.float32(0.0))
+    module, runner = (
+        dsc.parse((HEAD + AT_ONCE).format(type="f32[6, 2]", call='all_reduce(%x, axis="dp", size=3, kind="max"')),
+        backends.get(backend),
+    )
+    for y, _ in local.run(mesh_of(module), lambda rank: runner.program(module, no_weights, (inputs[rank],))):
+        assert np.array_equal(np.signbit(y), negative.all(axis=0))
+
+
 ROWS = """
 module {{ stage=sharded, mesh={{dp=4, ep=4}} }}
 func @main(%x: f32[rows<=9, 2], %n: i32[4], %m: i32[4]) {{
