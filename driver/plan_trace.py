@@ -85,10 +85,11 @@ def draw(plan: Training, file: Path) -> None:
             above.broken_barh(bars, (rank - 0.4, 0.8), facecolors=COLOURS[kind], edgecolor="white", linewidth=0.2)
     ranks = range(plan.schedule.ranks)
     setup = plan.setup
-    above.set(title=f"{setup.schedule}, {setup.microbatches} micro-batches: {plan.step:.2f} s a step", xlabel="seconds", ylabel="rank")
-    above.set(yticks=list(ranks), xlim=(0, float(plan.timeline.time)))
+    figure.suptitle(f"{setup.schedule}, {setup.microbatches} micro-batches: {plan.step:.2f} s a step")
+    above.set(xlabel="seconds", ylabel="rank", yticks=list(ranks), xlim=(0, float(plan.timeline.time)))
+    outside: dict[str, Any] = {"fontsize": 8, "frameon": False, "loc": "lower center", "bbox_to_anchor": (0.5, 1)}
     above.invert_yaxis()
-    above.legend(handles=[Patch(color=COLOURS[k], label=MEANING[k]) for k in COLOURS if k in seen], ncols=5, fontsize=8, loc="upper center")
+    above.legend(handles=[Patch(color=COLOURS[k], label=MEANING[k]) for k in COLOURS if k in seen], ncols=5, **outside)
     kinds = ("weights", "gradients", "optimiser")
     parts = {k: [sum(b[k] for b in m.buckets.values()) for m in plan.memory] for k in kinds}
     parts |= {"activations in flight": [m.activations for m in plan.memory], "workspace": [m.workspace for m in plan.memory]}
@@ -99,6 +100,6 @@ def draw(plan: Training, file: Path) -> None:
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     below.axhline(plan.capacity / 1e9, color="black", linewidth=0.8, linestyle=":", label="room for tensors")
     below.set(xlabel="rank", ylabel="GB", xticks=list(ranks))
-    below.legend(fontsize=8, ncols=3)
+    below.legend(ncols=6, **outside)
     figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
