@@ -7,7 +7,6 @@ rank. All else, 59 x 256 biases of gates aside, is trained on every rank. With Z
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,8 @@ DP, EDP = 128, 2
 
 @pytest.fixture(scope="module")
 def v3(tmp_path_factory: pytest.TempPathFactory) -> dsc.Artifact:
-    out, start = tmp_path_factory.mktemp("v3") / "out", time.process_time()
-    made = dsc.compile("deepseek-v3", out=out, mode="train", recipe="deepseek-v3", mesh="dp=128,ep=64")
-    assert time.process_time() - start <= 20
-    return made
+    out = tmp_path_factory.mktemp("v3") / "out"
+    return dsc.compile("deepseek-v3", out=out, mode="train", recipe="deepseek-v3", mesh="dp=128,ep=64")
 
 
 @pytest.mark.slow
