@@ -85,7 +85,7 @@ class Measured:
 def durations(plain: Module, bandwidth: float | None) -> Measured:
     """Of one rank's ops in lockstep with the others, and the bandwidth at which transfers take as long in all, unless it is given."""
     runner: Any = backends.get("numpy")
-    weights, mesh, inputs = RankWeights(RandomWeights(0), plain, keep="all"), mesh_of(plain), prepare(plain, None)
+    weights, mesh, inputs = RankWeights(RandomWeights(0), plain, keep="own"), mesh_of(plain), prepare(plain, None)
     found: dict[str, list[float]] = {}
     last = [time.thread_time()]
 
@@ -113,7 +113,7 @@ class Rank:
     def __init__(self, plain: Module, made: Module, world: TorchWorld) -> None:
         self.plain, self.made, self.world = plain, made, world
         self.runner: Any = backends.get("numpy")
-        self.weights = RankWeights(RandomWeights(0), plain, keep="all")
+        self.weights = RankWeights(RandomWeights(0), plain, keep="own")
         one = prepare(plain, None)
         both = [one, [np.roll(x, 1, -1) for x in one]]
         mesh, splits = mesh_of(plain), input_splits(plain)
