@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from ..core import Builder, Func, Module, Op, Value, op
+from ..core import Builder, Func, Module, Op, Value, family, op
 from ..errors import require
 from ..quantization import ScaleRule
 from ..types import DType, Tensor, Type
@@ -86,53 +86,38 @@ class SwiGLUQuantize(Op):
         return (y, *found) if self.keep else found
 
 
-def _with_sum(op: Op, base: type[Op], added: Value | None, b: Builder) -> tuple[Value, ...]:
-    """The results of `base`, which `op` is otherwise, the first with `added` to it."""
-    require(added is not None, f"{op.name} needs what is added")
-    assert added is not None
-    made = b.emit(base(**{a.name: getattr(op, a.name) for a in op.arguments if a.name != "added"}))
-    y = made.results[0]
-    require(added.type == y.type, f"{added.type} is added, expected {y.type}")
-    return (*b.emit(Add(y, added)).results, *made.results[1:])
+@family
+class WithSum(Op):
+    """The op that a class derives from besides, and `added`, which is like its first result, on top of that: it is rounded before."""
+
+    added: Value | None = field(default=None, kw_only=True)
+
+    def infer(self) -> tuple[Type, ...]:
+        return tuple(v.type for v in self.expand(Builder("types")))
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        require(self.added is not None, f"{self.name} needs what is added")
+        assert self.added is not None
+        base = next(base for base, cls in SUMS.items() if isinstance(self, cls))
+        made = b.emit(base(**{a.name: getattr(self, a.name) for a in base.arguments}))
+        y = made.results[0]
+        require(self.added.type == y.type, f"{self.added.type} is added, expected {y.type}")
+        return (*b.emit(Add(y, self.added)).results, *made.results[1:])
 
 
 @op("scaled_matmul_add")
-class ScaledMatmulAdd(ScaledMatmul):
+class ScaledMatmulAdd(WithSum, ScaledMatmul):
     """`scaled_matmul`, and `added`, which is like its result, on top of it: the product is rounded before."""
-
-    added: Value | None = field(default=None, kw_only=True)
-
-    def infer(self) -> tuple[Type, ...]:
-        return tuple(v.type for v in self.expand(Builder("types")))
-
-    def expand(self, b: Builder) -> tuple[Value, ...]:
-        return _with_sum(self, ScaledMatmul, self.added, b)
 
 
 @op("grouped_scaled_matmul_add")
-class GroupedScaledMatmulAdd(GroupedScaledMatmul):
+class GroupedScaledMatmulAdd(WithSum, GroupedScaledMatmul):
     """`grouped_scaled_matmul`, and `added`, which is like its result, on top of it: the product is rounded before."""
-
-    added: Value | None = field(default=None, kw_only=True)
-
-    def infer(self) -> tuple[Type, ...]:
-        return tuple(v.type for v in self.expand(Builder("types")))
-
-    def expand(self, b: Builder) -> tuple[Value, ...]:
-        return _with_sum(self, GroupedScaledMatmul, self.added, b)
 
 
 @op("rms_norm_backward_add")
-class RmsNormBackwardAdd(RmsNormBackward):
+class RmsNormBackwardAdd(WithSum, RmsNormBackward):
     """`rms_norm_backward`, and `added`, which is like x, on top of its gradient: that of the residual stream, which passes the norm by."""
-
-    added: Value | None = field(default=None, kw_only=True)
-
-    def infer(self) -> tuple[Type, ...]:
-        return tuple(v.type for v in self.expand(Builder("types")))
-
-    def expand(self, b: Builder) -> tuple[Value, ...]:
-        return _with_sum(self, RmsNormBackward, self.added, b)
 
 
 SUMS: dict[type[Op], type[Op]] = {
