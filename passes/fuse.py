@@ -29,7 +29,7 @@ class Fuse(Pass):
 
     A region becomes a function, and one `fused` op in its place; a norm or SwiGLU with the quantisation of its result has a name.
     What is read elsewhere is a result of the region. Ops that read the same tensor are in one region where that is possible. No op is
-    computed twice, numbers and reshapes apart; ops of different phases stay apart, and ops outside of regions keep their order.
+    computed twice, numbers and reshapes apart; ops of different phases stay apart, and what no region takes keeps its order.
 
     Before `fuse`:
 
