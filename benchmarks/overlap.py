@@ -33,9 +33,9 @@ import numpy as np  # noqa: E402
 import dsc  # noqa: E402
 from dsc import backends  # noqa: E402
 from dsc.distributed import local  # noqa: E402
-from dsc.distributed.delayed import Link, WallClock, delayed  # noqa: E402
+from dsc.distributed.delayed import Link, SimulatedClock, WallClock, delayed  # noqa: E402
 from dsc.distributed.torch_world import TorchWorld  # noqa: E402
-from dsc.distributed.world import Program  # noqa: E402
+from dsc.distributed.world import Gather, Program  # noqa: E402
 from dsc.driver.comm import volume  # noqa: E402
 from dsc.driver.inputs import prepare  # noqa: E402
 from dsc.driver.ranks import RankWeights, cut  # noqa: E402
@@ -55,7 +55,7 @@ SHAPE = {"dtype": "float32", "num_hidden_layers": 16, "first_k_dense_replace": 0
 SETS = {
     "gloo": SHAPE | {"hidden_size": 1024, "moe_intermediate_size": 64, "num_experts_per_tok": 4},
     "delayed": SHAPE
-    | {"hidden_size": 512, "moe_intermediate_size": 192, "num_experts_per_tok": 2, "num_attention_heads": 16, "num_key_value_heads": 16},
+    | {"hidden_size": 512, "moe_intermediate_size": 768, "num_experts_per_tok": 2, "num_attention_heads": 16, "num_key_value_heads": 16},
 }
 """Over gloo experts are small, so that rows weigh against products; over a link they are not, for its bandwidth is chosen."""
 
@@ -68,14 +68,16 @@ def plain_program(settings: dict[str, Any]) -> Module:
 
 @dataclass
 class Measured:
-    """What each op takes here, as an observer sees it, and a transfer over a link. Ids of two micro-batches begin with theirs."""
+    """What each op takes here, on the slower rank, and a transfer over a link. Ids of two micro-batches begin with theirs."""
 
     link: Link
+    sent: float
+    """Bytes that leave a rank for each byte of `volume`, which counts rows that stay at home as well."""
     known: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, op: Op) -> float:
         if isinstance(op, Transfer):
-            return self.link.seconds(int(volume(op)))
+            return self.link.seconds(round(self.sent * volume(op)))
         return self.known.get(op.id.removeprefix("mb0.").removeprefix("mb1."), 0.0)
 
     def stream(self, op: Op) -> Any:
@@ -83,28 +85,31 @@ class Measured:
 
 
 def durations(plain: Module, bandwidth: float | None) -> Measured:
-    """Of one rank's ops in lockstep with the others, and the bandwidth at which transfers take as long in all, unless it is given."""
+    """Of each rank's ops in lockstep with the others, and the bandwidth at which transfers take as long in all, unless it is given."""
     runner: Any = backends.get("numpy")
     weights, mesh, inputs = RankWeights(RandomWeights(0), plain, keep="own"), mesh_of(plain), prepare(plain, None)
-    found: dict[str, list[float]] = {}
+    found: list[dict[str, float]] = [{} for _ in range(RANKS)]
+    clocks = [SimulatedClock() for _ in range(RANKS)]  # over a link of a byte a second
     last = [time.thread_time()]
 
-    def observe(site: Any, op: Op, operands: Any, results: Any) -> None:
-        now = time.thread_time()
-        if not isinstance(op, Transfer):
-            found.setdefault(op.id, []).append(now - last[0])
-        last[0] = time.thread_time()
-
     def one(rank: int) -> Any:
-        mine = tuple(cut(x, split, mesh, rank) for x, split in zip(inputs, input_splits(plain), strict=True))
-        return runner.program(plain, lambda name, _: weights.get(rank, name), mine, observe)
+        def observe(site: Any, op: Op, operands: Any, results: Any) -> None:
+            took = time.thread_time() - last[0]
+            if not isinstance(op, Transfer):
+                found[rank][op.id] = min(took, found[rank].get(op.id, took))
+            last[0] = time.thread_time()
 
-    for _ in range(3):
+        mine = tuple(cut(x, split, mesh, rank) for x, split in zip(inputs, input_splits(plain), strict=True))
+        return delayed(runner.program(plain, lambda name, _: weights.get(rank, name), mine, observe), Link(1), clocks[rank])
+
+    runs = 3
+    for _ in range(runs):
         local.run(mesh, one)
-    known = {id: min(times) for id, times in found.items()}
+    known = {id: max(one[id] for one in found) for id in found[0]}
     computing = sum(known.get(op.id, 0.0) for _, _, op in walk(plain))
-    sending = sum(int(volume(op)) for _, _, op in walk(plain) if isinstance(op, Transfer))
-    return Measured(Link(bandwidth or sending / computing), known)
+    sending = max(clock.now() for clock in clocks) / runs
+    volumes = sum(volume(op) for _, _, op in walk(plain) if isinstance(op, Transfer))
+    return Measured(Link(bandwidth or sending / computing), float(sending / volumes), known)
 
 
 class Rank:
@@ -133,16 +138,25 @@ class Rank:
 
     def seconds(self, program: Program[Any], link: Link | None) -> tuple[float, Any]:
         """Of one run: the longer of both ranks'."""
-        from dsc.distributed.world import Gather
+        self.most(0.0)  # both begin together
+        start = time.monotonic()
+        found = self.world.run(program if link is None else delayed(program, link, WallClock()))
+        return self.most(time.monotonic() - start), found
 
-        def barrier(value: float) -> Program[float]:
+    def most(self, value: float) -> float:
+        """The larger of both ranks' values."""
+
+        def program() -> Program[float]:
             found = yield Gather("world", RANKS, np.array([value]))
             return float(max(x[0] for x in found))
 
-        self.world.run(barrier(0.0))
-        start = time.monotonic()
-        found = self.world.run(program if link is None else delayed(program, link, WallClock()))
-        return self.world.run(barrier(time.monotonic() - start)), found
+        return self.world.run(program())
+
+    def sends(self) -> float:
+        """Bytes that leave a rank in the plain program for both micro-batches: the seconds over a link of a byte a second."""
+        clock = SimulatedClock()
+        self.world.run(delayed(self.one_by_one(), Link(1), clock))
+        return self.most(clock.now())
 
 
 def rank(delays: bool, folder: Path, rounds: int) -> None:
@@ -152,8 +166,7 @@ def rank(delays: bool, folder: Path, rounds: int) -> None:
         here = Rank(plain, made, world)
         here.seconds(here.one_by_one(), None)
         computing = min(here.seconds(here.one_by_one(), None)[0] for _ in range(rounds))
-        sending = 2 * sum(int(volume(op)) for _, _, op in walk(plain) if isinstance(op, Transfer))
-        link = Link(sending / computing) if delays else None
+        link = Link(here.sends() / computing) if delays else None
         bits: dict[str, list[bytes]] = {}
         times: dict[str, list[float]] = {"plain": [], "overlapped": []}
         for _ in range(rounds):
@@ -197,7 +210,7 @@ def measured(kind: str, settings: dict[str, Any], rounds: int) -> dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--only", choices=list(GOALS))
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
