@@ -22,6 +22,7 @@ from ..ir.liveness import last_uses
 from ..ir.ops.collective import Collective, Done, Transfer
 from ..ir.ops.control import Call, Constant, Param
 from ..ir.ops.fused import Fused, expansion
+from ..ir.ops.internode import Internode
 from ..ir.types import Bundle, Tensor, Type, landed
 from ..ir.walk import join
 from . import Observer, Site, Weights
@@ -102,6 +103,21 @@ class Eager(ABC):
     def given(self, values: Sequence[Value], held: Sequence[Held]) -> tuple[Data, ...]:
         """The arrays of `held`, which are of `values`."""
         return tuple(_each(self.give, x, v.type) for x, v in zip(held, values, strict=True))
+
+
+def hop_by_hop(
+    op: Internode, operands: Sequence[Held], compute: Callable[[Op, tuple[Held, ...]], Sequence[Held]], ask: Callable[..., Program[Any]]
+) -> Program[Any]:
+    """An exchange over nodes by what it means: `compute` gives the results of an op, `ask` is the program of a collective, of it and its
+    operands, which like this one returns one result or a tuple."""
+    values: dict[Value, Held] = dict(zip(op.operands, operands, strict=True))
+    for inner in op.meaning.ops:
+        given = tuple(values[v] for v in inner.operands)
+        found = (yield from ask(inner, *given)) if isinstance(inner, Collective) else compute(inner, given)
+        several = len(inner.results) > 1 or not isinstance(inner, Collective)
+        values.update(zip(inner.results, found if several else (found,), strict=True))
+    results = tuple(values[v] for v in op.meaning.results)
+    return results if len(results) > 1 else results[0]
 
 
 def _each(change: Any, x: Any, type: Type) -> Any:

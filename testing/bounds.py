@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..backends.arrays import Array, Data, rounded, widen
 from ..backends.numpy_ref.run import unrounded
 from ..ir.core import Module, Op
-from ..ir.ops import collective, control, elementwise, fused, linalg, loss, moe, norm, quant, reduce, shape
+from ..ir.ops import collective, control, elementwise, fused, internode, linalg, loss, moe, norm, quant, reduce, shape
 from ..ir.types import DType, Tensor, tensors
 
 Floats = NDArray[np.float64]
@@ -69,7 +69,7 @@ EXACT: set[type[Op]] = {
     *(moe.DispatchGroups, moe.ChooseSlots, moe.RowWeights, moe.SlotWeights),
     *(control.Param, control.Constant, control.Literal, control.Iota, control.Pack, control.Unpack),
     *(collective.AllGather, collective.ReduceScatter, collective.AllReduce, collective.AllToAll, collective.AllToAllRows),
-    *(collective.OwnPart, collective.Done),
+    *(collective.OwnPart, collective.Done, internode.InternodeDispatch, internode.InternodeRedispatch),
 }
 """Ops that compute nothing that could be rounded differently: two implementations agree bit for bit. Collectives fix the order of sums."""
 
@@ -101,7 +101,7 @@ def bound(
         return tuple(0.0 for value in op.results for _ in tensors(value.type))
     precision = FLOAT64 if any(t.dtype is DType.f64 for v in (*op.operands, *op.results) for t in tensors(v.type)) else precision
     with np.errstate(all="ignore"):
-        named = (fused.Fused, fused.RmsNormQuantize, fused.SwiGLUQuantize, *fused.SUMS.values())
+        named = (fused.Fused, fused.RmsNormQuantize, fused.SwiGLUQuantize, *fused.SUMS.values(), internode.InternodeCombine)
         if isinstance(op, named) and (func := fused.expansion(op, module)):
             return enclosed(func, operands, precision)
         wide = [exact(x) for x in operands]

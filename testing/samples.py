@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from ..ir.core import OPS, Op, Symbol
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
@@ -49,6 +51,7 @@ from ..ir.ops.fused import (
     ScaledMatmulAdd,
     SwiGLUQuantize,
 )
+from ..ir.ops.internode import InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import (
@@ -72,6 +75,7 @@ from ..ir.types import DType, Ragged
 from .sampling import (
     Domain,
     Sample,
+    Written,
     away_from_zero,
     boundaries,
     choices,
@@ -367,7 +371,23 @@ def _rows(rows: int | Ragged, *xs: str, tag: str = "") -> Sample:
     return sample(AllToAllRows, *xs, every, every, axis="ep", size=1, rows=rows, tag=tag)
 
 
+def _way(tokens: int, rows: int) -> Domain:
+    """The handle of an exchange over nodes whose only rank sends itself `rows` rows of `tokens` tokens."""
+    return lambda rng, shape: np.full(shape, rows) if shape == (1,) else rng.integers(0, tokens, shape)
+
+
+def _on_one_node(cls: type[Op], *xs: Written, tag: str = "", experts: int = 0) -> Sample:
+    handle = "bundle{i32[8, 2], i32[to_ranks<=8], i32[1], i32[1]}", _way(8, 6)
+    given, more = ((), {"experts": experts}) if experts else ((handle,), {})
+    return sample(cls, *xs, *given, axis="ep", size=1, nodes=1, tag=tag, **more)
+
+
 COLLECTIVE = [
+    *(_on_one_node(InternodeDispatch, f"{dtype}[11, 5]", ("i32[11, 3]", choices(8)), experts=8) for dtype in ("f32", "bf16")),
+    _on_one_node(InternodeDispatch, "f8e4m3[11, 19]", "f32[11, 1]", ("i32[11, 4]", integers(-1, 6)), experts=6, tag="with scales"),
+    *(_on_one_node(InternodeCombine, f"{dtype}[arrived<=8, 5]") for dtype in ("f32", "bf16")),
+    *(_on_one_node(InternodeRedispatch, f"{dtype}[8, 5]") for dtype in ("f32", "bf16")),
+    _on_one_node(InternodeRedispatch, "f8e4m3[8, 5]", "f32[8, 1]", tag="with scales"),
     *(sample(AllGather, f"{dtype}[3, 1, 7]", axis="tp", size=1, dim=dim) for dtype in ("f32", "bf16", "f8e4m3") for dim in (0, -1)),
     *(sample(ReduceScatter, f"{dtype}[3, 1, 7]", axis="dp", size=1, dim=2) for dtype in ("f32", "bf16", "i32")),
     *(sample(AllReduce, f"{dtype}[2, 1, 7]", axis="dp", size=1, kind=kind) for dtype in ("f32", "bf16", "i64") for kind in ("sum", "max")

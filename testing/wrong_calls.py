@@ -8,6 +8,7 @@ from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Do
 from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
 from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
 from ..ir.ops.fused import GroupedScaledMatmulAdd, RmsNormBackwardAdd, RmsNormQuantize, ScaledMatmulAdd, SwiGLUQuantize
+from ..ir.ops.internode import InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
 from ..ir.ops.moe import (
@@ -245,6 +246,24 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         *("f32[6, 3]", "f32[5, 1]", "i32[2]", "i32[2]"),
         **{"axis": "ep", "size": 2, "rows": 6},
         message="expected every x as [R, ...] with the same R, found f32[6, 3] and f32[5, 1]",
+    ),
+    wrong(
+        InternodeDispatch,
+        *("f32[4, 3]", "i32[4, 2]"),
+        **{"experts": 6, "axis": "ep", "size": 4, "nodes": 2},
+        message="6 experts do not make equal parts for 4 ranks",
+    ),
+    wrong(
+        InternodeCombine,
+        *("f32[4, 3]", "bundle{i32[4, 2]}"),
+        **{"axis": "ep", "size": 4, "nodes": 3},
+        message="4 ranks along ep do not make 3 equal nodes",
+    ),
+    wrong(
+        InternodeRedispatch,
+        *("f32[4, 3]", "bundle{i32[4, 2]}"),
+        **{"axis": "ep", "size": 4, "nodes": 4},
+        message="the handle is bundle{i32[4, 2]}, expected 4 fields: ids, tokens, send, recv of each hop",
     ),
     wrong(OwnPart, "f32[3, 4]", axis="tp", size=2, message="dimension 0 of f32[3, 4] does not make 2 equal parts"),
     wrong(Done, message="done needs the results of a started collective"),

@@ -46,12 +46,13 @@ COLLECTIVES: dict[type[Op], Callable[..., Program[Any]]] = {}
 """The program of each collective on one rank: (op, compute dtype, *operands as stored), results as a reference returns them."""
 
 
-def collective(cls: type[Collective]) -> Callable[[Function], Function]:
-    """Make the program below what `cls` does on one rank. Its reference is the same program where there is only one."""
+def collective(*classes: type[Collective]) -> Callable[[Function], Function]:
+    """Make the program below what `classes` do on one rank. Their reference is the same program where there is only one."""
 
     def attach(program: Function) -> Function:
-        COLLECTIVES[cls] = program
-        reference(cls, operands="blocks")(wraps(program)(lambda op, wide, *operands: alone(program(op, wide, *operands))))
+        for cls in classes:
+            COLLECTIVES[cls] = program
+            reference(cls, operands="blocks")(wraps(program)(lambda op, wide, *operands: alone(program(op, wide, *operands))))
         return program
 
     return attach

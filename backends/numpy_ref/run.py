@@ -18,12 +18,14 @@ from ...ir.core import Module, Op, Value
 from ...ir.errors import require
 from ...ir.ops.collective import Collective, Transfer
 from ...ir.ops.fused import SUMS, RmsNormQuantize, SwiGLUQuantize
+from ...ir.ops.internode import Internode, InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ...ir.types import Bundle, DType, Tensor, landed
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, rounded, widen
-from ..eager import Compute, Eager, fitted
+from ..eager import Compute, Eager, fitted, hop_by_hop
 from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill REFERENCES
 from .registry import COLLECTIVES, OPERANDS, REFERENCES, reference
+from .registry import collective as communicates
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,12 @@ def by_expansion(op: Op, wide: np.dtype[Any], *operands: Data) -> Any:
 
 for _cls in (RmsNormQuantize, SwiGLUQuantize, *SUMS.values()):
     reference(_cls, operands="blocks")(by_expansion)
+
+
+@communicates(InternodeDispatch, InternodeCombine, InternodeRedispatch)
+def over_nodes(op: Internode, wide: np.dtype[Any], *operands: Data) -> Program[Any]:
+    """An exchange over nodes, hop by hop."""
+    return hop_by_hop(op, operands, Interpreter(wide).compute, lambda inner, *given: COLLECTIVES[type(inner)](inner, wide, *given))
 
 
 def unrounded(op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:

@@ -59,6 +59,11 @@ class Transfer(Collective):
         return tuple(map(Async, self.brought())) if self.start else self.brought()
 
 
+@family
+class RowExchange(Transfer):
+    """An exchange of rows of tokens: the way to experts on other ranks, or back."""
+
+
 def _require_numbers(x: Value) -> None:
     require(x.dtype is not DType.bool, f"expected numbers, found {x.type}")
 
@@ -136,7 +141,7 @@ class AllToAll(Transfer):
 
 
 @op("all_to_all_rows", Trait.COLLECTIVE)
-class AllToAllRows(Transfer):
+class AllToAllRows(RowExchange):
     """As many rows to each rank as `send` says: the way of tokens to experts on other ranks, and back.
 
     The rows of every x [R, ...] (codes and their scales travel together) are sorted by destination: the first send[0] go to rank 0, the

@@ -7,10 +7,12 @@ from __future__ import annotations
 from ...ir.core import Value
 from ...ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ...ir.ops.elementwise import Eq
+from ...ir.ops.internode import InternodeCombine, InternodeDispatch, InternodeRedispatch
 from .rules import Backward, Gradients, missing, vjp
 
 missing("what is in flight is made by overlap, which comes after differentiation", Done)
-missing("sharding comes after differentiation, and nothing before it makes one", OwnPart)
+missing("sharding comes after differentiation, and nothing before it makes one", OwnPart, InternodeDispatch, InternodeCombine)
+missing("sharding comes after differentiation, and nothing before it makes one", InternodeRedispatch)
 
 
 @vjp(AllGather)

@@ -29,9 +29,14 @@ from dsc.distributed import local
 from dsc.driver import train_program
 from dsc.driver.curve import read
 from dsc.driver.measure import same_bits
+from dsc.ir.core import Builder, Module, Value
 from dsc.ir.mesh import Mesh, mesh_of, parse_mesh
+from dsc.ir.ops.collective import Done, Transfer
+from dsc.ir.ops.control import Pack
+from dsc.ir.ops.internode import InternodeCombine, InternodeDispatch
 from dsc.ir.stages import stages_of
-from dsc.ir.types import DType
+from dsc.ir.types import DType, Tensor
+from dsc.ir.verify import verify
 from dsc.ir.walk import walk
 
 pytestmark = pytest.mark.slow
@@ -148,6 +153,33 @@ def test_collectives_agree_with_torch_and_in_both_worlds(pool: Pool, case: tuple
         for found, expected in zip(results, in_lockstep[rank], strict=True):
             assert found.shape == expected.shape
             assert same_bits(found, expected), f"rank {rank}: gloo and lockstep differ in {text}"
+
+
+def over_nodes(mesh: Mesh, started: bool) -> str:
+    """Tokens over nodes and back, begun and ended at once or in two ops."""
+    b, x, ids = Builder("main"), Value(Tensor(DType.f32, (5, 3)), "x"), Value(Tensor(DType.i32, (5, 3)), "ids")
+    b.params += [x, ids]
+    way = "ep", mesh.ep, mesh.size("ep.node")
+
+    def done(op: Transfer) -> tuple[Value, ...]:
+        made = b.emit(op)
+        return b.emit(Done(made.results)).results if started else made.results
+
+    rows, _, *fields = done(InternodeDispatch((x,), ids, 8, *way, start=started))
+    handle = b.emit(Pack((ids, *fields))).result
+    return str(verify(Module((b.finish(done(InternodeCombine(rows, handle, *way, start=started))),), "sharded", {"mesh": mesh.record()})))
+
+
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("mesh", ["dp=2,tp=2,ep=4,node=2", "dp=4,ep=4,node=1", "dp=4,ep=4"])
+def test_rows_over_nodes_agree_in_both_worlds(pool: Pool, mesh: str, started: bool) -> None:
+    text, rng = over_nodes(parse_mesh(mesh), started), np.random.default_rng(7)
+    inputs = [(numbers(rng, "i32", (5, 3)).astype(np.float32), rng.integers(-1, 8, (5, 3), np.int32)) for _ in range(RANKS)]
+    parsed, runner = dsc.parse(text), backends.get("numpy")
+    in_lockstep = local.run(mesh_of(parsed), lambda rank: runner.program(parsed, None, inputs[rank]))
+    for rank, (results, verdict) in enumerate(pool.run(text, inputs)):
+        assert not verdict, f"rank {rank}: {verdict}"
+        assert same_bits(results[0], in_lockstep[rank][0])
 
 
 def test_stages_send_to_each_other(pool: Pool) -> None:

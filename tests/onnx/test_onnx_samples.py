@@ -97,7 +97,8 @@ def test_what_has_no_mapping_is_named_or_left_opaque(sample: Sample, proto: Any)
 
 def test_every_op_is_written_or_its_absence_has_a_reason() -> None:
     def expands(cls: type[Op]) -> bool:
-        return samples(cls)[0].op().expand(Builder("probe")) is not None
+        b = Builder("probe")
+        return samples(cls)[0].op().expand(b) is not None and not any(type(inner) in GAPS for inner in b.ops)
 
     written = {c.name for c in MAPPINGS} | set(WRITTEN_BY_EXPORT) | {c.name for c in OPS.values() if c not in MAPPINGS and expands(c)}
     missing = {c.name: gap.reason for c, gap in GAPS.items()}

@@ -14,8 +14,10 @@ import torch
 from ....distributed.world import Exchange, Gather, Index, Program, Settle
 from ....ir.errors import require
 from ....ir.ops import collective as ops
-from ..tensors import rounded, widen
-from .registry import collective, compute_dtype, torch_op
+from ....ir.ops.internode import Internode, InternodeCombine, InternodeDispatch, InternodeRedispatch
+from ...eager import hop_by_hop
+from ..tensors import Held, rounded, widen
+from .registry import COLLECTIVES, collective, compute_dtype, run, torch_op
 from .shape import plain
 
 Tensor = torch.Tensor
@@ -108,3 +110,9 @@ def all_to_all_rows(op: ops.AllToAllRows, *operands: Tensor) -> Program[Any]:
         torch.cat([piece for block in zip(*pieces, strict=True) for piece in block], out=result[:coming])
         results.append(result.view(parts[0].dtype))
     return tuple(results) if len(results) > 1 else results[0]
+
+
+@collective(InternodeDispatch, InternodeCombine, InternodeRedispatch)
+def over_nodes(op: Internode, *operands: Held) -> Program[Any]:
+    """An exchange over nodes, hop by hop."""
+    return hop_by_hop(op, operands, run, lambda inner, *given: COLLECTIVES[type(inner)](inner, *given))

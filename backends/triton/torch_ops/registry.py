@@ -53,12 +53,12 @@ def torch_op(*classes: type[Op], operands: Literal["wide", "stored"] = "stored",
     return attach
 
 
-def collective(cls: type[Collective]) -> Callable[[Function], Function]:
-    """Make the program below what `cls` does on one rank. By itself the op is that of one rank, which is its own partner."""
+def collective(*classes: type[Collective]) -> Callable[[Function], Function]:
+    """Make the program below what `classes` do on one rank. By itself such an op is that of one rank, which is its own partner."""
 
     def attach(program: Function) -> Function:
-        COLLECTIVES[cls] = program
-        torch_op(cls)(wraps(program)(lambda op, *operands: alone(program(op, *operands))))
+        COLLECTIVES.update(dict.fromkeys(classes, program))
+        torch_op(*classes)(wraps(program)(lambda op, *operands: alone(program(op, *operands))))
         return program
 
     return attach
