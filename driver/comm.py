@@ -14,6 +14,7 @@ from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter
 from ..ir.ops.control import Call
+from ..ir.ops.internode import exchanges_of
 from ..ir.routing import Routing, routing_by_gate
 from ..ir.stages import BACKWARD, END, FORWARD, INPUT, is_staged
 from ..ir.types import Tensor, bound
@@ -23,14 +24,14 @@ from .pipelining import schedule_for
 from .ui import plural, size, table
 
 HOPS = ("ep.node", "ep.local")
-"""The axes of dispatch in two hops: over the network, then inside the node."""
+"""The axes of dispatch over nodes: over the network, then inside the node."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """One collective of a step. Bytes are what a rank hands over, its own part included where rows are exchanged by expert, on average.
+    """One collective of a step, or a hop of one over nodes. Bytes are what a rank hands over, of rows its own part included, on average.
 
-    In two hops a token's row is sent as often as its experts have nodes, and then ranks: as many as the gate's rule gives on average where
+    Over nodes a token's row is sent as often as its experts have nodes, and then ranks: as many as the gate's rule gives on average where
     the scores of experts are independent (ir/routing.py), 3.954 of 8 nodes where DeepSeek-V3 chooses 8 of 256 experts in 4 of 8 groups.
     """
 
@@ -47,16 +48,19 @@ class Sent:
 
 
 def sent(module: Module) -> Iterator[Sent]:
-    """Every collective, in the order in which a rank runs them. `DscError` where the program was not sharded."""
+    """Every collective, hop by hop, in the order in which a rank runs them. `DscError` where the program was not sharded."""
     require(ATTRIBUTE in module.attributes, "the program runs on one rank and sends nothing: compile it with --mesh")
     mesh = mesh_of(module)
     gates = routing_by_gate(module)
     for prefix, func, op in walk(module):
-        if isinstance(op, Collective) and not isinstance(op, OwnPart):
-            axis, ranks = op.along()
+        if not isinstance(op, Collective) or isinstance(op, OwnPart):
+            continue
+        for part in exchanges_of(op):
+            axis, ranks = part.along()
             routing = gates.get(prefix, next(iter(gates.values()), None)) if axis in HOPS else None
-            number = volume(op) if routing is None else _hop(mesh, op, routing)
-            yield Sent(func.name, prefix, op.id, op.phase.name, op.name, axis, ranks, int(number), int(number * _leaving(mesh, axis, op)))
+            number = volume(part) if routing is None else _hop(mesh, part, routing)
+            kind = op.name if isinstance(part, AllToAllRows) else part.name  # what ranks first tell each other is no row
+            yield Sent(func.name, prefix, op.id, op.phase.name, kind, axis, ranks, int(number), int(number * _leaving(mesh, axis, part)))
 
 
 def volume(op: Collective) -> Fraction:

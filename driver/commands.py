@@ -40,10 +40,10 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 @click.option("--mesh", metavar="dp=4,ep=4,tp=1", help="What one rank of this mesh runs; --batch then counts all ranks' sequences.")
 @click.option(
     "--dispatch",
-    type=click.Choice(["auto", "direct", "two-hop"]),
+    type=click.Choice(["auto", "direct", "two-hop", "forwarded"]),
     default="auto",
-    help="How tokens reach experts on other nodes: once for each expert, or once for each node and on from there. "
-    "Default: auto, two-hop where ep spans nodes, direct in decode mode.",
+    help="How tokens reach experts on other nodes: once for each expert, or once for each node and on from there, in an exchange for each "
+    "hop or forwarded by one kernel. Default: auto, forwarded where ep spans nodes, direct in decode mode.",
 )
 @pipeline_options
 @click.option("--replicas", type=int, metavar="N", help="Slots for experts in all, more than experts: evenly popular ones, over ep.")

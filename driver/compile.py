@@ -135,9 +135,10 @@ def compile(
     `source` is a shipped name, a config.json, a checkpoint folder, `file.py:factory` or a .dsc file. `passes` is a pipeline as
     text; without it the default one runs, with quantisation by `recipe` if one is named, and sharded over `mesh` ("dp=4,ep=4",
     see `ir/mesh.py`) if one is given: then `batch` counts the sequences of all ranks, by default one for each along dp, and `dispatch` says
-    how tokens go to experts of other nodes: `direct`, `two-hop`, or `auto`, which is direct in decoding alone. With pp in the mesh the
-    program is cut into the stages of a `schedule`, a name (1f1b in training unless said) or a file, with `chunks` of them on a rank where
-    the schedule leaves that open; `batch` is that of one of its `microbatches`, of which there are two for each stage unless said.
+    how tokens go to experts of other nodes: `direct`, `two-hop`, `forwarded`, or `auto`, which is `forwarded` where ep spans nodes, in
+    decoding `direct`. With pp in the mesh the program is cut into the stages of a `schedule`, a name (1f1b in training unless said) or a
+    file, with `chunks` of them on a rank where the schedule leaves that open; `batch` is that of one of its `microbatches`, of which there
+    are two for each stage unless said.
 
     With `replicas`, how many slots there are for experts, or a `placement` that `dsc place` wrote, ranks hold redundant experts
     (`place-experts`); with `shared="routed"` the shared expert is one of those that have slots.

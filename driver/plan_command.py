@@ -51,9 +51,9 @@ SHOWN = 4
 @click.option("--recompute", metavar="PASS", default="recompute", help="The pass that says what runs again, or none. Default: recompute.")
 @click.option(
     "--dispatch",
-    type=click.Choice(["auto", "direct"]),
+    type=click.Choice(["auto", "direct", "two-hop", "forwarded"]),
     default="auto",
-    help="Tokens to other nodes in two hops, or direct: one exchange, forwarded by a kernel. Default: auto, two hops in training.",
+    help="How tokens reach experts on other nodes, as in dsc compile. Default: auto, forwarded where ep spans nodes, direct in decode.",
 )
 @click.option("--assume", multiple=True, metavar="KEY=NUMBER", help="Another value for an assumption, in its unit without prefix.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the model's configuration.")
@@ -132,7 +132,7 @@ def plan(
 
         inputs = serving_inputs(inputs, mode, micro, seq, config["max_position_embeddings"], speculate).assume(assume)
         placed = replicas, shared_expert
-        return _serving(source, inputs, config, gpus, mode, mesh, placed, speculate, recipe, overrides, tornado, as_json)
+        return _serving(source, inputs, config, gpus, mode, mesh, placed, speculate, recipe, dispatch, overrides, tornado, as_json)
     slots = replicas is not None or shared_expert != "apart" or speculate
     require(not slots, "--replicas, --shared-expert and --speculate are for serving: they need --mode prefill or decode")
     inputs, micro = inputs.assume(assume), micro or 1
@@ -179,6 +179,7 @@ def _serving(
     placed: tuple[int | None, str],
     speculate: bool,
     recipe: str,
+    dispatch: str,
     overrides: Sequence[str],
     ranges: bool,
     as_json: bool,
@@ -202,7 +203,7 @@ def _serving(
         depths = config.get("num_nextn_predict_layers") or 0
         require(mode == "decode" and depths > 0, f"--speculate needs --mode decode and a model with MTP modules, found {mode} and {depths}")
         overrides = [*overrides, f"num_hidden_layers={config['num_hidden_layers'] + 1}"]
-    compiler = Compiler(source, None if recipe == "none" else recipe, None, "", overrides, mode, lanes=lanes([given]))
+    compiler = Compiler(source, None if recipe == "none" else recipe, None, "", overrides, mode, dispatch=dispatch, lanes=lanes([given]))
     compiler.placing = placing_pass(str(given), replicas, None, shared)
     plan = serve(compiler, inputs, mode, given)
     found = Effects()

@@ -26,8 +26,7 @@ class Compiler:
 
     What a rank runs does not depend on dp, but for the size of groups that add gradients up, which a step's end is charged with. So every
     mesh is compiled with `lanes` ranks along dp, enough for every ep, and one trace serves them all. `placing` is the pass that gives
-    experts slots, if they have any. With `dispatch=direct` rows go by one exchange, whose cost across nodes is that of a kernel that
-    forwards a token inside the node as it arrives (DeepSeek-V3 report, section 3.2.2); by default in training as two, one for each hop.
+    experts slots, if they have any; `dispatch` says how tokens go to the experts of other nodes, as for `shard-experts`.
     """
 
     source: str | Path
@@ -65,7 +64,7 @@ class Compiler:
 
         if (mesh, sequences) not in self.sharded:
             module = self.trace(mesh.dp * sequences)
-            dispatch = self.dispatch if self.mode == "train" else "direct"
+            dispatch = self.dispatch if mesh.size("ep.node") > 1 else "auto"
             passes = [f'shard-experts{{mesh="{mesh}",dispatch={dispatch}}}', self.recompute if self.mode == "train" else "", "fuse"]
             for each in parse_pipeline(",".join(filter(None, passes))):  # not verified between: what `dsc compile` verifies is the same
                 quick = isinstance(each, Recompute) and each.budget_gb is None

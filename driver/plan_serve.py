@@ -26,7 +26,7 @@ from ..ir.core import Module, Op, Trait, Value
 from ..ir.expected import expected_bytes
 from ..ir.mesh import Mesh
 from ..ir.ops.attention import AttentionDecode
-from ..ir.ops.collective import AllToAllRows
+from ..ir.ops.collective import RowExchange
 from ..ir.ops.shape import Slice
 from ..ir.slots import slots_of
 from ..ir.types import DType, Tensor, bound
@@ -186,7 +186,7 @@ class Serving:
     def bound(self) -> float:
         """Seconds that the exchanges of both micro-batches take one after the other, nothing else in their way: no run is shorter."""
         alone = self.machine.costs[0]
-        found = sum(alone.seconds(s.op) for s in self.times.spans if isinstance(s.op, AllToAllRows))
+        found = sum(alone.seconds(s.op) for s in self.times.spans if isinstance(s.op, RowExchange))
         return found if self.mode == "prefill" else found / self.made
 
     @property
@@ -218,13 +218,13 @@ def serve(compiler: Compiler, inputs: Inputs, mode: Mode, mesh: Mesh) -> Serving
     micro, tokens = round(inputs[SEQUENCES]), round(inputs[TOKENS])
     compiler = compiler.of(tokens)
     program = compiler.program(mesh, micro * (1 if accepted is None else 2), inputs.cluster)
-    machine = _machine(inputs, mesh, program, mode)
+    machine = _machine(inputs, mesh, program)
     both = overlapped(program.module, machine.costing, microbatches=2).module
     return Serving(mode, mesh, program, both, machine, micro, tokens, accepted)
 
 
-def _machine(inputs: Inputs, mesh: Mesh, program: Program, mode: Mode) -> Machine:
-    return Machine(inputs, mesh, program, {"repeats": inf, "dispatch": "two-hop" if mode == "prefill" else "direct"})
+def _machine(inputs: Inputs, mesh: Mesh, program: Program) -> Machine:
+    return Machine(inputs, mesh, program, {"repeats": inf})
 
 
 def changed(plan: Serving, compiler: Compiler, inputs: Inputs, key: str) -> Serving:
@@ -232,7 +232,7 @@ def changed(plan: Serving, compiler: Compiler, inputs: Inputs, key: str) -> Serv
     if key in (SEQUENCES, TOKENS):
         return serve(compiler, inputs, plan.mode, plan.mesh)
     accepted = inputs[ACCEPTED] if plan.accepted is not None else None
-    return replace(plan, machine=_machine(inputs, plan.mesh, plan.program, plan.mode), accepted=accepted)
+    return replace(plan, machine=_machine(inputs, plan.mesh, plan.program), accepted=accepted)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What an op costs: on one device (`seconds`), or as a rank of a cluster runs it (`Costs`), beside communication or alone.
 
-Computing is `kernels.py`, with `products.py` for matrix products; communication is `links.py`, with `ir/routing.py` for what dispatch
-and combine carry. The coefficients are figures of the device and the cluster, each with its source.
+Computing is `kernels.py`, with `products.py` for matrix products; communication is `links.py`. The coefficients are figures of the device
+and the cluster, each with its source.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
 
 from ..ir.core import Module, Op
 from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
-from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter, Transfer
+from ..ir.ops.collective import AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter, RowExchange, Transfer
 from ..ir.ops.control import Param
-from ..ir.routing import Routing, routing_of
+from ..ir.ops.internode import Internode, exchanges_of
 from ..ir.types import Ragged
 from .cluster import Cluster
 from .device import Device
 from .kernels import MATRIX, NOTHING, Compute, Cost, slower
-from .links import Group, Legs, exchanged, gathered, group, reduced, two_hop
+from .links import Group, Legs, exchanged, gathered, group, reduced
 from .links import seconds as transfer
 from .streams import COMPUTE
 
@@ -41,8 +40,6 @@ class Costs:
     overlap       whether computation and communication run side by side: then both are slower, as the cluster says
     imbalance     rows of the busiest rank by those of the mean, in exchanges of rows; `rows` are to include it themselves
     rows          how long ragged dimensions are expected to be; where nothing is said their bound counts
-    routing       how tokens choose experts. With it, an exchange along ep that spans domains sends one copy of a token to each domain and
-                  on from there (`two-hop`), else (`direct`, or without routing) a row for each expert
     repeats       how often the program runs before weights change: what depends on weights alone is run once, and costs its part;
                   inf where they never change
     """
@@ -53,8 +50,6 @@ class Costs:
     overlap: bool = False
     imbalance: float = 1.0
     rows: Mapping[Ragged, float] = field(default_factory=dict)
-    routing: Routing | None = None
-    dispatch: Literal["two-hop", "direct"] = "two-hop"
     repeats: float = 1
 
     def __post_init__(self) -> None:
@@ -65,10 +60,8 @@ class Costs:
 
     @classmethod
     def of(cls, module: Module, cluster: Cluster, **options: object) -> Costs:
-        """Costs for a module by its own mesh and routing. What leaves a domain is the cluster's to say, how hops go is the mesh's."""
-        found: dict[str, object] = {"routing": routing_of(module)}
-        if ATTRIBUTE in module.attributes:
-            found["mesh"] = mesh_of(module)
+        """Costs for a module by its own mesh. What leaves a domain is the cluster's to say, how hops go is the mesh's."""
+        found: dict[str, object] = {"mesh": mesh_of(module)} if ATTRIBUTE in module.attributes else {}
         return cls(cluster, **(found | options))  # type: ignore[arg-type]
 
     @property
@@ -125,22 +118,27 @@ class Costs:
 
     def _communication(self, op: Collective) -> Cost:
         axis, size = op.along()
-        ranks = self._group(axis, size)
-        legs = self._legs(op, ranks)
+        legs = self._legs(op)
         took, moving = transfer(self.cluster, legs)
-        if isinstance(op, AllToAllRows) and ranks.size > 1 and axis != "ep.local":  # both hops go by what ranks said before the first
+        if isinstance(op, RowExchange) and size > 1 and axis != "ep.local":  # both hops go by what ranks said before the first
             took += self.cluster.comm.notify.mid
         factor = self.cluster.comm.slowdown.mid if self.overlap else 1.0
         sent = legs.inter + legs.intra
         return Cost(took * factor, "network" if moving else "latency", op.flops(), 2 * sent, sent)
 
-    def _legs(self, op: Collective, ranks: Group) -> Legs:
-        if isinstance(op, AllToAllRows):
-            return self._rows(op, ranks)
-        whole = self._compute.bytes(op.operands[0].type)
+    def _legs(self, op: Collective) -> Legs:
+        """What an op sends over each link.
+
+        A kernel that forwards keeps both links busy at once: it takes what the longer of its hops does, and rows are sorted and added up by
+        the units that communication has anyway (DeepSeek-V3 report, section 3.2.2). DeepEP's kernels are timed by the same (`tables.py`).
+        """
+        if isinstance(op, Internode):
+            hops = [self._legs(hop) for hop in exchanges_of(op) if isinstance(hop, AllToAllRows)]
+            return Legs(sum(hop.inter for hop in hops), sum(hop.intra for hop in hops))
+        ranks, whole = self._group(*op.along()), self._compute.bytes(op.operands[0].type)
         match op:
-            case AllGather():
-                return gathered(ranks, whole)
+            case AllToAllRows():
+                return exchanged(ranks, self._rows(op))
             case ReduceScatter():
                 return gathered(ranks, whole / ranks.size)
             case AllReduce():
@@ -149,16 +147,13 @@ class Costs:
                 return exchanged(ranks, whole)
         return gathered(ranks, whole)
 
-    def _rows(self, op: AllToAllRows, ranks: Group) -> Legs:
-        """Rows to experts and back: by the side whose number of rows is static, else by what is expected, which bears its imbalance."""
+    def _rows(self, op: AllToAllRows) -> float:
+        """Bytes of rows: by the side whose number of rows is static, else by what is expected, which bears its imbalance."""
         sides = (op.xs[0].shape[0], op.rows)
         static = [d for d in sides if isinstance(d, int)]
         known = [d for d in sides if d in self.rows]
         number = static[0] * self.imbalance if static else self._compute.extent((known or sides)[0])
-        row = sum(self._compute.bytes(x.type) / max(1.0, self._compute.extent(x.shape[0])) for x in op.xs)
-        if self.routing is None or self.dispatch == "direct" or op.axis != "ep" or ranks.nodes == 1:
-            return exchanged(ranks, number * row)
-        return two_hop(self.routing, ranks, number / self.routing.choices, row)
+        return number * sum(self._compute.bytes(x.type) / max(1.0, self._compute.extent(x.shape[0])) for x in op.xs)
 
 
 def of_weights(op: Op, known: dict[Op, bool]) -> bool:

@@ -59,8 +59,9 @@ def exchanged(group: Group, whole: float) -> Legs:
     return Legs((group.size - group.local) * part, (group.local - 1) * part)
 
 
-def two_hop(routing: Routing, ranks: Group, tokens: float, row: float) -> Legs:
-    """Bytes per rank of `tokens` whose copies cross the network once per distinct domain and a domain's links once per distinct rank."""
+def forwarded(routing: Routing, ranks: Group, tokens: float, row: float) -> Legs:
+    """Bytes per rank of `tokens` whose copies cross the network once per distinct domain and a domain's links once per distinct rank, by a
+    kernel that keeps both busy at once."""
     nodes, gpus = routing.distinct(ranks.nodes), routing.distinct(ranks.size)
     away, beside = (ranks.nodes - 1) / ranks.nodes, (ranks.local - 1) / ranks.local
     return Legs(tokens * nodes * away * row, tokens * gpus * beside * row)

@@ -20,7 +20,7 @@ from ..ir.types import DType, Tensor
 from .cluster import Cluster
 from .figures import provenance, read_toml
 from .kernels import Compute
-from .links import Group, exchanged, two_hop
+from .links import Group, exchanged, forwarded
 from .links import seconds as transfer
 
 TABLES = Path(__file__).with_name("tables")
@@ -188,7 +188,7 @@ def dispatches(cluster: Cluster) -> Iterator[Entry]:
         routing = Routing(found["experts"], found["top_k"], groups, min(found["top_groups"], groups), "max")
         places = ranks.size if row["link"] == "intra" else ranks.nodes
         for column, precision in (("dispatch_later", "fp8"), ("combine_later", "bf16")):
-            took, _ = transfer(cluster, two_hop(routing, ranks, found["tokens"], ROWS[precision]))
+            took, _ = transfer(cluster, forwarded(routing, ranks, found["tokens"], ROWS[precision]))
             rate = logical_bytes(found["tokens"], routing.distinct(places), ROWS[precision]) / took / 1e9
             yield Entry("DeepEP", f"{column.removesuffix('_later')} on {ranks.size} ranks", "GB/s", row[column], rate)
 
@@ -208,5 +208,5 @@ def beside_exchanges(cluster: Cluster) -> Iterator[Entry]:
     """Exchanges of the training profile."""
     routing = Routing(256, 8, 8, 4, "random")
     for kernel, precision, took in table("exchange.beside")["rows"]:
-        alone, _ = transfer(cluster, two_hop(routing, Group(8, 8), 4096, ROWS[precision]))
+        alone, _ = transfer(cluster, forwarded(routing, Group(8, 8), 4096, ROWS[precision]))
         yield Entry("profile: exchanges", kernel, "us", took, alone * cluster.comm.slowdown.mid * 1e6)

@@ -1,7 +1,7 @@
 """How large values with ragged dimensions are expected to be: of the rows that experts get a program knows the bound alone.
 
 The bound is what comes when every token chooses the same experts: at 64 ranks sixty-four times what comes when it is even. Buffers are
-sized by what is expected, times an imbalance. In two hops a token's row goes once to each node that has one of its experts, and once to
+sized by what is expected, times an imbalance. Over nodes a token's row goes once to each node that has one of its experts, and once to
 each rank: how many these are the gate's rule says (`routing.py`).
 """
 
@@ -13,6 +13,7 @@ from math import ceil
 
 from .core import Module, Value
 from .ops.collective import AllToAllRows
+from .ops.internode import meant
 from .ops.moe import DispatchGroups
 from .ops.quant import Quantize
 from .routing import Routing, routing_of
@@ -30,7 +31,7 @@ def mean_rows(module: Module) -> dict[Ragged, int]:
     """
     routing, rows, tokens = routing_of(module), dict[Ragged, int](), dict[Dim, int]()
     for func in module.funcs:
-        for op in func.ops:
+        for op in (hop for each in func.ops for hop in meant(each)):
             match op:
                 case AllToAllRows(xs=(x, *_), rows=Ragged() as come):
                     rows[come] = _mean(x.shape[0], rows)

@@ -7,7 +7,7 @@ of a node, `node` of them, are consecutive. These axes have names:
 
     pp          stages of the pipeline                     dp  tp      the dense view of a stage
     stage       all ranks of a pipeline stage              edp ep      the expert view of a stage
-    world       all ranks                                  ep.node ep.local    ep as nodes x ranks in a node, for dispatch in two hops
+    world       all ranks                                  ep.node ep.local    ep as nodes x ranks in a node, for dispatch over nodes
 
 A rank's index along ep is index(ep.node) * size(ep.local) + index(ep.local). A group along ep.node holds the ranks with one index in their
 node, a group along ep.local those of one node. Every axis is a stride and a size: a rank's index along it is (rank // stride) % size.

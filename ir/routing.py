@@ -16,6 +16,7 @@ from typing import Literal
 
 from .core import Func, Module, Value
 from .errors import require
+from .ops.internode import InternodeDispatch
 from .ops.moe import Dispatch, DispatchGroups, Route
 from .slots import slots_of
 from .types import Tensor
@@ -149,7 +150,7 @@ def routing_of(module: Module) -> Routing | None:
 
 def _gates(func: Func) -> set[Route]:
     """The gates whose choices are dispatched, as they are or as slots, alone or with the shared expert's."""
-    ahead = [op.ids for op in func.ops if isinstance(op, Dispatch | DispatchGroups)]
+    ahead = [op.ids for op in func.ops if isinstance(op, Dispatch | DispatchGroups | InternodeDispatch)]
     found, seen = set[Route](), set[Value]()
     while ahead:
         value = ahead.pop()

@@ -27,6 +27,7 @@ from .errors import DscError
 from .mesh import mesh_of
 from .ops.collective import Collective
 from .ops.control import Call
+from .ops.internode import exchanges_of
 from .printer import print_op
 
 Places = Mapping[Any, tuple[int, int]]
@@ -155,14 +156,14 @@ def _nothing_recomputed(module: Module, func: Func) -> Found:
 def _collectives(module: Module, func: Func) -> Found:
     for op in func.ops:
         if isinstance(op, Collective):
-            axis, size = op.along()
-            try:
-                ranks = mesh_of(module).size(axis)
-            except DscError as error:
-                yield op, f"{op.name}: {error}"
-                continue
-            if size != ranks:
-                yield op, f"{op.name}: size is {size}, but the mesh {mesh_of(module)} has {ranks} ranks along {axis}"
+            for axis, size in dict.fromkeys((op.along(), *(inner.along() for inner in exchanges_of(op)))):
+                try:
+                    ranks = mesh_of(module).size(axis)
+                except DscError as error:
+                    yield op, f"{op.name}: {error}"
+                    continue
+                if size != ranks:
+                    yield op, f"{op.name}: size is {size}, but the mesh {mesh_of(module)} has {ranks} ranks along {axis}"
 
 
 LAWS: tuple[Law, ...] = (_names, _definitions, _ids, _types, _calls, flight.law, _updates, stages.law)

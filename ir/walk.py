@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .core import Func, Module, Op, Trait, Value, called, once
 from .errors import require
 from .ops.control import Call, Param
+from .ops.internode import InternodeDispatch
 from .ops.linalg import GroupedMatmul
 from .ops.moe import Dispatch, DispatchGroups
 from .ops.quant import GroupedScaledMatmul, Quantize
@@ -127,14 +128,14 @@ def _handed(module: Module) -> dict[Value, Value]:
 def _chosen(counts: Value, handed: Mapping[Value, Value]) -> tuple[int, int] | None:
     """To how many experts a token goes whose rows `counts` counts, and of how many."""
     match _dispatch(counts, handed):
-        case Dispatch(ids=ids, experts=experts):
+        case Dispatch(ids=ids, experts=experts) | InternodeDispatch(ids=ids, experts=experts):
             return bound(ids.shape[1]), experts
         case DispatchGroups(ids=ids, groups=groups, size=size):
             return bound(ids.shape[1]), groups * size
     return None
 
 
-def _dispatch(counts: Value, handed: Mapping[Value, Value]) -> Dispatch | DispatchGroups | None:
+def _dispatch(counts: Value, handed: Mapping[Value, Value]) -> Dispatch | InternodeDispatch | DispatchGroups | None:
     """The dispatch whose rows `counts` counts, exchanged between ranks as they may be; of hops the first, which knows all experts.
 
     Only integers lead there: behind the scores that chose the experts lie the layers before.
@@ -144,7 +145,7 @@ def _dispatch(counts: Value, handed: Mapping[Value, Value]) -> Dispatch | Dispat
         value = ahead.pop()
         while value in handed:
             value = handed[value]
-        if isinstance(value.owner, Dispatch):
+        if isinstance(value.owner, Dispatch | InternodeDispatch):
             return value.owner
         if isinstance(value.owner, DispatchGroups):
             return _dispatch(value.owner.ids, handed) or value.owner

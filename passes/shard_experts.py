@@ -14,7 +14,7 @@ from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.control import Call, Param
 from ..ir.ops.elementwise import Cast
 from ..ir.ops.linalg import GroupedMatmul
-from ..ir.ops.moe import Dispatch
+from ..ir.ops.moe import Dispatch as ToExperts
 from ..ir.ops.quant import GroupedScaledMatmul, Quantize
 from ..ir.ops.shape import Reshape, Transpose
 from ..ir.sharding import INPUTS, RESULTS, Split
@@ -24,7 +24,7 @@ from ..ir.types import Bundle, Type, bound
 from ..ir.walk import communicating
 from .manager import Pass, register
 from .sharding import experts, losses, products, rules  # noqa: F401 - they fill RULES
-from .sharding.body import RULES, Body
+from .sharding.body import RULES, Body, Dispatch
 from .sharding.layout import Layout, Placement, from_split, placed, settled, to_split
 from .sharding.zero import Handout
 from .simplify import drop_unused
@@ -37,8 +37,9 @@ class ShardExperts(Pass):
 
     Experts are split over ep, sequences over dp, heads of attention and, elsewhere, the positions of a sequence over tp. Collectives stand
     where a value is wanted elsewhere than it is (passes/sharding/); dispatch and combine become exchanges of rows along ep. With
-    `dispatch=two-hop`, which is the default where ep spans nodes, except in decoding, a token crosses the network once for each node that
-    holds one of its experts, and goes on to them inside the node; sums of its experts' results are formed, and rounded, on the way back.
+    `dispatch=forwarded`, which is the default where ep spans nodes, except in decoding, a token crosses the network once for each node that
+    holds one of its experts, and one kernel sends it on to them inside the node; sums of its experts' results are formed, and rounded, on
+    the way back. `dispatch=two-hop` does the same by an exchange for each hop. With `dispatch=direct` a token goes once for each expert.
     Sums over what is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main,
     or in the `end` of a pipeline's stage, which a rank runs once for all micro-batches; every stage is sharded alike. The module carries
     its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
@@ -84,7 +85,7 @@ class ShardExperts(Pass):
     ensures: ClassVar[str | None] = "sharded"
 
     mesh: str
-    dispatch: Literal["auto", "direct", "two-hop"] = "auto"
+    dispatch: Literal["auto", "direct", "two-hop", "forwarded"] = "auto"
     zero: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
@@ -100,19 +101,21 @@ class ShardExperts(Pass):
             require(mesh.pp == 1, f"mesh {mesh}: the program is not cut into stages, as split-stages{{stages={mesh.pp}}} does")
         _check(module, mesh)
         handout = Handout(module, mesh, bool(self.zero))
-        made = _Sharding(module, mesh, self._two_hops(module, mesh)).module([_input(module, p, mesh) for p in module.main.params], handout)
+        made = _Sharding(module, mesh, self._dispatch(module, mesh)).module([_input(module, p, mesh) for p in module.main.params], handout)
         self.declined.extend(handout.declined)
         return made
 
-    def _two_hops(self, module: Module, mesh: Mesh) -> bool:
-        """Whether tokens cross the network once for each node; refused where that is no other way."""
+    def _dispatch(self, module: Module, mesh: Mesh) -> Dispatch:
+        """How tokens go to their experts; refused where there is no such way."""
         nodes = mesh.size("ep.node")
-        if self.dispatch == "two-hop" and nodes == 1:
+        if self.dispatch == "auto":
+            return "forwarded" if nodes > 1 and module.attributes.get("mode") != "decode" else "direct"
+        if self.dispatch != "direct" and nodes == 1:
             least = f"ep={2 * mesh.node} or {'node=1' if mesh.ep <= 2 else f'node={mesh.ep // 2}'}"
             raise DscError(
-                f"mesh {mesh}: ep={mesh.ep} lies within a node of {mesh.node} ranks, where dispatch has no two hops; {least} would fit"
+                f"mesh {mesh}: ep={mesh.ep} lies within a node of {mesh.node} ranks, so no dispatch is {self.dispatch}; {least} would fit"
             )
-        return nodes > 1 and (self.dispatch == "two-hop" or (self.dispatch == "auto" and module.attributes.get("mode") != "decode"))
+        return self.dispatch
 
 
 def spread_program(module: Module, mesh: Mesh, inputs: Sequence[Split], results: Mapping[int, Split]) -> Module:
@@ -128,10 +131,10 @@ def spread_program(module: Module, mesh: Mesh, inputs: Sequence[Split], results:
 class _Sharding:
     """One sharding of a module. A function is made once for each way in which its arguments are placed."""
 
-    def __init__(self, module: Module, mesh: Mesh, two_hops: bool = False) -> None:
+    def __init__(self, module: Module, mesh: Mesh, dispatch: Dispatch = "direct") -> None:
         self.before = module
         self.mesh = mesh
-        self.two_hops = two_hops
+        self.dispatch = dispatch
         self.made: dict[tuple[str, tuple[Placement, ...]], tuple[str, tuple[Placement, ...]]] = {}
         self.funcs: dict[str, list[Func]] = {func.name: [] for func in module.funcs}
         self.names = set(self.funcs)
@@ -171,7 +174,7 @@ class _Sharding:
         return sharded.map(lambda func: drop_unused(func, pinned))
 
     def body(self, func: Func, given: Sequence[Placement]) -> Body:
-        body = Body(func, self.mesh, self.lower, _experts(func), self.two_hops)
+        body = Body(func, self.mesh, self.lower, _experts(func), self.dispatch)
         body.run(given, RULES, rules.default)
         return body
 
@@ -251,7 +254,7 @@ def _input(module: Module, param: Value, mesh: Mesh) -> Split:
 def _check(module: Module, mesh: Mesh) -> None:
     """One line for a mesh that the program does not fit."""
     ops = [op for func in module.funcs for op in func.ops]
-    sent = next((op for op in ops if isinstance(op, Dispatch)), None)
+    sent = next((op for op in ops if isinstance(op, ToExperts)), None)
     if sent is None:
         require(mesh.ep == 1, f"mesh {mesh}: the program has no experts to shard; ep=1 would fit")
     else:

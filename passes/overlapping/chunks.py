@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...ir.core import Func, Module, Op, Phase, Symbol, Value, called
-from ...ir.ops.collective import AllToAllRows, Collective
+from ...ir.ops.collective import Collective, RowExchange
 from ...ir.ops.control import Call
 from ...ir.ops.moe import Dispatch
 from ...ir.walk import communicating
@@ -173,7 +173,7 @@ class _Body:
 
 def exchanging(module: Module) -> frozenset[str]:
     """The names of the functions that do the work of layers: that exchange rows of tokens, or where none does, that communicate."""
-    found = {func.name for func in module.funcs if any(isinstance(op, AllToAllRows) for op in func.ops)}
+    found = {func.name for func in module.funcs if any(isinstance(op, RowExchange) for op in func.ops)}
     while more := {func.name for func in module.funcs if not found.isdisjoint(called(module, func))} - found:
         found |= more
     return frozenset(found) or communicating(module)
@@ -228,10 +228,10 @@ def _before_dispatch(func: Func) -> Iterator[Op]:
         owners = [v.owner for v in op.operands if v.owner is not None]
         behind[op] = set(owners).union(*(behind[o] for o in owners))
     products = [op for op in func.ops if isinstance(op, PRODUCTS)]
-    bringing = [op for op in func.ops if isinstance(op, AllToAllRows) and any(op in behind[p] for p in products)]
+    bringing = [op for op in func.ops if isinstance(op, RowExchange) and any(op in behind[p] for p in products)]
     if not bringing:
         return
-    expert = bringing[0].axis.split(".")[0]
+    expert = bringing[0].along()[0].split(".")[0]
     begin = {op for op in func.ops if isinstance(op, Dispatch) or (isinstance(op, Collective) and op.along()[0].split(".")[0] == expert)}
     needed = set().union(*(behind[op] for op in bringing))
     yield from (op for op in func.ops if op in needed and op not in begin and behind[op].isdisjoint(begin))

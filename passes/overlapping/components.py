@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...ir.core import Op, Phase
-from ...ir.ops.collective import AllToAllRows
+from ...ir.ops.collective import RowExchange
 from ...ir.ops.linalg import GroupedMatmul
 from ...ir.ops.quant import GroupedScaledMatmul
 from .tasks import Task
@@ -49,7 +49,7 @@ def _assign(tasks: Sequence[Task], chunk: Sequence[int], backward: bool, found: 
     inside = set(chunk)
     behind = _closure(tasks, chunk, inside)
     products = {i for i in chunk if isinstance(tasks[i].op, PRODUCTS) and tasks[i].op.phase is not Phase.W}
-    exchanges = [i for i in chunk if isinstance(tasks[i].op, AllToAllRows)]
+    exchanges = [i for i in chunk if isinstance(tasks[i].op, RowExchange)]
     bringing = {i for i in exchanges if any(i in behind[p] for p in products)}
     taking = {i for i in exchanges if i not in bringing}
     if not bringing or not taking:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, TypeVar
+from typing import Literal as OneOf
 
 from ...ir.core import Func, Op, OpT, Value
 from ...ir.errors import DscError
@@ -22,6 +23,9 @@ from .layout import Dim, Factor, Layout, Placement, coarse, factors, local_type,
 if TYPE_CHECKING:
     from .hops import Way
 
+Dispatch = OneOf["direct", "two-hop", "forwarded"]
+"""A row for each expert in one exchange of all ranks, or a copy for each node, in an exchange for each hop or forwarded by one kernel."""
+
 Lower = Callable[[str, tuple[Placement, ...]], tuple[str, tuple[Placement, ...]]]
 """(function, where its arguments are) -> the name of the function that a rank runs, and where its results are."""
 
@@ -35,15 +39,15 @@ class Body:
     lower: Lower
     experts: frozenset[str]
     """The weights of this function that grouped products read, by relative name."""
-    two_hops: bool = False
-    """Whether tokens go to their experts over nodes first."""
+    dispatch: Dispatch = "direct"
+    """How tokens go to experts on other ranks."""
     ops: list[Op] = field(default_factory=list)
     forms: dict[Value, dict[Placement, Value]] = field(default_factory=dict)
     layouts: dict[Value, Placement] = field(default_factory=dict)
     pairs: dict[tuple[Value, Layout], tuple[Value, Value]] = field(default_factory=dict)
     handles: dict[Value, tuple[Value, ...]] = field(default_factory=dict)
     ways: dict[Value, Way] = field(default_factory=dict)
-    """Of a handle of two hops what it carries, once it was unpacked (hops.py)."""
+    """Of a handle of a dispatch over nodes what it carries, once it was unpacked (hops.py)."""
 
     def run(self, given: Sequence[Placement], rules: Mapping[type[Op], Rule], default: Callable[[Op], Rule]) -> None:
         """Make every op, the parameters being where `given` says."""
@@ -73,6 +77,11 @@ class Body:
     def number(self, value: float, dtype: DType = DType.f32) -> Value:
         """A scalar."""
         return self.emit(Literal((float(value),), (), dtype)).result
+
+    @property
+    def over_nodes(self) -> bool:
+        """Whether tokens go once to each node of their experts."""
+        return self.dispatch != "direct"
 
     # Where values are
 

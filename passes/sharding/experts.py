@@ -6,8 +6,8 @@ Experts e * E / ep to (e + 1) * E / ep - 1 are those of rank e along ep. Rows so
     received = all_to_all(counts as [ep, E / ep])         how many rows of each of its experts every rank sends
     rows = all_to_all_rows(rows, send, received)          by expert again, then by rank
 
-and the handle is the order with `send` and `received`. `combine` goes the same way back, `redispatch` the same way again. In two
-hops (hops.py) rows go to nodes first. The counts of local experts are the global ones, spread over ep and partial over edp.
+and the handle is the order with `send` and `received`. `combine` goes the same way back, `redispatch` the same way again. Over
+nodes (hops.py) a token goes to each node once. The counts of local experts are the global ones, spread over ep and partial over edp.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def dispatch(body: Body, op: Dispatch) -> None:
     weighing = _weighing(body, op)
     weights = body.get(weighing.weights, Layout((tokens, *whole(weighing.weights.shape[1:]).dims))) if weighing else None
     ep = body.size("ep")
-    if body.two_hops:
+    if body.over_nodes:
         _dispatched(body, op, weighing, *hops.send(body, xs, ids, weights, op.experts, op.handle.name), tokens)
         return
     made = body.emit(op.copy(xs=xs, ids=ids))
@@ -145,7 +145,7 @@ def _fields(body: Body, handle: Value) -> tuple[Value, ...]:
 
 
 def _way(body: Body, handle: Value) -> hops.Way:
-    """What the handle of a dispatch in two hops carries."""
+    """What the handle of a dispatch over nodes carries."""
     if handle not in body.ways:
         body.ways[handle] = hops.unpacked(body, body.form(handle))
     return body.ways[handle]
@@ -162,7 +162,7 @@ def combine(body: Body, op: Combine) -> None:
     tokens = _sender(body, op.handle)
     rows = body.form(op.rows)
     result = Layout((tokens, *whole(op.result.shape[1:]).dims))
-    if body.two_hops:
+    if body.over_nodes:
         way = _way(body, op.handle)
         body.set(op.result, result, hops.bring_back(body, rows, way, None if op.is_sum else _row_weights(body, op, tokens)))
         return
@@ -184,12 +184,12 @@ def redispatch(body: Body, op: Redispatch) -> None:
     tokens = _sender(body, op.handle)
     xs = tuple(body.get(x, Layout((tokens, *whole(x.shape[1:]).dims))) for x in op.xs)
     rows: Sequence[Value]
-    if body.two_hops:
+    if body.over_nodes:
         rows = hops.send_again(body, xs, _way(body, op.handle))
     else:
         order, *ways = _fields(body, op.handle)
         rows = body.emit(op.copy(xs=xs, handle=order)).results
-    if not body.two_hops and ways:
+    if not body.over_nodes and ways:
         send, received = ways
         (slots,) = order.bundle.tensors()
         held = bound(xs[0].shape[0])
@@ -204,7 +204,7 @@ def row_weights(body: Body, op: RowWeights) -> None:
     if op.result in body.layouts:
         return
     tokens = _sender(body, op.handle)
-    if body.two_hops:
+    if body.over_nodes:
         rows = _row_weights(body, op, tokens)
         body.set(op.result, _rows(rows), rows)
         return
@@ -222,7 +222,7 @@ def slot_weights(body: Body, op: SlotWeights) -> None:
     """And back to their tokens."""
     like_weights = Layout((_sender(body, op.handle), *whole(op.result.shape[1:]).dims))
     rows = body.form(op.rows)
-    if body.two_hops:
+    if body.over_nodes:
         body.set(op.result, like_weights, hops.slot_values(body, rows, _way(body, op.handle)))
         return
     order, *ways = _fields(body, op.handle)

@@ -90,7 +90,7 @@ FP8 = "quantize-fp8{recipe=deepseek-v3}"
 @pytest.mark.parametrize(
     ("mode", "passes", "mesh"),
     [
-        ("forward", "", "dp=2,ep=2"),
+        ("forward", "", "ep=4,node=2"),
         pytest.param("forward", FP8, "dp=2,ep=2,tp=2", marks=pytest.mark.slow),
         ("train", "", "dp=4,ep=2"),
         pytest.param("train", FP8, "dp=2,ep=2", marks=pytest.mark.slow),

@@ -91,12 +91,12 @@ def test_ranks_run_kernels() -> None:
 
 PROGRAMS = [
     ("forward", "", 'shard-experts{mesh="tp=2,ep=2"}', {"all_gather", "reduce_scatter", "all_to_all_rows"}),
-    ("forward", "quantize-fp8", 'shard-experts{mesh="dp=4,ep=4,node=2",dispatch=two-hop}', {"all_to_all_rows"}),
+    ("forward", "quantize-fp8", 'shard-experts{mesh="dp=4,ep=4,node=2"}', {"internode_dispatch", "internode_combine"}),
     ("train", "", 'split-stages{stages=2},shard-experts{mesh="pp=2,dp=2,ep=2"}', {"all_to_all_rows", "reduce_scatter", "all_reduce"}),
 ]
 
 
-@pytest.mark.parametrize(("mode", "before", "passes", "collectives"), PROGRAMS, ids=["tp", "two-hop-fp8", "pp"])
+@pytest.mark.parametrize(("mode", "before", "passes", "collectives"), PROGRAMS, ids=["tp", "forwarded-fp8", "pp"])
 def test_each_op_is_within_its_bound_and_a_prepared_program_has_its_bits(
     mode: str, before: str, passes: str, collectives: set[str], program: Make, as_torch: None
 ) -> None:

@@ -1,5 +1,5 @@
-"""Dispatch in two hops: how often a token crosses the network, and that nothing but the rounding of its partial sums tells it from dispatch
-at once.
+"""Dispatch over nodes: how often a token crosses the network, that one kernel means the two hops bit for bit, and that nothing but the
+rounding of its partial sums tells it from dispatch at once.
 
 The oracle of the results is the same mesh with direct dispatch, where each sum of a token's experts is replaced by one that is rounded as
 two hops round: for each rank of experts, for each node, at home. Sums run in float64, so that the order within them has no say.
@@ -16,12 +16,18 @@ import pytest
 
 import dsc
 from dsc.backends.arrays import rounded
-from dsc.backends.numpy_ref.run import FLOAT32
+from dsc.backends.numpy_ref.run import FLOAT32, FLOAT64
+from dsc.distributed import local
+from dsc.distributed.world import Exchange, Program
+from dsc.driver.inputs import prepare
+from dsc.driver.ranks import RankWeights, cut
 from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.mesh import Mesh, mesh_of, parse_mesh
-from dsc.ir.ops.collective import AllToAllRows
+from dsc.ir.ops.internode import InternodeDispatch
 from dsc.ir.ops.moe import Combine, CombineGroups, Dispatch, DispatchGroups, Route
+from dsc.ir.sharding import input_splits
 from dsc.ir.types import DType, Tensor
+from dsc.models.random_weights import RandomWeights
 from dsc.passes.rewrite import rebuild
 
 
@@ -84,6 +90,8 @@ MESHES = ["ep=4,node=2", "ep=4,node=1", "dp=8,ep=4,node=2", "ep=16", "ep=8,node=
 def assert_equal_but_for_rounding(module: Module, mesh: str, run_ranks: Any, skipped: str = "nothing") -> None:
     parted = Parted(parse_mesh(mesh))
     found = run_ranks(module, shard(module, mesh, "two-hop"))
+    forwarded = run_ranks(module, shard(module, mesh, "forwarded"))
+    assert [name for name in found if not np.array_equal(found[name], forwarded[name])] == []
     expected = run_ranks(module, shard(module, mesh, "direct"), parted.observer)
     assert parted.replaced
     assert list(found) == list(expected)
@@ -122,60 +130,81 @@ def test_decoding(program: Any, run_ranks: Any) -> None:
 def test_recomputing_changes_no_bit(program: Any, run_ranks: Any) -> None:
     """Ids and handles are kept: no row is dispatched by a second decision."""
     module = program("train", batch=4, seq=8)
-    sharded = shard(module, "ep=4,node=2", "two-hop")
+    sharded = shard(module, "ep=4,node=2", "forwarded")
     after = dsc.apply(sharded, "recompute,simplify")
     assert after != sharded
-    routing = [sum(isinstance(op, DispatchGroups | Route) for func in m.funcs for op in func.ops) for m in (sharded, after)]
+    routing = [
+        sum(isinstance(op, InternodeDispatch | DispatchGroups | Route) for func in m.funcs for op in func.ops) for m in (sharded, after)
+    ]
     assert routing[0] == routing[1]
     found, expected = run_ranks(module, after), run_ranks(module, sharded)
     assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("mesh", ["ep=4,node=2", "dp=8,ep=4,node=2", "ep=8,node=2", "ep=4,node=1"])
-@pytest.mark.parametrize("mode", ["forward", pytest.param("train", marks=pytest.mark.slow)])
-def test_copies_of_a_token(mode: str, mesh: str, program: Any, run_ranks: Any) -> None:
-    """Every way to the experts and back takes one row for each (token, node) over the network, one for each (token, rank) inside."""
-    module = program(mode, batch=8, seq=4)
-    sharded = shard(module, mesh, "two-hop")
-    on = mesh_of(sharded)
-    ids: dict[tuple[str, int], Any] = {}
-    rows: dict[tuple[str, str, str], Counter[bool]] = {}  # by function, prefix of its weights and axis: rows that left the node, or not
-    ways: Counter[tuple[str, str, str, int]] = Counter()
+class Counted:
+    """What each rank hands to others, by where in the program it does: rows by axis, and whether they leave the node."""
 
-    def observer(rank: int) -> Callable[..., None]:
+    def __init__(self, module: Module) -> None:
+        self.module, self.mesh = module, mesh_of(module)
+        self.rows: dict[tuple[str, str], Counter[bool]] = {}
+        self.ids: dict[tuple[str, int], Any] = {}
+
+    def run(self, unsharded: Module) -> None:
+        inputs, weights = prepare(unsharded, None), RankWeights(RandomWeights(0), self.module, keep="all")
+
+        def one(rank: int) -> Program[Any]:
+            own = tuple(cut(x, split, self.mesh, rank) for x, split in zip(inputs, input_splits(self.module), strict=True))
+            return self.through(rank, FLOAT64.program(self.module, lambda name, _: weights.get(rank, name), own, self.observer(rank)))
+
+        local.run(self.mesh, one)
+
+    def through(self, rank: int, program: Program[Any]) -> Program[Any]:
+        """The same program; its requests are looked at on their way to the world."""
+        answer: Any = None
+        while True:
+            try:
+                asked = program.send(answer)
+            except StopIteration as done:
+                return done.value
+            if isinstance(asked, Exchange) and asked.axis in ("ep.node", "ep.local") and asked.messages[0][0].ndim == 2:
+                counted = self.rows.setdefault((asked.site, asked.axis), Counter())
+                for to, message in zip(self.mesh.group(asked.axis, rank), asked.messages, strict=True):
+                    counted[self.mesh.crosses(rank, to)] += len(message[0])
+                    if asked.axis == "ep.node":  # the entry has the sender's index in its node
+                        assert self.mesh.index("ep.local", rank) == self.mesh.index("ep.local", to)
+            answer = yield asked
+
+    def observer(self, rank: int) -> Callable[..., None]:
         def observe(site: Any, op: Op, operands: Sequence[Any], results: Sequence[Any]) -> None:
-            if isinstance(op, DispatchGroups) and op.rows == "to_nodes":
-                ids[site.weights, rank] = operands[-1]
-            if isinstance(op, AllToAllRows):
-                send = operands[-2]
-                ways[site.func, site.weights, op.axis, rank] += 1
-                counted = rows.setdefault((site.func, site.weights, op.axis), Counter())
-                for to, number in zip(on.group(op.axis, rank), send.tolist(), strict=True):
-                    counted[on.crosses(rank, to)] += number
-                    if op.axis == "ep.node":  # the entry has the sender's index in its node
-                        assert on.index("ep.local", rank) == on.index("ep.local", to)
+            if isinstance(op, InternodeDispatch) or (isinstance(op, DispatchGroups) and op.rows == "to_nodes"):
+                self.ids[site.weights, rank] = operands[-1]
 
         return observe
 
-    run_ranks(module, sharded, observer)
-    held = 16 // on.ep
-    assert rows
-    for (func, weights, axis), counted in rows.items():
-        times = {ways[func, weights, axis, rank] for rank in range(on.world)}
-        assert len(times) == 1
-        inside = crossing = 0
-        for (name, rank), own in ids.items():
-            if name != weights:
-                continue
-            for chosen in own.tolist():  # numbers of ranks along ep, of which on.size("ep.local") are a node
-                ranks = {e // held for e in chosen}
-                nodes = {r // on.size("ep.local") for r in ranks}
-                home = on.index("ep.node", rank)
-                crossing += len(nodes - {home})
-                inside += len(ranks) if axis == "ep.local" else len(nodes & {home})
-        (each,) = times
-        assert counted[True] == (each * crossing if axis == "ep.node" else 0)
-        assert counted[False] == each * inside
+    def copies(self, site: str, axis: str, held: int) -> dict[bool, int]:
+        """By hand, from what each token chose: by whether they leave the node, one for each node of its experts, or each rank of a node."""
+        found, local = {True: 0, False: 0}, self.mesh.size("ep.local")
+        for (name, rank), own in self.ids.items():
+            for chosen in own.tolist() if f"({name})" in site else ():
+                ranks = {e // held for e in chosen}  # along ep, of which consecutive ones are a node
+                nodes, home = {r // local for r in ranks}, self.mesh.index("ep.node", rank)
+                found[True] += len(nodes - {home}) if axis == "ep.node" else 0
+                found[False] += len(ranks) if axis == "ep.local" else len(nodes & {home})
+        return found
+
+
+@pytest.mark.parametrize("mesh", ["ep=4,node=2", "dp=8,ep=4,node=2", "ep=8,node=2", "ep=4,node=1"])
+@pytest.mark.parametrize(
+    ("mode", "dispatch"), [("forward", "two-hop"), ("forward", "forwarded"), pytest.param("train", "forwarded", marks=pytest.mark.slow)]
+)
+def test_copies_of_a_token(mode: str, dispatch: str, mesh: str, program: Any) -> None:
+    """Every way to the experts and back takes one row for each (token, node) over the network, one for each (token, rank) inside."""
+    module = program(mode, batch=8, seq=4)
+    counted = Counted(shard(module, mesh, dispatch))
+    counted.run(module)
+    assert len(counted.rows) >= (4 if "node=1" not in mesh else 2)  # there and back, along each axis that there is
+    for (site, axis), found in counted.rows.items():
+        assert {away: found[away] for away in (True, False)} == counted.copies(site, axis, 16 // counted.mesh.ep)
 
 
 @pytest.mark.parametrize(("groups", "top_groups", "nodes", "ranks"), [(8, 4, 3.954, 7.49), (1, 1, 5.295, 7.676)])
@@ -227,13 +256,13 @@ def test_a_fault_is_seen(fault: Any, program: Any, run_ranks: Any) -> None:
     assert any(not np.allclose(found[name].astype(float), expected[name].astype(float), rtol=0.1, atol=0.1) for name in expected)
 
 
-@pytest.mark.parametrize(("mode", "mesh", "hops"), [("forward", "ep=4,node=2", True), ("train", "ep=4,node=2", True),
-                                                    ("decode", "ep=4,node=2", False), ("forward", "ep=4", False)])  # fmt: skip
-def test_two_hops_where_ep_spans_nodes_but_in_decoding(mode: str, mesh: str, hops: bool, program: Any) -> None:
+@pytest.mark.parametrize(("mode", "mesh", "forwards"), [("forward", "ep=4,node=2", True), ("train", "ep=4,node=2", True),
+                                                        ("decode", "ep=4,node=2", False), ("forward", "ep=4", False)])  # fmt: skip
+def test_forwarded_where_ep_spans_nodes_but_in_decoding(mode: str, mesh: str, forwards: bool, program: Any) -> None:
     made = dsc.apply(program(mode, batch=4, seq=8), f'shard-experts{{mesh="{mesh}"}}')
-    assert any(isinstance(op, DispatchGroups) for func in made.funcs for op in func.ops) == hops
+    assert any(isinstance(op, InternodeDispatch) for func in made.funcs for op in func.ops) == forwards
 
 
 def test_two_hops_inside_a_node_say_what_would_fit(program: Any) -> None:
-    with pytest.raises(dsc.DscError, match="ep=4 lies within a node of 8 ranks, where dispatch has no two hops; ep=16 or node=2 would fit"):
+    with pytest.raises(dsc.DscError, match="ep=4 lies within a node of 8 ranks, so no dispatch is two-hop; ep=16 or node=2 would fit"):
         shard(program(batch=4), "ep=4", "two-hop")

@@ -48,7 +48,7 @@ def test_parameters_of_a_rank(prefill: Any, decode: Any) -> None:
 
 def rows_of(artifact: Any, command: Any) -> list[dict[str, Any]]:
     found = command("inspect", artifact.path, "--comm", "--json").json["comm"]["collectives"]
-    return [one for one in found if one["kind"] == "all_to_all_rows"]
+    return [one for one in found if one["kind"].startswith(("all_to_all_rows", "internode"))]
 
 
 def test_bytes_of_prefill(prefill: Any, command: Any) -> None:

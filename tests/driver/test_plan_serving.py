@@ -14,8 +14,9 @@ from dsc.driver.plan_serve import Mode, Serving, effects, serve, serving_inputs
 from dsc.hardware.cluster import cluster
 from dsc.ir.mesh import parse_mesh
 from dsc.ir.ops.attention import AttentionDecode
-from dsc.ir.ops.collective import AllToAllRows
+from dsc.ir.ops.collective import RowExchange
 from dsc.ir.ops.linalg import Matmul
+from dsc.ir.routing import routing_of
 from dsc.ir.walk import walk
 
 LAYERS, DENSE = 4, 3
@@ -56,11 +57,12 @@ def test_prefill_computes_the_head_for_last_tokens_alone() -> None:
     assert products_of_the_head(plan) == [2, 2]
     assert plan.per_node == pytest.approx(8 * 2 * 2 * 4096 / plan.time)
     assert plan.clock.beside.taken == 24
-    exchanged = [s.op for s in plan.times.spans if isinstance(s.op, AllToAllRows)]
-    assert len(exchanged) == 2 * 2 * (LAYERS - DENSE)
-    nodes, first = plan.clock.beside.routing.distinct(16), exchanged[0]  # type: ignore[union-attr]
-    sent = 2 * 4096 * plan.machine.inputs["run.imbalance"] * nodes * 15 / 16 * (7168 + 56 * 4)
-    assert plan.clock.beside._legs(first, plan.clock.beside._group("ep", 128)).inter == pytest.approx(sent, rel=1e-6)
+    exchanged = [s.op for s in plan.times.spans if isinstance(s.op, RowExchange)]
+    assert len(exchanged) == 2 * 3 * (LAYERS - DENSE)  # there, their weights after them, and back
+    routing, first = routing_of(plan.both), exchanged[0]
+    assert routing is not None
+    sent = 2 * 4096 * plan.machine.inputs["run.imbalance"] * routing.distinct(16) * 15 / 16 * (7168 + 56 * 4 + 8 * 4)
+    assert plan.clock.beside._legs(first).inter == pytest.approx(sent, rel=1e-4)  # of whole rows
 
 
 def test_speculation_reads_a_cache_once_for_two_tokens() -> None:

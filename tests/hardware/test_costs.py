@@ -11,18 +11,22 @@ from hypothesis import strategies as st
 import dsc
 from dsc.hardware.cluster import cluster
 from dsc.hardware.cost import Costs, seconds
-from dsc.hardware.links import Group, exchanged, gathered, reduced, two_hop
-from dsc.ir.core import Op, Phase, Value
+from dsc.hardware.links import Group, exchanged, forwarded, gathered, reduced
+from dsc.ir.core import Builder, Module, Op, Phase, Value
 from dsc.ir.mesh import parse_mesh
 from dsc.ir.ops.attention import Attention, AttentionDecode
 from dsc.ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, OwnPart, ReduceScatter
+from dsc.ir.ops.control import Pack
+from dsc.ir.ops.internode import InternodeCombine, InternodeDispatch
 from dsc.ir.ops.linalg import Matmul
+from dsc.ir.ops.moe import Route
 from dsc.ir.ops.norm import RmsNorm
-from dsc.ir.ops.quant import Quantize, ScaledMatmul
+from dsc.ir.ops.quant import Dequantize, Quantize, ScaledMatmul
 from dsc.ir.ops.shape import Broadcast, CacheAppend, Concat, Gather, Reshape, Slice, Take, Transpose
 from dsc.ir.routing import Routing
 from dsc.ir.types import DType, Ragged, Tensor
 from dsc.ir.walk import parameters
+from dsc.passes.overlap import costing_of
 
 SETTINGS = settings(max_examples=60, deadline=None, database=None, derandomize=True)
 H800 = cluster("h800")
@@ -127,27 +131,56 @@ def test_bytes_of_collectives_by_hand() -> None:
     assert (gathered(ranks, 10).inter, gathered(ranks, 10).intra) == (10, 60)
     assert (reduced(ranks, 80).inter, reduced(ranks, 80).intra) == (20, 120)
     assert (exchanged(ranks, 80).inter, exchanged(ranks, 80).intra) == (40, 30)
-    legs = two_hop(Routing(256, 8), Group(8, 8), 4096, 7392)
+    legs = forwarded(Routing(256, 8), Group(8, 8), 4096, 7392)
     assert legs.inter == pytest.approx(4096 * 7392 * 8 * (1 - comb(224, 8) / comb(256, 8)) * 7 / 8)
 
 
 def test_an_exchange_of_rows_costs_what_is_expected_not_the_bound() -> None:
+    """A row for each expert: seven eighths of them leave the node, whoever of the same node another expert has."""
     mesh = parse_mesh("dp=64,ep=64")
     counts = value(DType.i32, 64)
     rows = Ragged("rows", 1 << 20)
     there = AllToAllRows((value(DType.f8e4m3, 32768, 7168), value(DType.f32, 32768, 56)), counts, counts, "ep", 64, rows)
     back = AllToAllRows((value(DType.bf16, rows, 7168),), counts, counts, "ep", 64, 32768)
-    routing = Routing(256, 8, 8, 4)
-    costs = Costs(H800, mesh, routing=routing)
-    tokens, away = 4096, 7 / 8
-    assert costs.cost(there).sent == pytest.approx(tokens * (routing.distinct(8) * away * 7392 + routing.distinct(64) * away * 7392))
-    assert costs.cost(back).sent == pytest.approx(tokens * (routing.distinct(8) + routing.distinct(64)) * away * 14336)
-    assert Costs(H800, mesh, routing=routing, dispatch="direct").cost(there).sent == pytest.approx(32768 * 7392 * 63 / 64)
-    assert Costs(H800, mesh, routing=routing, imbalance=1.5).cost(there).sent == pytest.approx(1.5 * costs.cost(there).sent)
-    expected = Costs(H800, mesh, routing=routing, imbalance=1.5, rows={rows: 1.5 * 32768})
+    costs = Costs(H800, mesh)
+    assert costs.cost(there).sent == pytest.approx(32768 * 7392 * 63 / 64)
+    assert costs.cost(back).sent == pytest.approx(32768 * 14336 * 63 / 64)
+    network = H800.inter.bandwidth.mid * H800.inter.efficiency.mid
+    assert costs.seconds(there) == pytest.approx(32768 * 7392 * 7 / 8 / network + H800.inter.latency.mid + H800.comm.notify.mid)
+    assert Costs(H800, mesh, imbalance=1.5).cost(there).sent == pytest.approx(1.5 * costs.cost(there).sent)
+    expected = Costs(H800, mesh, imbalance=1.5, rows={rows: 1.5 * 32768})
     assert expected.cost(back).sent == pytest.approx(1.5 * costs.cost(back).sent)
     assert costs.cost(there).bound == "network"
     assert costs.stream(there) == "inter"
+
+
+def over_nodes() -> tuple[Module, list[InternodeDispatch | InternodeCombine]]:
+    """4096 tokens of 7168 in FP8 with scales to 256 experts on 64 ranks of 8 nodes, and back in BF16, chosen by DeepSeek-V3's gate."""
+    b = Builder("main")
+    logits, codes, scales = (b.param("x", Tensor(d, (4096, n))) for d, n in ((DType.f32, 256), (DType.f8e4m3, 7168), (DType.f32, 56)))
+    ids = b.emit(Route(logits, None, 8, groups=8, top_groups=4)).results[0]
+    there = b.emit(InternodeDispatch((codes, scales), ids, 256, "ep", 64, 8))
+    handle = b.emit(Pack((ids, *there.results[3:]))).result
+    rows = b.emit(Dequantize(*there.results[:2], tile=(1, 128))).result
+    back = b.emit(InternodeCombine(rows, handle, "ep", 64, 8))
+    return Module((b.finish(back.results),), "sharded", {"mesh": parse_mesh("dp=64,ep=64").record()}), [there, back]
+
+
+def test_an_exchange_over_nodes_takes_what_deepeps_kernel_takes() -> None:
+    """Bytes by hand: a copy for each of 3.954 nodes and 7.49 ranks, of which seven eighths leave a GPU; the longer link counts."""
+    module, ops = over_nodes()
+    costs = costing_of(module, H800, imbalance=1.0).alone
+    routing = Routing(256, 8, 8, 4)
+    network, inside = (link.bandwidth.mid * link.efficiency.mid for link in (H800.inter, H800.intra))
+    for op, row in zip(ops, (7392, 14336), strict=True):
+        told = 4 * 8 if isinstance(op, InternodeDispatch) else 0  # ids of the row's choice
+        legs = forwarded(routing, Group(8, 8), 4096, row + told)
+        assert costs.cost(op).sent == pytest.approx(legs.inter + legs.intra, rel=1e-4)  # whole rows
+        assert legs.inter / network > legs.intra / inside
+        assert costs.seconds(op) == pytest.approx(legs.inter / network + H800.inter.latency.mid + H800.comm.notify.mid, rel=1e-4)
+        assert costs.stream(op) == "inter"
+    twice = costing_of(module, H800, imbalance=2.0).alone
+    assert twice.cost(ops[0]).sent == pytest.approx(2 * costs.cost(ops[0]).sent)
 
 
 @SETTINGS
@@ -213,7 +246,7 @@ def test_a_hop_of_the_pipeline_takes_bytes_by_bandwidth() -> None:
 def test_two_hops_follow_the_mesh_whatever_a_domain_is() -> None:
     """A program for nodes of two ranks, on a cluster whose domains have eight: both hops are inside one."""
     source = dsc.trace("deepseek-v3-tiny", seq=16, batch=4)
-    module = dsc.apply(source, 'simplify,shard-experts{mesh="dp=4,ep=4,node=2"}')
+    module = dsc.apply(source, 'simplify,shard-experts{mesh="dp=4,ep=4,node=2",dispatch=two-hop}')
     costs = Costs.of(module, H800)
     found = {op.axis: costs.cost(op) for func in module.funcs for op in func.ops if isinstance(op, AllToAllRows)}
     assert found.keys() == {"ep.node", "ep.local"}

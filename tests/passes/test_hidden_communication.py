@@ -1,6 +1,6 @@
 """What the pass hides at the shapes that DeepSeek published: 4 MoE layers forward beside 4 backward, EP64 over 8 nodes, 4096 tokens, H800.
 
-Dispatch and combine are in two hops: a token's row crosses the network once for each of 3.954 nodes, and goes on to 7.49 ranks from there.
+Dispatch and combine are forwarded: a token's row crosses the network once for each of 3.954 nodes, and goes on to 7.49 ranks from there.
 """
 
 from __future__ import annotations
