@@ -13,26 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from ..ir.core import Value
 from ..ir.errors import DscError
 from . import aten as _rules  # noqa: F401 - fills the table of rules
-from .aten.graph import Leaf, outputs_of, parameter, raising_line, refuse_shapes_of_data, source_line, unknown_ops
+from .aten.graph import Leaf, has_rule, outputs_of, parameter, raising_line, refuse_shapes_of_data, source_line, unknown_ops
 from .aten.rules import Emitter, type_of
 
 
 def export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     """The module as a graph of aten ops over static shapes, all of which have a rule.
 
-    Ops without one are decomposed where torch knows how. Raises DscError that lists those that remain, each with its source line.
+    Where an op has none, torch takes it apart if it knows how, and turns in-place writes into values. Raises DscError that lists the ops
+    that remain, each with its source line.
     """
     try:
         with torch.no_grad(), _quiet():
             program = torch.export.export(module, inputs, strict=False)
             refuse_shapes_of_data(program.graph_module)
-            if unknown := unknown_ops(program.graph_module):
-                program = _decomposed(program, {node.target for node in unknown})
+            if unknown_ops(program.graph_module):
+                program = _decomposed(program)
     except DscError:
         raise
     except Exception as error:  # whatever the module's own code, or torch on its behalf, raises
@@ -63,12 +64,19 @@ def _quiet() -> Iterator[None]:
     sys.stderr.write(said.getvalue())
 
 
-def _decomposed(program: ExportedProgram, targets: set[Any]) -> ExportedProgram:
-    """The program with these ops taken apart, those that torch knows how to."""
-    known = torch.export.default_decompositions()
+def _decomposed(program: ExportedProgram) -> ExportedProgram:
+    """The program without in-place ops, and with what has no rule taken apart where torch knows how."""
+    known = {op: apart for op, apart in torch.export.default_decompositions().items() if not has_rule(str(op))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own classes
-        return program.run_decompositions({target: known[target] for target in targets if target in known})
+        made = program.run_decompositions(known)
+    nodes = {node.name: node for node in made.graph.nodes}
+    for spec in made.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            node = nodes[spec.arg.name]
+            said = f"{spec.target} is changed in place, by {node.target} at {source_line(node)}"
+            raise DscError(f"{said}; expected its new value to be returned")
+    return made
 
 
 def import_program(program: ExportedProgram, b: Emitter) -> list[Value]:

@@ -32,15 +32,15 @@ _PARTWISE = {f"aten.{name}" if "." in name else f"aten.{name}.default" for name 
 _CASTS = ("aten.to.", "aten._to_copy.")
 
 
-def apply(b: Emitter, name: str, rule: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def apply(b: Emitter, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the op yields: by its complex rule where a complex tensor takes part, else by its ordinary one."""
     if not any(isinstance(arg, Complex) for arg in args) and name not in TABLE:
-        return REAL[rule](b, *args, **kwargs)
+        return REAL[name](b, *args, **kwargs)
     if name.startswith(_CASTS) and b.out.is_complex():
         return args[0]
     if name in _PARTWISE:
         whole: Complex = args[0]
-        return Complex(REAL[rule](b, whole.re, *args[1:], **kwargs), REAL[rule](b, whole.im, *args[1:], **kwargs))
+        return Complex(REAL[name](b, whole.re, *args[1:], **kwargs), REAL[name](b, whole.im, *args[1:], **kwargs))
     require(name in TABLE or name == "aten.mul.Tensor", "complex numbers are not supported here")
     return (TABLE.get(name) or _mul)(b, *args, **kwargs)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...ir.core import Value
-from ...ir.ops.control import LITERAL_LIMIT, Iota, Literal
+from ...ir.ops.control import Iota
 from ...ir.ops.elementwise import Add, Mul
-from .rules import Emitter, Number, aten, unsupported
+from .rules import Emitter, Number, aten
 
 
 @aten("arange", "arange.start", "arange.start_step")
@@ -26,11 +26,6 @@ def full(b: Emitter, size: Any, value: Any, *rest: Any, **kwargs: Any) -> Value:
     return b.filled(rest[0] if rest else value, b.shape, b.dtype)
 
 
-@aten("fill.Tensor")
-def fill(b: Emitter, x: Value, value: Value) -> Value:
-    return b.stretch(b.cast(value, x.dtype), b.shape)
-
-
 @aten("zeros", "zeros_like", "new_zeros", "empty.memory_format", "empty_like", "new_empty", "zero")
 def zeros(b: Emitter, *args: Any, **kwargs: Any) -> Value:
     return b.filled(0, b.shape, b.dtype)
@@ -44,11 +39,3 @@ def ones(b: Emitter, *args: Any, **kwargs: Any) -> Value:
 @aten("scalar_tensor")
 def scalar(b: Emitter, value: Number, **kwargs: Any) -> Value:
     return b.number(value, b.dtype)
-
-
-@aten("linspace")
-def linspace(b: Emitter, start: Number, end: Number, steps: int, **kwargs: Any) -> Value:
-    if steps > LITERAL_LIMIT:
-        raise unsupported(f"linspace of {steps} steps", f"at most {LITERAL_LIMIT}")
-    width = (end - start) / max(1, steps - 1)
-    return b.make(Literal(tuple(start + i * width for i in range(steps)), (steps,), b.dtype))

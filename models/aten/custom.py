@@ -1,4 +1,4 @@
-"""The ops of `models.ops`: each is one op of the IR."""
+"""The ops of `models.ops`: each is one op of the IR, most of them with the operands and attributes of torch's, in its order."""
 
 from __future__ import annotations
 
@@ -12,18 +12,31 @@ from ...ir.ops.loss import BalanceLoss
 from ...ir.ops.moe import Combine, Dispatch, Route
 from ...ir.ops.norm import Rope
 from ...ir.ops.shape import CacheAppend
-from .rules import Emitter, aten
+from .rules import Emitter, OpClass, aten
 
 
-@aten("rope", namespace="dsc")
-def rope(b: Emitter, x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
-    return b.make(Rope(x, cos, sin, interleaved))
+def _alike(name: str, op: OpClass) -> None:
+    @aten(name, namespace="dsc")
+    def rule(b: Emitter, *arguments: Any) -> Value:
+        return b.make(op(*arguments))
+
+
+_op: OpClass
+
+for _name, _op in (
+    ("rope", Rope),
+    ("combine", Combine),
+    ("swiglu", SwiGLU),
+    ("cache_append", CacheAppend),
+    ("attention_decode", AttentionDecode),
+    ("balance_loss", BalanceLoss),
+):
+    _alike(_name, _op)
 
 
 @aten("route", namespace="dsc")
-def route(b: Emitter, logits: Value, bias: Value | None, *options: Any) -> tuple[Value, ...]:
-    """`options` in the order that both declare: top_k, score, groups, top_groups, group_score, normalize, scale."""
-    return b.emit(Route(logits, bias, *options, names=("ids", "weights"))).results
+def route(b: Emitter, *arguments: Any) -> tuple[Value, ...]:
+    return b.emit(Route(*arguments, names=("ids", "weights"))).results
 
 
 @aten("dispatch", namespace="dsc")
@@ -32,31 +45,6 @@ def dispatch(b: Emitter, x: Value, ids: Value, experts: int) -> tuple[Value, ...
     return b.emit(Dispatch((x,), ids, experts, names=("rows", "counts", "handle"))).results
 
 
-@aten("combine", namespace="dsc")
-def combine(b: Emitter, rows: Value, handle: Value, weights: Value) -> Value:
-    return b.make(Combine(rows, handle, weights))
-
-
 @aten("grouped_matmul", namespace="dsc")
 def grouped_matmul(b: Emitter, x: Value, w: Value, counts: Value) -> Value:
     return b.make(GroupedMatmul(x, w, counts, transpose_b=True))
-
-
-@aten("swiglu", namespace="dsc")
-def swiglu(b: Emitter, gate: Value, up: Value) -> Value:
-    return b.make(SwiGLU(gate, up))
-
-
-@aten("cache_append", namespace="dsc")
-def cache_append(b: Emitter, cache: Value, new: Value, positions: Value) -> Value:
-    return b.make(CacheAppend(cache, new, positions))
-
-
-@aten("attention_decode", namespace="dsc")
-def attention_decode(b: Emitter, q: Value, k: Value, v: Value, positions: Value, scale: float) -> Value:
-    return b.make(AttentionDecode(q, k, v, positions, scale))
-
-
-@aten("balance_loss", namespace="dsc")
-def balance_loss(b: Emitter, logits: Value, ids: Value, sequences: int, score: Any) -> Value:
-    return b.make(BalanceLoss(logits, ids, sequences, score))

@@ -55,19 +55,14 @@ def _wide(b: Emitter, x: Operand) -> Operand:
     return b.wide(x) if isinstance(x, Value) else x
 
 
-@aten("rsub.Scalar", "rsub.Tensor")
-def rsub(b: Emitter, x: Operand, y: Operand, alpha: Number = 1) -> Value:
-    return sub(b, y, x, alpha)
-
-
-@aten("mul.Tensor", "mul.Scalar", "multiply.Tensor")
+@aten("mul.Tensor", "mul.Scalar")
 def mul(b: Emitter, x: Operand, y: Operand) -> Value:
     if b.dtype is DType.bool:
         return b.make(e.And(*_bools(b, x, y)))
     return _arithmetic(b, e.Mul, x, y)
 
 
-@aten("div.Tensor", "div.Scalar", "true_divide.Tensor", "divide.Tensor")
+@aten("div.Tensor", "div.Scalar")
 def div(b: Emitter, x: Operand, y: Operand) -> Value:
     if not promoted(x, y).is_float:  # torch's / of whole numbers is a fraction
         return b.make(e.Div(*unify(b, x, y, dtype=b.dtype)))
@@ -123,21 +118,11 @@ def minimum(b: Emitter, x: Operand, y: Operand) -> Value:
     return _arithmetic(b, e.Minimum, x, y)
 
 
-@aten("clamp", "clamp.Tensor", "clip")
+@aten("clamp", "clamp.Tensor")
 def clamp(b: Emitter, x: Value, low: Operand | None = None, high: Operand | None = None) -> Value:
     made: Value = x if x.dtype is b.dtype else b.cast(x, b.dtype)
     made = made if low is None else _arithmetic(b, e.Maximum, made, low)
     return made if high is None else _arithmetic(b, e.Minimum, made, high)
-
-
-@aten("clamp_min", "clamp_min.Tensor")
-def clamp_min(b: Emitter, x: Value, low: Operand) -> Value:
-    return clamp(b, x, low)
-
-
-@aten("clamp_max", "clamp_max.Tensor")
-def clamp_max(b: Emitter, x: Value, high: Operand) -> Value:
-    return clamp(b, x, None, high)
 
 
 @aten("hardtanh")
@@ -145,35 +130,22 @@ def hardtanh(b: Emitter, x: Value, low: Number = -1, high: Number = 1) -> Value:
     return clamp(b, x, low, high)
 
 
-@aten("relu6")
-def relu6(b: Emitter, x: Value) -> Value:
-    return clamp(b, x, 0, 6)
-
-
-@aten("neg", "negative")
-def neg(b: Emitter, x: Value) -> Value:
-    return b.make(e.Neg(x))
-
-
-@aten("abs")
-def absolute(b: Emitter, x: Value) -> Value:
-    return b.make(e.Abs(x))
-
-
 @aten("reciprocal")
 def reciprocal(b: Emitter, x: Value) -> Value:
     return _arithmetic(b, e.Div, 1, x) if x.dtype.is_float else div(b, 1, x)
 
 
-def _unary(op: OpClass, *names: str) -> None:
-    @aten(*names)
+def _unary(op: OpClass, name: str) -> None:
+    @aten(name)
     def rule(b: Emitter, x: Value) -> Value:
         return b.make(op(b.cast(x, b.dtype)))
 
 
 _op: OpClass
 
-for _op, *_names in (
+for _op, _name in (
+    (e.Neg, "neg"),
+    (e.Abs, "abs"),
     (e.Exp, "exp"),
     (e.Log, "log"),
     (e.Sqrt, "sqrt"),
@@ -181,30 +153,23 @@ for _op, *_names in (
     (e.Sin, "sin"),
     (e.Cos, "cos"),
     (e.Tanh, "tanh"),
-    (e.Erf, "erf", "special_erf"),
+    (e.Erf, "erf"),
     (e.Floor, "floor"),
     (e.Sigmoid, "sigmoid"),
     (e.Silu, "silu"),
     (e.Relu, "relu"),
 ):
-    _unary(_op, *_names)
+    _unary(_op, _name)
 
 
-def _comparison(op: OpClass, name: str, *more: str) -> None:
-    @aten(f"{name}.Tensor", f"{name}.Scalar", *more)
+def _comparison(op: OpClass, name: str) -> None:
+    @aten(f"{name}.Tensor", f"{name}.Scalar")
     def rule(b: Emitter, x: Value, y: Operand) -> Value:
         return b.make(op(*unify(b, x, y)))
 
 
-for _op, *_names in (
-    (e.Eq, "eq"),
-    (e.Ne, "ne", "not_equal.Tensor", "not_equal.Scalar"),
-    (e.Lt, "lt", "less.Tensor", "less.Scalar"),
-    (e.Le, "le", "less_equal.Tensor", "less_equal.Scalar"),
-    (e.Gt, "gt", "greater.Tensor", "greater.Scalar"),
-    (e.Ge, "ge", "greater_equal.Tensor", "greater_equal.Scalar"),
-):
-    _comparison(_op, *_names)
+for _op, _name in ((e.Eq, "eq"), (e.Ne, "ne"), (e.Lt, "lt"), (e.Le, "le"), (e.Gt, "gt"), (e.Ge, "ge")):
+    _comparison(_op, _name)
 
 
 def _bools(b: Emitter, *operands: Operand) -> tuple[Value, ...]:
@@ -212,9 +177,7 @@ def _bools(b: Emitter, *operands: Operand) -> tuple[Value, ...]:
 
 
 def _logical(op: OpClass, name: str) -> None:
-    bitwise = (f"bitwise_{name}.Tensor", f"bitwise_{name}.Scalar", f"__{name}__.Tensor", f"__{name}__.Scalar")
-
-    @aten(f"logical_{name}", *bitwise)
+    @aten(f"logical_{name}", f"bitwise_{name}.Tensor", f"bitwise_{name}.Scalar")
     def rule(b: Emitter, x: Value, y: Operand) -> Value:
         if b.dtype is not DType.bool:
             raise unsupported(f"a bitwise {name} of {x.type}", "bool")

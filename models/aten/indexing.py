@@ -7,7 +7,7 @@ from math import prod
 
 from ...ir.core import Trait, Value
 from ...ir.ops.control import Iota, Literal
-from ...ir.ops.elementwise import Add, Cast, Div, Eq, Lt, Mul, Remainder, Where
+from ...ir.ops.elementwise import Add, Cast, Div, Lt, Mul, Remainder, Where
 from ...ir.ops.moe import Route
 from ...ir.ops.reduce import ArgMax, Sort, TopK
 from ...ir.ops.shape import Broadcast, Concat, Gather, IndexAdd, Reshape, Scatter, Slice, Take, Transpose
@@ -86,12 +86,6 @@ def scatter_add(b: Emitter, x: Value, dim: int, indices: Value, source: Value) -
     numbers = reshaped(b, x, (x.tensor.size,))
     summed = b.make(IndexAdd(numbers, reshaped(b, flat, (count,)), reshaped(b, source, (count,))))
     return reshaped(b, summed, x.shape)
-
-
-@aten("one_hot")
-def one_hot(b: Emitter, x: Value, classes: int = -1) -> Value:
-    column = reshaped(b, x, (*x.shape, 1))
-    return b.cast(b.make(Eq(column, b.make(Iota(b.shape[-1], x.dtype)))), DType.i64)
 
 
 @aten("index.Tensor", "_unsafe_index.Tensor")

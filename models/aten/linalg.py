@@ -7,11 +7,11 @@ from typing import Any
 
 from ...ir.core import Value
 from ...ir.ops.control import Literal
-from ...ir.ops.elementwise import Add, Mul, Sub
+from ...ir.ops.elementwise import Add, Sub
 from ...ir.ops.linalg import GroupedMatmul, Matmul
 from ...ir.ops.reduce import CumSum
 from ...ir.types import DType
-from .rules import Emitter, Number, aten, extent, unify, unsupported, untransposed
+from .rules import Emitter, Number, aten, extent, unsupported, untransposed
 from .shape import joined, reshaped, sliced, swapped
 
 
@@ -36,11 +36,6 @@ def matmul(b: Emitter, x: Value, y: Value, bias: Value | None = None) -> Value:
     left = reshaped(b, x, (1, *x.shape)) if x.tensor.rank == 1 else x
     right = reshaped(b, y, (*y.shape, 1)) if y.tensor.rank == 1 else y
     return product(b, left, right, b.shape, bias)
-
-
-@aten("outer", "ger")
-def outer(b: Emitter, x: Value, y: Value) -> Value:
-    return b.make(Mul(*unify(b, reshaped(b, x, (*x.shape, 1)), y)))
 
 
 @aten("addmm", "baddbmm", "addmv")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import prod
 
 from ...ir.core import Value
-from ...ir.ops.elementwise import Abs, Add, Mul, Rsqrt, Sub
+from ...ir.ops.elementwise import Add, Mul, Rsqrt, Sub
 from ...ir.ops.loss import CrossEntropy
 from ...ir.ops.norm import RmsNorm
-from ...ir.ops.reduce import Mean, Sum
+from ...ir.ops.reduce import Mean
 from ...ir.types import DType
 from .rules import Emitter, Number, aten, unsupported
 from .shape import permuted, reshaped
@@ -68,21 +68,3 @@ def cross_entropy(
     rows = reshaped(b, last, (labels.tensor.size, last.shape[-1]))
     loss = b.make(CrossEntropy(rows, reshaped(b, labels, (labels.tensor.size,)), ignore_index))
     return b.cast(loss, b.dtype)
-
-
-@aten("mse_loss")
-def mse_loss(b: Emitter, x: Value, y: Value, reduction: int = 1) -> Value:
-    difference = b.make(Sub(b.wide(x), b.wide(y)))
-    return _reduced(b, b.make(Mul(difference, difference)), reduction)
-
-
-@aten("l1_loss")
-def l1_loss(b: Emitter, x: Value, y: Value, reduction: int = 1) -> Value:
-    return _reduced(b, b.make(Abs(b.make(Sub(b.wide(x), b.wide(y))))), reduction)
-
-
-def _reduced(b: Emitter, losses: Value, reduction: int) -> Value:
-    """Torch's reductions: 0 none, 1 mean, 2 sum."""
-    axes = tuple(range(losses.tensor.rank))
-    made = losses if reduction == 0 else b.make((Mean if reduction == 1 else Sum)(losses, axes=axes))
-    return b.cast(made, b.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...ir.core import Value
 from ...ir.ops import reduce as r
-from ...ir.ops.elementwise import Add, Cast, Div, Exp, Log, Mul, Neg, Sqrt, Sub
+from ...ir.ops.elementwise import Cast, Div, Mul, Neg, Sqrt, Sub
 from ...ir.types import DType
 from .rules import Emitter, Number, OpClass, aten, unsupported
 from .shape import reshaped
@@ -78,43 +78,22 @@ def all_(b: Emitter, x: Value, dim: Dims = None, keepdim: bool = False) -> Value
     return _reduce(b, r.All, b.cast(x, DType.bool), dim, keepdim)
 
 
-def _variance(b: Emitter, x: Value, dim: Dims, correction: Number, keepdim: bool) -> Value:
-    """Mean square distance from the mean, of n - correction, in float32."""
+@aten("var.correction")
+def var(b: Emitter, x: Value, dim: Dims = None, *, correction: Number | None = None, keepdim: bool = False) -> Value:
+    """Mean square distance from the mean, of n - correction (1 unless given), in float32."""
     wide, axes = b.wide(x), _axes(x, dim)
     centred = b.make(Sub(wide, b.make(r.Mean(wide, axes=axes, keepdims=True))))
     total = b.make(r.Sum(b.make(Mul(centred, centred)), axes=axes, keepdims=keepdim))
     count = x.tensor.size // max(1, total.tensor.size)
-    return b.make(Div(total, b.number(count - correction, total.dtype)))
+    return b.cast(b.make(Div(total, b.number(count - (1 if correction is None else correction), total.dtype))), x.dtype)
 
 
-@aten("var.correction", "var.dim", "var")
-def var(b: Emitter, x: Value, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *, correction: Number | None = None) -> Value:
-    if isinstance(dim, bool):
-        dim, unbiased = None, dim  # var(x, unbiased)
-    return b.cast(_variance(b, x, dim, int(unbiased) if correction is None else correction, keepdim), x.dtype)
-
-
-@aten("std.correction", "std.dim", "std")
-def std(b: Emitter, x: Value, dim: Any = None, unbiased: Any = True, keepdim: bool = False, *, correction: Number | None = None) -> Value:
-    if isinstance(dim, bool):
-        dim, unbiased = None, dim
-    return b.cast(b.make(Sqrt(_variance(b, x, dim, int(unbiased) if correction is None else correction, keepdim))), x.dtype)
-
-
-@aten("linalg_vector_norm", "norm.ScalarOpt_dim")
+@aten("linalg_vector_norm")
 def vector_norm(b: Emitter, x: Value, ord: Number = 2, dim: Dims = None, keepdim: bool = False, *, dtype: Any = None) -> Value:
     if ord != 2:
         raise unsupported(f"a norm of order {ord}", "2")
     wide = b.wide(x)
     return b.cast(b.make(Sqrt(_reduce(b, r.Sum, b.make(Mul(wide, wide)), dim, keepdim))), b.dtype)
-
-
-@aten("logsumexp")
-def logsumexp(b: Emitter, x: Value, dim: Dims, keepdim: bool = False) -> Value:
-    wide, axes = b.wide(x), _axes(x, dim)
-    largest = b.make(r.Max(wide, axes=axes, keepdims=True))
-    total = b.make(r.Sum(b.make(Exp(b.make(Sub(wide, largest)))), axes=axes, keepdims=True))
-    return reshaped(b, b.cast(b.make(Add(b.make(Log(total)), largest)), x.dtype), b.shape)
 
 
 @aten("cumsum")
@@ -147,11 +126,6 @@ def topk(b: Emitter, x: Value, k: int, dim: int = -1, largest: bool = True, sort
 def sort(b: Emitter, x: Value, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> tuple[Value, Value]:
     values, indices = b.emit(r.Sort(x, dim, descending)).results
     return values, indices
-
-
-@aten("argsort", "argsort.stable")
-def argsort(b: Emitter, x: Value, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> Value:
-    return sort(b, x, dim, descending)[1]
 
 
 @aten("histc")

@@ -8,10 +8,9 @@ from typing import Any
 
 from ...ir.core import Value
 from ...ir.ops.control import Iota
-from ...ir.ops.elementwise import Ge, Le, Sub, Where
 from ...ir.ops.shape import Concat, Pad, Reshape, Scatter, Slice, Take, Transpose
 from ...ir.types import Dim, DType
-from .rules import Emitter, Number, OpClass, aten, extent, ints, promoted, unsupported
+from .rules import Emitter, Number, aten, extent, ints, promoted, unsupported
 
 RESHAPES = (
     "view",
@@ -46,11 +45,6 @@ def expand(b: Emitter, x: Value, *args: Any, **kwargs: Any) -> Value:
     return b.stretch(x, b.shape)
 
 
-@aten("broadcast_tensors")
-def broadcast_tensors(b: Emitter, xs: Sequence[Value]) -> tuple[Value, ...]:
-    return tuple(b.stretch(x, out.shape) for x, out in zip(xs, b.out, strict=True))
-
-
 @aten("repeat")
 def repeat(b: Emitter, x: Value, repeats: Sequence[int]) -> Value:
     """Tile: an axis of extent n repeated r times is [r, n] with the first stretched."""
@@ -58,14 +52,6 @@ def repeat(b: Emitter, x: Value, repeats: Sequence[int]) -> Value:
     ones = reshaped(b, x, [size for old_size in old for size in (1, old_size)])
     wide = b.stretch(ones, [size for pair in zip(repeats, old, strict=True) for size in pair])
     return reshaped(b, wide, b.shape)
-
-
-@aten("repeat_interleave.self_int")
-def repeat_interleave(b: Emitter, x: Value, repeats: int, dim: int | None = None, *, output_size: int | None = None) -> Value:
-    flat = reshaped(b, x, (x.tensor.size,)) if dim is None else x
-    axis = (dim or 0) % flat.tensor.rank + 1
-    column = reshaped(b, flat, (*flat.shape[:axis], 1, *flat.shape[axis:]))
-    return reshaped(b, b.stretch(column, (*flat.shape[:axis], repeats, *flat.shape[axis:])), b.shape)
 
 
 def permuted(b: Emitter, x: Value, perm: Sequence[int]) -> Value:
@@ -201,33 +187,6 @@ def roll(b: Emitter, x: Value, shifts: Sequence[int], dims: Sequence[int] = ()) 
         cut = -shift % size
         x = joined(b, [sliced(b, x, dim, cut, size), sliced(b, x, dim, 0, cut)], dim) if cut else x
     return x
-
-
-@aten("diff")
-def diff(b: Emitter, x: Value, n: int = 1, dim: int = -1, prepend: Value | None = None, append: Value | None = None) -> Value:
-    whole = joined(b, [part for part in (prepend, x, append) if part is not None], dim)
-    for _ in range(n):
-        size = extent(whole, dim)
-        whole = b.make(Sub(sliced(b, whole, dim, 1, size), sliced(b, whole, dim, 0, size - 1)))
-    return whole
-
-
-def _triangle(b: Emitter, x: Value, diagonal: int, op: OpClass) -> Value:
-    rows, columns = ints(x.shape)[-2:]
-    row = b.make(Iota(rows, DType.i64, diagonal))
-    column = b.make(Iota(columns, DType.i64))
-    kept = b.make(op(reshaped(b, column, (1, columns)), reshaped(b, row, (rows, 1))))
-    return b.make(Where(kept, x, b.number(0, x.dtype)))
-
-
-@aten("triu")
-def triu(b: Emitter, x: Value, diagonal: int = 0) -> Value:
-    return _triangle(b, x, diagonal, Ge)
-
-
-@aten("tril")
-def tril(b: Emitter, x: Value, diagonal: int = 0) -> Value:
-    return _triangle(b, x, diagonal, Le)
 
 
 @aten("slice_scatter")
