@@ -1,6 +1,6 @@
 """The operations that a mixture-of-experts model needs and aten lacks, as torch custom ops in the namespace `dsc`.
 
-Each is declared once by its schema, with an implementation in plain torch (any device, any float type) and the shape rule
+Each is declared once by its signature, with an implementation in plain torch (any device, any float type) and the shape rule
 that meta tensors and `torch.export` use. Gradients are those of the implementation. Exported programs keep the ops whole.
 All arithmetic is in float32 and every result is rounded once to its type.
 
@@ -10,7 +10,7 @@ Letters in shapes: B sequences, S positions, T tokens, H width, E experts, k exp
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,12 @@ from torch import Tensor
 Implementation = Callable[..., Any]
 
 
-def _op(schema: str, shapes: Implementation) -> Callable[[Implementation], Implementation]:
+def _op(shapes: Implementation) -> Callable[[Implementation], Implementation]:
     """Register the decorated function as `dsc::<its name>`; `shapes` computes empty results of the right type and shape."""
 
     def register(implementation: Implementation) -> Implementation:
         name = f"dsc::{implementation.__name__}"
-        custom = torch.library.custom_op(name, implementation, mutates_args=(), schema=schema)
+        custom = torch.library.custom_op(name, implementation, mutates_args=())
         custom.register_fake(shapes)
         custom.register_autograd(_gradient_of(implementation), setup_context=_save_inputs)
         return custom
@@ -62,7 +62,7 @@ def _gradient_of(implementation: Implementation) -> Callable[..., Any]:
     return backward
 
 
-@_op("(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor", lambda x, cos, sin, interleaved: torch.empty_like(x))
+@_op(lambda x, cos, sin, interleaved: torch.empty_like(x))
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate pairs of elements by the angle of their position (RoFormer, arXiv 2104.09864, eq. 34).
 
@@ -90,21 +90,19 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 
 @_op(
-    "(Tensor logits, Tensor? bias, int top_k, str score, int groups, int top_groups, str group_score, bool normalize, float scale)"
-    " -> (Tensor ids, Tensor weights)",
     lambda logits, bias, top_k, *rest: (
         logits.new_empty((logits.shape[0], top_k), dtype=torch.int32),
         logits.new_empty((logits.shape[0], top_k)),
-    ),
+    )
 )
 def route(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
-    score: Literal["sigmoid", "softmax"],
+    score: str,
     groups: int,
     top_groups: int,
-    group_score: Literal["top2", "max"],
+    group_score: str,
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -130,12 +128,11 @@ def route(
 
 
 @_op(
-    "(Tensor x, Tensor ids, int experts) -> (Tensor rows, Tensor counts, Tensor order)",
     lambda x, ids, experts: (
         x.new_empty((ids.numel(), x.shape[1])),
         ids.new_empty((experts,)),
         ids.new_empty((ids.numel(),)),
-    ),
+    )
 )
 def dispatch(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Copy each token once for every expert it chose, sorted by expert.
@@ -149,10 +146,7 @@ def dispatch(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tens
     return x[order // ids.shape[1]], counts, order.int()
 
 
-@_op(
-    "(Tensor rows, Tensor order, Tensor weights) -> Tensor",
-    lambda rows, order, weights: rows.new_empty((weights.shape[0], rows.shape[1])),
-)
+@_op(lambda rows, order, weights: rows.new_empty((weights.shape[0], rows.shape[1])))
 def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of each token's expert rows: the inverse of `dispatch`.
 
@@ -163,10 +157,7 @@ def combine(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return (by_slot * weights.float().unsqueeze(-1)).sum(dim=1).to(rows.dtype)
 
 
-@_op(
-    "(Tensor x, Tensor w, Tensor counts) -> Tensor",
-    lambda x, w, counts: x.new_empty((x.shape[0], w.shape[1])),
-)
+@_op(lambda x, w, counts: x.new_empty((x.shape[0], w.shape[1])))
 def grouped_matmul(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     """Multiply each expert's rows with that expert's weights.
 
@@ -176,13 +167,13 @@ def grouped_matmul(x: Tensor, w: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([F.linear(rows.float(), weight.float()) for rows, weight in zip(groups, w, strict=True)]).to(x.dtype)
 
 
-@_op("(Tensor gate, Tensor up) -> Tensor", lambda gate, up: torch.empty_like(gate))
+@_op(lambda gate, up: torch.empty_like(gate))
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element (arXiv 2002.05202, eq. 6). gate, up [...] -> [...]."""
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
 
-@_op("(Tensor cache, Tensor new, Tensor positions) -> Tensor", lambda cache, new, positions: torch.empty_like(cache))
+@_op(lambda cache, new, positions: torch.empty_like(cache))
 def cache_append(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     """The cache with one more position of each sequence filled in.
 
@@ -191,10 +182,7 @@ def cache_append(cache: Tensor, new: Tensor, positions: Tensor) -> Tensor:
     return cache.index_put((torch.arange(cache.shape[0], device=cache.device), positions), new)
 
 
-@_op(
-    "(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor",
-    lambda q, k, v, positions, scale: q.new_empty((*q.shape[:2], v.shape[3])),
-)
+@_op(lambda q, k, v, positions, scale: q.new_empty((*q.shape[:2], v.shape[3])))
 def attention_decode(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
     """Attention of one new token per sequence over that sequence's cache.
 
@@ -208,11 +196,8 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: 
     return torch.einsum("bhgn,bnhd->bhgd", probabilities, v.float()).flatten(1, 2).to(q.dtype)
 
 
-@_op(
-    "(Tensor logits, Tensor ids, int sequences, str score) -> Tensor",
-    lambda logits, ids, sequences, score: logits.new_empty(()),
-)
-def balance_loss(logits: Tensor, ids: Tensor, sequences: int, score: Literal["sigmoid", "softmax"]) -> Tensor:
+@_op(lambda logits, ids, sequences, score: logits.new_empty(()))
+def balance_loss(logits: Tensor, ids: Tensor, sequences: int, score: str) -> Tensor:
     """The sequence-wise balance loss without its weight alpha (DeepSeek-V3 report, eq. 17-20), averaged over sequences.
 
     logits float32 [sequences*S, E], ids [sequences*S, k] -> float32 scalar: sum over experts of f_i P_i, where f_i is the
