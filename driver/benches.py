@@ -87,8 +87,10 @@ class GpuBench:
             self.name, self.units, self.memory = str(found.name), int(found.multi_processor_count), float(found.total_memory)
 
     def ready(self, op: Op) -> Run:
+        from ..models.aten.rules import TORCH
+
         torch = self.torch
-        filled = {v: torch.randn(v.shape, device=self.device, dtype=getattr(torch, _TORCH[v.dtype])) for v in dict.fromkeys(op.operands)}
+        filled = {v: torch.randn(v.shape, device=self.device, dtype=TORCH[v.dtype]) for v in dict.fromkeys(op.operands)}
         given = [filled[v] for v in op.operands]
         attend = torch.nn.functional.scaled_dot_product_attention
         match op:
@@ -117,9 +119,6 @@ class GpuBench:
         from ..backends.triton.timing import median_seconds
 
         return median_seconds(run)
-
-
-_TORCH = {DType.bf16: "bfloat16", DType.f32: "float32", DType.f16: "float16", DType.f64: "float64"}
 
 
 def least_seconds(run: Run, least: float, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -197,8 +197,7 @@ def referenced(checkpoint: Any, config: Any, path: Path) -> Place:
 
     def place(name: str, tensor: Tensor) -> Sequence[Stored]:
         found = []
-        wanted = Wanted(name, tensor.dtype.name, tuple(d for d in tensor.shape if isinstance(d, int)))
-        for part, file, start, shape, dtype in source.places(wanted):
+        for part, file, start, shape, dtype in source.places(Wanted.of(name, tensor)):
             if file not in known:
                 known[file] = followed(file, path)
             found.append(Stored(part, known[file], start, math.prod(shape) * DType[dtype].bits // 8, shape, DType[dtype]))

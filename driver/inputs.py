@@ -20,6 +20,7 @@ from ..ir.ops.shape import CacheAppend, Concat, Gather, Take
 from ..ir.sharding import input_splits, whole
 from ..ir.stages import cut_inputs
 from ..ir.types import DType, Tensor, bound
+from ..models.state_dict import as_array
 from ..models.weights import NUMPY_DTYPES
 from ..numerics.formats import FORMATS, round_to
 from .ui import plural
@@ -122,7 +123,7 @@ def _load(file: Path) -> dict[str, np.ndarray]:
 
 
 def _fit(name: str, tensor: Tensor, given: Any) -> np.ndarray:
-    array = as_array(given)
+    array = np.asarray(as_array(given))
     fits = array.ndim == tensor.rank and all(
         n <= d.bound if not isinstance(d, int) else n == d for n, d in zip(array.shape, tensor.shape, strict=True)
     )
@@ -140,15 +141,6 @@ def _fit(name: str, tensor: Tensor, given: Any) -> np.ndarray:
         require(inside, f"input {name}: values do not fit {tensor.dtype}")
         return array.astype(wanted)
     raise DscError(f"input {name}: expected {tensor}, found {array.dtype}{list(array.shape)}")
-
-
-def as_array(given: Any) -> np.ndarray:
-    """`given` as a NumPy array; a torch tensor of any dtype shares its memory."""
-    if hasattr(given, "detach"):
-        from ..models.state_dict import to_numpy
-
-        return to_numpy(given)
-    return np.asarray(given)
 
 
 def _narrow(array: np.ndarray, dtype: DType) -> np.ndarray:

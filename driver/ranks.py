@@ -176,7 +176,7 @@ class RankWeights:
         self.keep = keep
         self.whole: dict[str, np.ndarray] = {}
         self.parts: dict[tuple[int, str], np.ndarray] = {}
-        self.wanted = {name: _wanted(name, whole(tensor, self.splits[name], self.mesh)) for name, tensor in weights_of(module).items()}
+        self.wanted = {name: Wanted.of(name, whole(tensor, self.splits[name], self.mesh)) for name, tensor in weights_of(module).items()}
         source.check(list(self.wanted.values()))
 
     def get(self, rank: int, name: str) -> np.ndarray:
@@ -195,12 +195,6 @@ class RankWeights:
         if name not in self.whole:
             self.whole[name] = self.source.get(self.wanted[name])
         return self.whole[name][index]
-
-
-def _wanted(name: str, tensor: Type) -> Wanted:
-    if not isinstance(tensor, Tensor) or not tensor.is_static:
-        raise DscError(f"weight {name} is {tensor}, expected a static shape")
-    return Wanted(name, tensor.dtype.name, tuple(d for d in tensor.shape if isinstance(d, int)))
 
 
 def cut(x: Data, split: Split, mesh: Mesh, rank: int) -> Data:

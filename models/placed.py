@@ -40,10 +40,6 @@ class PlacedWeights:
         """See `Weights.check`."""
         self.source.check([self._of_experts(one) for one in wanted if self._table(one) is None], strict=strict)
 
-    def describe(self) -> str:
-        """See `Weights.describe`."""
-        return self.source.describe()
-
     def _table(self, wanted: Wanted) -> np.ndarray | None:
         held = self.slots.held.get(wanted.name.removesuffix(SUFFIX)) if wanted.name.endswith(SUFFIX) else None
         return None if held is None else np.array(held, NUMPY_DTYPES[wanted.dtype])

@@ -64,10 +64,6 @@ class RandomWeights:
         if faults:
             raise DscError("\n".join(faults))
 
-    def describe(self) -> str:
-        """See `Weights.describe`."""
-        return f"random weights, seed {self.seed}"
-
     def _distribution(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         """Mean and standard deviation of the tensor called `name`."""
         if self.initializer_range is None:

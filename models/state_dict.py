@@ -12,21 +12,7 @@ from ..ir.errors import DscError
 from .stored_weights import StoredWeights
 from .weights import DTYPE_NAMES, NUMPY_DTYPES
 
-_TORCH_NAMES = {
-    "bfloat16": "bf16",
-    "float16": "f16",
-    "float32": "f32",
-    "float64": "f64",
-    "float8_e4m3fn": "f8e4m3",
-    "float8_e5m2": "f8e5m2",
-    "float8_e8m0fnu": "e8m0",
-    "int64": "i64",
-    "int32": "i32",
-    "int16": "i16",
-    "int8": "i8",
-    "uint8": "u8",
-    "bool": "bool",
-}
+_TORCH_NAMES = {dtype.name: name for name, dtype in NUMPY_DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +76,11 @@ def to_numpy(tensor: Any) -> np.ndarray:
     if name not in NUMPY_DTYPES:
         raise DscError(f"found a tensor of {tensor.dtype}, expected one of {', '.join(NUMPY_DTYPES)}")
     return _from_torch(tensor, "tensor", NUMPY_DTYPES[name])
+
+
+def as_array(given: Any) -> Any:
+    """A torch tensor as `to_numpy` has it, anything else as it is."""
+    return to_numpy(given) if hasattr(given, "detach") else given
 
 
 def _from_torch(tensor: Any, name: str, dtype: np.dtype) -> np.ndarray:

@@ -155,14 +155,6 @@ class StoredWeights:
             problems += self._extra(used, stacks)
         self._report(problems)
 
-    def describe(self) -> str:
-        """See `Weights.describe`."""
-        total: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            total[tensor.dtype] = total.get(tensor.dtype, 0) + tensor.nbytes
-        types = ", ".join(f"{dtype} {_size_text(nbytes)}" for dtype, nbytes in sorted(total.items(), key=lambda item: -item[1]))
-        return f"{self.source}: {len(self.tensors):,} tensors ({types})"
-
     def _plan(self, wanted: Wanted) -> tuple[list[_Copy], list[_Problem]]:
         whole = self.tensors.get(wanted.name)
         if whole is not None and whole.dtype == wanted.dtype and whole.shape == wanted.shape and wanted.experts is None:
@@ -299,10 +291,3 @@ def row_chunks(shape: tuple[int, ...], multiple: int) -> Iterator[slice]:
 def _layer(name: str) -> int | None:
     match = _LAYER.search(name)
     return int(match[1]) if match else None
-
-
-def _size_text(nbytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:,.1f} {unit}"
-    return f"{nbytes} B"

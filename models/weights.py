@@ -11,7 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..ir.errors import require
+from ..ir.errors import DscError, require
+from ..ir.types import Tensor, Type, bound
 from ..numerics.formats import FORMATS
 
 FLOATS = ("f64", "f32", "f16", "bf16")
@@ -27,7 +28,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "u8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
-"""The dtypes of weights: the IR's name -> NumPy's dtype. E8M0 (powers of two) is a dtype of block scales."""
+"""The dtypes of weights: the IR's name -> NumPy's dtype, whose own name is torch's. E8M0 (powers of two) is a dtype of block scales."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
@@ -44,6 +45,13 @@ class Wanted:
     dtype: str
     shape: tuple[int, ...]
     experts: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, name: str, type: Type) -> Wanted:
+        """A weight of a program. `DscError` where its shape is not static."""
+        if not isinstance(type, Tensor) or not type.is_static:
+            raise DscError(f"weight {name} is {type}, expected a static shape")
+        return cls(name, type.dtype.name, tuple(map(bound, type.shape)))
 
     def __post_init__(self) -> None:
         if self.experts is not None:
@@ -66,9 +74,6 @@ class Weights(Protocol):
 
         With `strict`, also every tensor that nobody wants. Reads no data.
         """
-
-    def describe(self) -> str:
-        """One line for people: what this is and how large."""
 
 
 def part_of(source: Weights, wanted: Wanted, index: tuple[slice, ...]) -> np.ndarray:

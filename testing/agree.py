@@ -10,25 +10,18 @@ import numpy as np
 
 from .. import backends as registry
 from ..backends import Site
-from ..backends.arrays import Array, Data, describe, fits, rounded, widen
+from ..backends.arrays import Array, Data, describe, fits, widen
 from ..ir.core import Module, Op
 from ..ir.errors import DscError, require
 from ..ir.ops.control import Constant, Param
 from ..ir.ops.fused import Fused, alone
 from ..ir.ops.moe import Route
 from ..ir.printer import print_op
-from ..ir.types import DType, Tensor
+from ..ir.types import Tensor
+from .answers import leaves
 from .bounds import bound
 
 Weights = Mapping[str, Any] | Callable[[str, Tensor], Array]
-
-_TORCH_FLOATS = {
-    "torch.bfloat16": DType.bf16,
-    "torch.float8_e4m3fn": DType.f8e4m3,
-    "torch.float8_e5m2": DType.f8e5m2,
-    "torch.float8_e8m0fnu": DType.e8m0,
-}
-"""The dtypes of torch that NumPy has no name for; this module imports no torch."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,8 @@ def assert_backends_agree(
 
     >>> assert_backends_agree(module, weights, inputs, backends=("numpy", "triton"))
     """
+    from ..models.state_dict import as_array
+
     first, second = (registry.get(name) for name in backends)
     agreement = Agreement()
 
@@ -79,7 +74,7 @@ def assert_backends_agree(
         agreement.ops += 1
         _compare(agreement, backends, site, op, bound(op, operands, results, module=module), results, others)
 
-    first.run(module, weights if callable(weights) else _lookup(weights), [_array(value) for value in inputs], compare)
+    first.run(module, weights if callable(weights) else _lookup(weights), list(map(as_array, inputs)), compare)
     return agreement
 
 
@@ -88,23 +83,13 @@ def _no_weights(name: str, type: Tensor) -> Array:
 
 
 def _lookup(weights: Mapping[str, Any]) -> Callable[[str, Tensor], Array]:
+    from ..models.state_dict import as_array
+
     def fetch(name: str, type: Tensor) -> Array:
         require(name in weights, f"no weight {name!r}, expected {type}")
-        return _array(weights[name])
+        return as_array(weights[name])
 
     return fetch
-
-
-def _array(value: Any) -> Data:
-    """A torch tensor as an array of its dtype, anything else as it is.
-
-    NumPy takes neither BF16 nor FP8 from torch, so these go by way of float64, which holds all their numbers.
-    """
-    if not hasattr(value, "detach"):
-        return value
-    tensor = value.detach().cpu()
-    dtype = _TORCH_FLOATS.get(str(value.dtype))
-    return tensor.numpy() if dtype is None else rounded(tensor.double().numpy(), dtype)
 
 
 def _compare(
@@ -119,7 +104,7 @@ def _compare(
     for value, other in zip(op.results, others, strict=True):
         if not fits(other, value.type):
             raise AssertionError(f"{site}: {names[1]} gives {describe(other)}, expected {value.type}\n  {print_op(op)}")
-    found, expected = _flat(results), _flat(others)
+    found, expected = leaves(results), leaves(others)
     if isinstance(op, Route):
         moved = np.flatnonzero((found[0] != expected[0]).any(-1) & np.isinf(np.asarray(bounds[0])).any(-1))
         experts = zip(moved, found[0][moved], expected[0][moved], strict=True)
@@ -138,10 +123,6 @@ def _compare(
                 f"  {print_op(op)}\n"
                 f"  worst at {place}: {names[0]} {a[at]!s}, {names[1]} {b[at]!s}, permitted difference {permitted:g}"
             )
-
-
-def _flat(values: Sequence[Data]) -> list[Array]:
-    return [x for v in values for x in (_flat(v) if isinstance(v, tuple) else [v])]
 
 
 def share_of_bound(a: Array, b: Array, limit: Any) -> Array:

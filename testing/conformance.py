@@ -36,7 +36,6 @@ from ..ir.ops.control import Constant, Param
 from ..ir.ops.linalg import Matmul
 from ..ir.printer import print_op
 from ..ir.types import DType, Tensor
-from ..ir.types import bound as bound_of
 from .agree import share_of_bound
 from .answers import answer, leaves
 from .bounds import bound
@@ -180,8 +179,7 @@ def model(name: str) -> tuple[Module, Weights, tuple[Data, ...]]:
     source, rng = open_weights("random:0"), np.random.default_rng(0)
 
     def weights(name: str, type: Tensor) -> Array:
-        found: Array = source.get(Wanted(name, type.dtype.name, tuple(bound_of(d) for d in type.shape)))
-        return found
+        return source.get(Wanted.of(name, type))
 
     few = integers(0, 8)  # tokens, labels and positions alike
     inputs = tuple(draw(p.tensor, normal if p.dtype.is_float else few, rng) for p in module.main.params)

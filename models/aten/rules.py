@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
@@ -21,32 +20,13 @@ from ...ir.ops.control import LITERAL_LIMIT, Constant, Literal
 from ...ir.ops.elementwise import Cast, Ne
 from ...ir.ops.shape import Broadcast, Transpose
 from ...ir.types import Dim, DType, Tensor
+from ..state_dict import to_numpy
+from ..weights import NUMPY_DTYPES
 
 Number = int | float | bool
 
-DTYPES: dict[torch.dtype, DType] = {
-    torch.float64: DType.f64,
-    torch.float32: DType.f32,
-    torch.float16: DType.f16,
-    torch.bfloat16: DType.bf16,
-    torch.float8_e4m3fn: DType.f8e4m3,
-    torch.float8_e5m2: DType.f8e5m2,
-    torch.float8_e8m0fnu: DType.e8m0,
-    torch.int64: DType.i64,
-    torch.int32: DType.i32,
-    torch.int16: DType.i16,
-    torch.int8: DType.i8,
-    torch.uint8: DType.u8,
-    torch.bool: DType.bool,
-}
+DTYPES: dict[torch.dtype, DType] = {getattr(torch, dtype.name): DType[name] for name, dtype in NUMPY_DTYPES.items()}
 TORCH = {dtype: torch_dtype for torch_dtype, dtype in DTYPES.items()}
-
-_BIT_VIEWS = {
-    torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16),
-    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
-    torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
-    torch.float8_e8m0fnu: (torch.uint8, ml_dtypes.float8_e8m0fnu),
-}
 
 
 @dataclass(frozen=True)
@@ -102,15 +82,6 @@ def extent(x: Value, axis: int) -> int:
     return ints(x.shape)[axis]
 
 
-def array_of(tensor: torch.Tensor) -> np.ndarray:
-    """The numbers of a tensor, in the ml_dtypes type where NumPy has none."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype in _BIT_VIEWS:
-        bits, dtype = _BIT_VIEWS[tensor.dtype]
-        return tensor.view(bits).numpy().view(dtype)
-    return tensor.numpy()
-
-
 class Emitter(Builder):
     """A builder that also knows what torch says of the op being translated.
 
@@ -149,7 +120,7 @@ class Emitter(Builder):
         """The numbers of the buffer `name`: a literal up to 4,096 of them, else an entry of the module's constants."""
         type = type_of(tensor)
         require(not tensor.is_meta, f"{name} is no weight of the model and lies on the meta device: its numbers are not known")
-        array = array_of(tensor)
+        array = to_numpy(tensor.contiguous())
         if not 0 < type.size <= LITERAL_LIMIT:
             entry = name if self.name == "main" else f"{self.name}.{name}"
             self.constants[entry] = array

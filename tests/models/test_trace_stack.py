@@ -16,10 +16,11 @@ from dsc.ir.ops.control import Call
 from dsc.ir.parser import parse
 from dsc.ir.verify import verify
 from dsc.ir.walk import weights as weights_read
-from dsc.models.aten.rules import array_of, type_of
+from dsc.models.aten.rules import type_of
 from dsc.models.build import build, example_inputs, output_names
 from dsc.models.config import load_config, shipped
 from dsc.models.stack import trace_stack
+from dsc.models.state_dict import to_numpy as array_of
 from dsc.models.trace import trace
 
 MODES: tuple[Any, ...] = ("forward", "train", "prefill", "decode")

@@ -30,8 +30,8 @@ from dsc.ir.parser import parse
 from dsc.ir.types import DType
 from dsc.ir.types import Tensor as TensorType
 from dsc.ir.verify import verify
-from dsc.models.aten.rules import array_of
 from dsc.models.config import load_config
+from dsc.models.state_dict import to_numpy as array_of
 from dsc.models.trace import trace
 from dsc.passes.manager import apply
 from dsc.passes.rewrite import rebuild
