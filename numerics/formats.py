@@ -1,7 +1,7 @@
 """Number formats: what each one can hold, and the one cast into it that every backend must match.
 
-A reader finds the table of formats (`FORMATS`), `round_to` (float32 or float64 to a format), `widen` (exact decoding) and the 12-bit
-packing of E5M6. What the cast does, per format:
+A reader finds the table of formats (`FORMATS`), `round_to` (float32 or float64 to a format) and `widen` (exact decoding).
+What the cast does, per format:
 
 | value                | f8e4m3, f8e5m2         | e5m6                    | e8m0                    | bf16, f16, f32       |
 |----------------------|------------------------|-------------------------|-------------------------|----------------------|
@@ -197,30 +197,3 @@ def widen(x: Array, dtype: DTypeLike = np.float32) -> Array:
 
 
 _ONE_BYTE = (F8E4M3.dtype, F8E5M2.dtype, E8M0.dtype)
-
-
-def pack_e5m6(x: Array) -> NDArray[np.uint32]:
-    """`x` [..., 8n] (float16 on the E5M6 grid) as 12-bit codes in 32-bit words [..., 3n], the first value in the highest bits.
-
-    The layout of TileKernels' `per_token_cast_to_e5m6`. Raises `DscError` where the last dimension is not a multiple of 8.
-    """
-    require(x.ndim > 0 and x.shape[-1] % 8 == 0, f"last dimension of shape {list(x.shape)}, expected a multiple of 8 to pack E5M6")
-    h = np.moveaxis((x.view(np.uint16) >> 4).astype(np.uint32).reshape(*x.shape[:-1], -1, 8), -1, 0)
-    words = (
-        h[0] << 20 | h[1] << 8 | h[2] >> 4,
-        h[2] << 28 | h[3] << 16 | h[4] << 4 | h[5] >> 8,
-        h[5] << 24 | h[6] << 12 | h[7],
-    )
-    return np.stack(words, axis=-1).reshape(*x.shape[:-1], -1)
-
-
-def unpack_e5m6(words: NDArray[np.uint32]) -> NDArray[np.float16]:
-    """Undo `pack_e5m6`: words [..., 3n] to float16 [..., 8n] on the E5M6 grid."""
-    require(words.ndim > 0 and words.shape[-1] % 3 == 0, f"last dimension of shape {list(words.shape)}, expected a multiple of 3 words")
-    w = np.moveaxis(words.reshape(*words.shape[:-1], -1, 3), -1, 0)
-    codes = (
-        w[0] >> 20, w[0] >> 8, w[0] << 4 | w[1] >> 28, w[1] >> 16,
-        w[1] >> 4, w[1] << 8 | w[2] >> 24, w[2] >> 12, w[2],
-    )  # fmt: skip
-    bits = (np.stack(codes, axis=-1) & 0xFFF) << 4
-    return bits.astype(np.uint16).view(np.float16).reshape(*words.shape[:-1], -1)

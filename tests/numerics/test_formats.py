@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from dsc import DscError
-from dsc.numerics.formats import BF16, E5M6, E8M0, F8E4M3, F8E5M2, F16, F32, FORMATS, Format, pack_e5m6, round_to, unpack_e5m6, widen
+from dsc.numerics.formats import BF16, E5M6, E8M0, F8E4M3, F8E5M2, F16, F32, FORMATS, Format, round_to, widen
 
 FP8 = [F8E4M3, F8E5M2]
 NEAREST = [F8E4M3, F8E5M2, BF16, F16]  # nearest even over the whole range
@@ -254,18 +254,6 @@ def test_e5m6_saturates_and_rounds_to_nearest_even_in_the_normal_range() -> None
     assert codes.tolist() == [nearest_even(Fraction(float(v)), E5M6) | (int(v < 0) << 11) for v in x]
 
 
-@given(hnp.arrays(np.uint16, st.tuples(st.integers(1, 3), st.integers(1, 5).map(lambda n: 8 * n)), elements=st.integers(0, 4095)))
-def test_e5m6_packs_as_one_96_bit_number(codes: np.ndarray) -> None:
-    values = (codes << 4).view(np.float16)
-    words = pack_e5m6(values)
-    assert words.shape == (codes.shape[0], codes.shape[1] // 8 * 3)
-    for row, packed in zip(codes, words, strict=True):
-        for i in range(0, len(row), 8):
-            number = sum(int(code) << (12 * (7 - j)) for j, code in enumerate(row[i : i + 8]))
-            assert [int(w) for w in packed[i // 8 * 3 : i // 8 * 3 + 3]] == [(number >> s) & 0xFFFFFFFF for s in (64, 32, 0)]
-    assert np.array_equal(bits_of(unpack_e5m6(words)), bits_of(values))
-
-
 @given(
     hnp.arrays(np.float64, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5), elements=st.floats(width=64)),
     st.sampled_from(NEAREST),
@@ -297,5 +285,3 @@ def test_float64_to_float32_is_nearest_and_narrow_inputs_are_exact() -> None:
 def test_widen_refuses_other_bytes() -> None:
     with pytest.raises(DscError, match="codes of type int8, expected one of float8_e4m3fn"):
         widen(np.zeros(3, np.int8))
-    with pytest.raises(DscError, match="expected a multiple of 8"):
-        pack_e5m6(np.zeros((2, 12), np.float16))
