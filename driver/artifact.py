@@ -23,12 +23,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ir.core import Module
 from ..ir.errors import DscError, faults, require
+from ..models.json_file import read_json
 from .interrupt import check
 
 SCHEMA = 1
@@ -74,6 +75,11 @@ class Manifest(Entry):
     passes: tuple[PassRecord, ...] = Field(min_length=1)
     versions: dict[str, str]
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why a product was left as it was, by `@function id`, as passes noted it."""
+        return dict(line.split(": ", 1) for record in self.passes for line in record.notes if ": " in line)
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -101,10 +107,6 @@ class Artifact:
         """The program after the last pass of that name; `traced` is the program before any."""
         return self._read(self._record(name))
 
-    def text_after(self, name: str) -> str:
-        """The same as text, as it stands on disk."""
-        return self.text_of(self._record(name))
-
     def text_of(self, record: PassRecord) -> str:
         """The program after a step, as it stands on disk."""
         return self._file(record.file).read_text(encoding="utf-8")
@@ -127,11 +129,7 @@ class Artifact:
 
     def data_of(self, name: str) -> Any:
         """What a JSON file of the artifact says."""
-        file = self._file(name)
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DscError(f"{file}: not JSON: {error}") from None
+        return read_json(self._file(name))
 
     def _file(self, name: str) -> Path:
         file = self.path / name
@@ -169,14 +167,12 @@ def load(path: str | Path) -> Artifact:
     if not file.is_file():
         found = "no such folder" if not folder.exists() else "a file" if folder.is_file() else "a folder without manifest.json"
         raise DscError(f"{folder}: expected an artifact made by dsc compile, found {found}")
+    raw = read_json(file, object)
+    require(isinstance(raw, dict) and "dsc_version" in raw, f"{file}: not a manifest of dsc")
+    version = raw.get("schema_version")
+    require(version == SCHEMA, f"{file}: schema version {version}, but this dsc reads {SCHEMA}; compile it again")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        require(isinstance(raw, dict) and "dsc_version" in raw, f"{file}: not a manifest of dsc")
-        version = raw.get("schema_version")
-        require(version == SCHEMA, f"{file}: schema version {version}, but this dsc reads {SCHEMA}; compile it again")
         return Artifact(folder, Manifest.model_validate(raw))
-    except json.JSONDecodeError as error:
-        raise DscError(f"{file}: not JSON: {error}") from None
     except ValidationError as error:
         raise DscError(f"{file}: {faults(error.errors())}") from None
 
@@ -222,6 +218,21 @@ def beside(path: Path) -> Iterator[Path]:
             raise DscError(f"{path} cannot be written: {error.strerror or error}; nothing was left behind") from None
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """A file to write beside `file`, which it becomes when the block ends well, and which vanishes when it does not."""
+    draft = file.with_name(f".{file.name}.partial")
+    try:
+        with draft.open("wb") as stream:
+            yield stream
+        draft.replace(file)
+    except BaseException as error:
+        draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DscError(f"{file} cannot be written: {error.strerror or error}") from None
+        raise
 
 
 def _umask() -> int:

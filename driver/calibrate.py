@@ -23,13 +23,12 @@ from ..hardware.figures import Figure, spoken
 from ..hardware.fit import nearest
 from ..hardware.kernels import Compute
 from ..ir.core import Op, Value
-from ..ir.errors import DscError
 from ..ir.ops.attention import Attention, AttentionBackward
 from ..ir.ops.elementwise import Add
 from ..ir.ops.linalg import Matmul
 from ..ir.ops.norm import RmsNorm
 from ..ir.types import DType, Tensor
-from .artifact import versions
+from .artifact import replacing, versions
 from .link_times import Leg, measured_links
 from .ui import table
 
@@ -125,13 +124,8 @@ class Calibrated:
 
     def write(self, file: Path) -> None:
         """The cluster as a file that `cluster()` reads, written beside its place and renamed."""
-        draft = file.with_name(f".{file.name}.partial")
-        try:
-            draft.write_text(described(self.cluster), encoding="utf-8")
-            draft.replace(file)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise DscError(f"{file} cannot be written: {error.strerror}") from None
+        with replacing(file) as stream:
+            stream.write(described(self.cluster).encode())
 
 
 def calibrated(name: str | None, quick: bool, threads: int, step: Step) -> Calibrated:

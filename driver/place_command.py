@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from ..ir.errors import require
-from .cli import cli, json_option
+from .cli import PATH, cli, json_option
 from .ui import emit_json, plural, size, table
 
 POLICIES = ("balanced", "eplb-hierarchical", "eplb-global")
 
 
 @cli.command()
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE", type=PATH)
 @click.option("--gpus", type=int, required=True, help="GPUs that hold the experts of a layer.")
 @click.option("--replicas", type=int, required=True, help="Slots for experts in all, redundant ones included.")
 @click.option("--nodes", type=int, default=1, help="Nodes that the GPUs are in. Default: 1.")
@@ -29,8 +29,8 @@ POLICIES = ("balanced", "eplb-hierarchical", "eplb-global")
     default="apart",
     help="The shared expert on every GPU, or as one more routed expert, which every token goes to. Default: apart.",
 )
-@click.option("--previous", type=click.Path(path_type=Path), metavar="FILE", help="A placement in use: what would have to be copied?")
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the placement.")
+@click.option("--previous", type=PATH, metavar="FILE", help="A placement in use: what would have to be copied?")
+@click.option("-o", "--out", type=PATH, metavar="FILE.json", help="Write the placement.")
 @json_option
 def place(
     file: Path, gpus: int, replicas: int, nodes: int, policy: str, shared: str, previous: Path | None, out: Path | None, as_json: bool
@@ -46,7 +46,8 @@ def place(
     """
     from ..passes.place_experts import read as read_placement
     from ..passes.placement import Placement, balanced, balancedness, best_balancedness, cross_node_copies, eplb_global, hierarchical, moved
-    from .routing_stats import read, write
+    from .artifact import replacing
+    from .routing_stats import read
     from .run import check_writable
 
     if out:
@@ -86,7 +87,9 @@ def place(
     if out:
         slots = dict(zip(stats.layers, chosen.slots, strict=True))
         sizes = {"experts": chosen.experts, "gpus": gpus, "nodes": nodes}
-        write(out, json.dumps({"format": "dsc-placement", "version": 1, "policy": policy, **sizes, "layers": slots}))
+        record = {"format": "dsc-placement", "version": 1, "policy": policy, **sizes, "layers": slots}
+        with replacing(out) as stream:
+            stream.write(f"{json.dumps(record)}\n".encode())
     if as_json:
         layers = {
             name: {"balancedness": even, "bound": best, "slots": chosen.slots[i]}

@@ -6,7 +6,6 @@ It adds up: a run adds its counts to what the file has. The placement that `dsc 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -20,6 +19,7 @@ from ..ir.errors import DscError, faults, require
 from ..ir.ops.moe import Dispatch, Route
 from ..ir.types import bound
 from ..ir.walk import weights as weights_of
+from .artifact import replacing
 
 FORMAT: Final = "dsc-routing-stats"
 
@@ -88,17 +88,6 @@ def read(file: Path) -> RoutingStats:
         raise DscError(f"{file}: {wanted}, found no JSON: {error}") from None
 
 
-def write(file: Path, text: str) -> None:
-    """Write beside and rename: a reader never sees half a file."""
-    draft = file.with_name(f".{file.name}.partial")
-    try:
-        draft.write_text(f"{text}\n", encoding="utf-8")
-        draft.replace(file)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise DscError(f"{file} cannot be written: {error.strerror}") from None
-
-
 @dataclass
 class Recorder:
     """An observer that counts the choices of every gate of `module`, on top of what `file` already has.
@@ -146,12 +135,9 @@ class Recorder:
                 expert_bytes=expert,
                 counts=tuple(counts.tolist()),
             )
-            layers[name] = _sum(name, [*([layers[name]] if name in layers else []), found])
-        write(self.file, RoutingStats(layers=layers).model_dump_json(indent=1))
-
-
-def _sum(name: str, parts: Iterable[LayerStats]) -> LayerStats:
-    first, *others = parts
-    for other in others:
-        require(other.rule == first.rule, f"{name} routes by {other.rule}, but the histogram so far by {first.rule}")
-    return first.model_copy(update={"counts": tuple(map(sum, zip(*(part.counts for part in (first, *others)), strict=True)))})
+            if before := layers.get(name):
+                require(before.rule == found.rule, f"{name} routes by {found.rule}, but the histogram so far by {before.rule}")
+                found = found.model_copy(update={"counts": tuple(map(sum, zip(before.counts, found.counts, strict=True)))})
+            layers[name] = found
+        with replacing(self.file) as stream:
+            stream.write(f"{RoutingStats(layers=layers).model_dump_json(indent=1)}\n".encode())

@@ -246,7 +246,7 @@ def check_target(run: Path, resume: bool) -> None:
 
 def _recorded(run: Path) -> dict[str, Any]:
     """The settings of the run, if there is one."""
-    from ..models.checkpoint import read_json
+    from ..models.json_file import read_json
 
     return read_json(run / SETTINGS) if (run / SETTINGS).is_file() else {}
 

@@ -200,7 +200,8 @@ def load(
 
     Raises `DscError` where the checkpoint is of another model or of a run with other settings, naming each difference.
     """
-    from ..models.checkpoint import CheckpointFolder, read_json
+    from ..models.checkpoint import CheckpointFolder
+    from ..models.json_file import read_json
     from ..models.safetensors_file import SafetensorsFile
     from ..models.weights import Wanted, part_of
 

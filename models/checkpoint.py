@@ -18,6 +18,7 @@ import numpy as np
 
 from ..ir.errors import DscError, require
 from .expert_names import parts
+from .json_file import read_json
 from .random_weights import RandomWeights
 from .safetensors_file import FileTensor, SafetensorsFile, write_safetensors
 from .state_dict import StateDict
@@ -190,15 +191,3 @@ def _shards(weights: Mapping[str, np.ndarray], shard_bytes: float) -> Iterator[d
             shard[part.name] = array[(*part.index, ...)]
             size += shard[part.name].nbytes
     yield shard
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `DscError` if it cannot be read or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DscError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DscError(f"{path}: not JSON: {error}") from error
-    require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from ..ir.errors import DscError, faults, require
+from .json_file import read_json
 
 _SHIPPED = Path(__file__).with_name("configs")
 
@@ -222,16 +223,7 @@ def _read(source: str | Path) -> tuple[str, dict[str, Any]]:
     elif not path.is_file():
         hint = _suggest(str(source), shipped()) or f"; shipped: {', '.join(shipped())}"
         raise DscError(f"{source}: found neither a file, nor a folder, nor a shipped model{hint}")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DscError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise DscError(f"{path}: not JSON: byte {error.start} is not UTF-8 text") from None
-    except OSError as error:
-        raise DscError(f"{path}: cannot be read: {error.strerror}") from None
-    require(isinstance(raw, dict), f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return str(path), raw
+    return str(path), read_json(path)
 
 
 def _parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from ..ir.errors import DscError, require
-from .checkpoint import CONFIG, INDEX, SINGLE, CheckpointFolder, read_json
+from .checkpoint import CONFIG, INDEX, SINGLE, CheckpointFolder
 from .convert_plan import BLOCK, RULE, Form, Task, new_config, plan
+from .json_file import read_json
 from .safetensors_file import lay_out
 
 __all__ = ["Conversion", "Form", "Summary"]

@@ -99,14 +99,9 @@ def _over_time(line: Timeline) -> list[Html]:
     ]
 
 
-def reasons(program: Artifact) -> dict[str, str]:
-    """Why a product was left as it was, by `@function id`, as passes noted it."""
-    return dict(line.split(": ", 1) for record in program.manifest.passes for line in record.notes if ": " in line)
-
-
 def quantization(program: Artifact, module: Module) -> tuple[Html | None, dict[str, Any]]:
     """The table of matrix products, and what it was made from."""
-    value, _ = describe_quantization(module, reasons(program))
+    value, _ = describe_quantization(module, program.manifest.reasons)
     products = value["products"]
     if not products:
         return None, value

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...backends import Site
 from ...ir.core import Func, Module, Op
-from ...ir.errors import DscError, require
+from ...ir.errors import require
 from ...ir.ops.control import Call
 from ...ir.ops.fused import Fused
 from ...ir.walk import join
+from ...models.json_file import read_json
 from ..ui import plural
 from .chart import dots
 from .html import Child, Html, cards, code, el, section, table
@@ -25,12 +25,7 @@ Found = Mapping[str, Any]
 
 def read(file: Path, module: Module) -> dict[str, Any]:
     """The document that `dsc diff --json` printed. `DscError` where it is something else, or speaks of another program than `module`."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DscError(f"{file}: {error.strerror}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DscError(f"{file}: not JSON: {error}") from None
+    found = read_json(file, object)
     missing = [key for key in KEYS if key not in found] if isinstance(found, dict) else KEYS
     require(not missing, f"{file}: expected what dsc diff --json prints; it lacks {', '.join(missing)}")
     check(found, module, str(file))

@@ -9,10 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ...ir.errors import DscError
 from ...ir.mesh import ATTRIBUTE
 from ...ir.timeline import timeline
-from ..artifact import MEMORY, Artifact
+from ..artifact import MEMORY, Artifact, replacing
 from ..inspect import describe_parameters
 from . import numbers, numerics, overview
 from .html import Html, el
@@ -28,13 +27,8 @@ def write(program: Artifact, out: Path, diff: Mapping[str, Any] | None = None, t
     `diff` is what `dsc diff --json` prints about the program, `trace` a timeline in place of the artifact's own.
     """
     text = page(program, diff, trace).encode("utf-8", "replace")
-    draft = out.with_name(f".{out.name}.partial")
-    try:
-        draft.write_bytes(text)
-        draft.replace(out)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise DscError(f"{out} cannot be written: {error.strerror or error}") from None
+    with replacing(out) as stream:
+        stream.write(text)
     return len(text)
 
 

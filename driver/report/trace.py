@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...ir.errors import DscError, require
+from ...ir.errors import require
+from ...models.json_file import read_json
 from ...schedule.timeline import COLOURS, MEANING
 from .html import Html, code, data, el, fold, section
 
@@ -62,10 +62,7 @@ def read(file: Path) -> dict[str, Any]:
 
     `DscError` for what is no Chrome trace.
     """
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DscError(f"{file}: not JSON: {error}") from None
+    raw = read_json(file, object)
     events: Any = raw.get("traceEvents") if isinstance(raw, dict) else raw
     require(isinstance(events, list), f"{file}: expected a Chrome trace, a list of events or an object with traceEvents")
     titles: dict[tuple[str, Any, Any], str] = {}

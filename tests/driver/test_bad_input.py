@@ -334,17 +334,17 @@ class TestManifest:
     @pytest.mark.parametrize(
         ("manifest", "message"),
         [
-            ("{", "not JSON: Expecting property name"),
-            ("[]", "not a manifest of dsc"),
-            ("{}", "not a manifest of dsc"),
-            ('{"dsc_version": "9.0", "schema_version": 2}', "schema version 2, but this dsc reads 1; compile it again"),
-            ('{"dsc_version": "0.1", "schema_version": 1}', "command is missing"),
+            ("{", ":1:2: not JSON: Expecting property name"),
+            ("[]", ": not a manifest of dsc"),
+            ("{}", ": not a manifest of dsc"),
+            ('{"dsc_version": "9.0", "schema_version": 2}', ": schema version 2, but this dsc reads 1; compile it again"),
+            ('{"dsc_version": "0.1", "schema_version": 1}', ": command is missing"),
         ],
     )
     def test_damaged(self, refused: Refused, harmed: Path, manifest: str, message: str) -> None:
         (harmed / "manifest.json").write_text(manifest)
         for arguments in (["run", harmed], ["inspect", harmed], ["diff", harmed]):
-            assert refused(*arguments)[0].startswith(f"{harmed / 'manifest.json'}: {message}")
+            assert refused(*arguments)[0].startswith(f"{harmed / 'manifest.json'}{message}")
 
     @pytest.mark.parametrize(
         ("key", "value", "message"), [("passes", [], "passes is a list, expected at least 1 item"), ("more", 1, "more is not supported")]

@@ -245,16 +245,16 @@ def test_bad_input(refused: Refused, tiny: Path, tmp_path: Path) -> None:
     for arguments, expected in (
         ([other], "mlir/manifest.json: not a manifest of dsc"),
         ([tmp_path / "nowhere"], "expected an artifact made by dsc compile, found no such folder"),
-        ([tiny, "--numerics", text], "a.json: not JSON"),
+        ([tiny, "--numerics", text], "a.json:1:1: not JSON"),
         ([tiny, "--numerics", lacking], "b.json: expected what dsc diff --json prints; it lacks b, same"),
-        ([tiny, "--numerics", tmp_path / "none.json"], "none.json: No such file or directory"),
+        ([tiny, "--numerics", tmp_path / "none.json"], "none.json: cannot be read: No such file or directory"),
         ([tiny, "--numerics", text, "--diff", tiny], "give one of the two"),
         ([tiny, "--diff", other], "mlir/manifest.json: not a manifest of dsc"),
         ([tiny, "--timeline", tmp_path / "none.json", "-o", page], "none.json: no such file"),
         ([tiny, "--timeline", lacking, "-o", page], "b.json: expected a Chrome trace"),
         ([tiny, "-o", tmp_path / "page.png"], "page.png: expected a name that ends in .html"),
         ([tiny, "-o", tmp_path / "no" / "page.html"], "there is no folder"),
-        ([broken, "-o", page], "memory.json: not JSON"),
+        ([broken, "-o", page], "memory.json:1:2: not JSON"),
     ):
         (line,) = refused("report", *arguments)
         assert expected in line
