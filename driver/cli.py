@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -58,6 +59,7 @@ def resumed(text: str) -> Callable[[click.Command], click.Command]:
     return attach
 
 
+PATH = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 weights_option = click.option("--weights", metavar="DIR|random:SEED", help="Checkpoint folder, or random weights keyed by name.")
 inputs_option = click.option("--inputs", metavar="FILE.npz", help="An array for each input, by name. Default: seeded ones.")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import require
-from .cli import cli, inputs_option, json_option, pipeline_options, resumed, weights_option
+from .cli import PATH, cli, inputs_option, json_option, pipeline_options, resumed, weights_option
 from .ui import count, emit_json, note, plural, progress, size, table
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
 
 @cli.command()
 @click.argument("source", metavar="SRC")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Artifact folder to write.")
+@click.option("-o", "--out", required=True, type=PATH, help="Artifact folder to write.")
 @click.option("--mode", default="forward", metavar="forward|train|prefill|decode", help="What the program does. Default: forward.")
 @click.option("--batch", type=int, help="Sequences per micro-batch. Default: 1.")
 @click.option("--seq", type=int, help="Tokens per sequence. Default: 4096, 64 for a -tiny model.")
@@ -128,23 +128,19 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
         from .quantization import describe_quantization
 
         notes = [(p.name, line) for p in made.manifest.passes for line in p.notes]
-        print(f"\n{describe_quantization(made.module, dict(line.split(': ', 1) for _, line in notes if ': ' in line))[1]}\n")
+        print(f"\n{describe_quantization(made.module, made.manifest.reasons)[1]}\n")
         print("".join(f"{name}: {line}\n" for name, line in notes if name != "quantize-fp8"), end="")
     print(f"{out}: compiled in {seconds:.1f} s")
     return 0
 
 
 @cli.command()
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=PATH)
 @weights_option
 @inputs_option
-@click.option(
-    "-o", "--out", "file", type=click.Path(path_type=Path), metavar="FILE.npz", help="Write the results, BF16 and FP8 widened to float32."
-)
+@click.option("-o", "--out", "file", type=PATH, metavar="FILE.npz", help="Write the results, BF16 and FP8 widened to float32.")
 @click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
-@click.option(
-    "--routing-stats", type=click.Path(path_type=Path), metavar="FILE.json", help="Add up here how many tokens chose each expert."
-)
+@click.option("--routing-stats", type=PATH, metavar="FILE.json", help="Add up here how many tokens chose each expert.")
 @click.option(
     "--ranks", type=click.Choice(["local", "torchrun"]), help="Where a sharded program runs. Default: torchrun where it started us."
 )
@@ -242,9 +238,7 @@ def run(
 @click.option("--func", metavar="NAME", help="Print the IR of one function.")
 @click.option("--params", is_flag=True, help="Parameters by part, total and active per token.")
 @click.option("--memory", is_flag=True, help="Bytes of weights, of what training keeps, and of live values by function.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), metavar="FILE", help="With --memory: draw live bytes over the run (png, svg, pdf)."
-)
+@click.option("--plot", type=PATH, metavar="FILE", help="With --memory: draw live bytes over the run (png, svg, pdf).")
 @click.option("--comm", is_flag=True, help="What a rank of a mesh sends: every collective, its bytes, and those that leave the node.")
 @click.option("--overlap", is_flag=True, help="What of the communication computation hides, by function and the costs of a cluster.")
 @click.option("--cluster", metavar="NAME|FILE", help="With --overlap: on which. Default: that of the pass overlap, or h800.")
@@ -290,13 +284,13 @@ def inspect(
         require(plot.suffix in kinds, f"--plot {plot}: expected a name that ends in {', '.join(kinds)}")
         check_writable(plot)
 
-    notes: tuple[str, ...] = ()
+    reasons: dict[str, str] = {}
     passes: tuple[str, ...] = ()
     update = order = None
     if artifact.is_artifact(Path(source)) or (Path(source).is_dir() and not (Path(source) / "config.json").exists()):
         program = artifact.load(source)
         module, update = program.after(after) if after else program.module, program.update if comm else None
-        notes = tuple(line for record in program.manifest.passes for line in record.notes)
+        reasons = program.manifest.reasons
         passes = tuple(record.text for record in program.manifest.passes)
         order = chosen_schedule(program) if comm and not after else None
     else:
@@ -309,7 +303,6 @@ def inspect(
     if after and not (params or memory or comm or overlap or quantization or as_json):
         print(module, end="")
         return 0
-    reasons = dict(line.split(": ", 1) for line in notes)
     found = [("program", *describe_program(module))] if not (params or memory or comm or overlap or quantization) else []
     found += [("parameters", *describe_parameters(module))] if params else []
     found += [("memory", *describe_memory(module))] if memory else []
@@ -326,7 +319,7 @@ def inspect(
 
 
 @cli.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("-p", "--passes", default="", metavar="PIPELINE", help=PASSES_HELP)
 @click.option("--until", metavar="STAGE", help="Stop before a pass that leaves this stage behind.")
 @click.option("--print-after", metavar="PASS|all", help="Also print the program after this pass, on standard error.")
@@ -347,8 +340,8 @@ def opt(file: Path, passes: str, until: str | None, print_after: str | None, tim
     from ..ir.parser import parse
     from ..passes.manager import bisect as first_bad
     from ..passes.manager import parse_pipeline, run_pipeline
-    from .bisect import same_results
     from .compile import read
+    from .run import same_results
 
     piped = str(file) == "-"
     require(piped or file.suffix == ".dsc", f"{file}: expected a .dsc file, or - for standard input")
@@ -390,8 +383,8 @@ def opt(file: Path, passes: str, until: str | None, print_after: str | None, tim
 
 @resumed("the same command goes on where it was")
 @cli.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
-@click.argument("target", metavar="DST", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("target", metavar="DST", type=PATH)
 @click.option("--to", required=True, metavar="bf16|fp8", help="The form of the Linear weights in DST.")
 @json_option
 def convert(source: Path, target: Path, to: Any, as_json: bool) -> int:

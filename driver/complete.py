@@ -30,20 +30,10 @@ def _stems(folder: str, pattern: str) -> list[str]:
     return sorted(file.stem for file in (ROOT / folder).glob(pattern))
 
 
-def models() -> list[str]:
-    return _stems("models/configs", "*.json")
-
-
-def recipes() -> list[str]:
-    return _stems("passes/recipes", "*.toml")
-
-
-def devices() -> list[str]:
-    return _stems("hardware/devices", "*.toml")
-
-
-def clusters() -> list[str]:
-    return _stems("hardware/clusters", "*.toml")
+models = partial(_stems, "models/configs", "*.json")
+recipes = partial(_stems, "passes/recipes", "*.toml")
+devices = partial(_stems, "hardware/devices", "*.toml")
+clusters = partial(_stems, "hardware/clusters", "*.toml")
 
 
 def passes() -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .cli import cli, json_option
+from .cli import PATH, cli, json_option
 from .ui import emit_json, progress
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -39,7 +39,7 @@ def devices(name: str | None, tables: bool, as_json: bool) -> int:
 
 
 @cli.command()
-@click.option("-o", "--out", type=click.Path(path_type=Path), metavar="FILE.toml", help="Cluster file to write. Default: only print.")
+@click.option("-o", "--out", type=PATH, metavar="FILE.toml", help="Cluster file to write. Default: only print.")
 @click.option("--name", metavar="NAME", help="Name of the cluster. Default: the machine's.")
 @click.option("--quick", is_flag=True, help="Fewer shapes and runs, for a first look.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, metavar="N", help="Threads of a rank on a CPU. Default: 1.")

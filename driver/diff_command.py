@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from ..ir.errors import require
-from .cli import cli, inputs_option, json_option, weights_option
+from .cli import PATH, cli, inputs_option, json_option, weights_option
 from .ui import emit_json, progress
 
 
 @cli.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path), required=False)
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH, required=False)
 @click.option(
     "--backends", default="numpy", metavar="NAME[,NAME]", help="One backend for both, or two to compare on one artifact. Default: numpy."
 )
@@ -28,7 +28,7 @@ from .ui import emit_json, progress
     "--sweep", "axis", metavar="AXIS", help="Quantise A in every way an axis has: recipe, tile, format, scale, accumulate, promote."
 )
 @click.option("--recipe", default="deepseek-v3", help="The recipe whose decision --sweep varies. Default: deepseek-v3.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw SQNR by layer for each value of the swept axis.")
+@click.option("--plot", type=PATH, metavar="FILE.png", help="Draw SQNR by layer for each value of the swept axis.")
 @json_option
 def diff(
     a: Path,

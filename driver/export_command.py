@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .cli import cli, json_option
+from .cli import PATH, cli, json_option
 from .ui import emit_json, plural, progress, size
 
 
 @cli.command()
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--onnx", "file", required=True, type=click.Path(path_type=Path), metavar="FILE.onnx", help="The model to write.")
+@click.argument("out", metavar="OUT", type=PATH)
+@click.option("--onnx", "file", required=True, type=PATH, metavar="FILE.onnx", help="The model to write.")
 @click.option("--profile", default="standard", metavar="standard|ort|compact", help="What stays a function. Default: standard.")
 @click.option("--weights", default="none", metavar="none|reference|copy", help="Inputs, shards, or a file beside. Default: none.")
 @click.option("--checkpoint", metavar="DIR|random:SEED", help="Whose weights. Default: those that OUT was compiled with.")
@@ -22,17 +23,7 @@ from .ui import emit_json, plural, progress, size
 @click.option("--opset", type=int, help="Version of the standard ops, 23 to 26. Default: 24.")
 @click.option("--opaque", is_flag=True, help="Leave an op without a mapping as a custom op instead of refusing it.")
 @json_option
-def export(
-    out: Path,
-    file: Path,
-    profile: str,
-    weights: str,
-    checkpoint: str | None,
-    func: str | None,
-    opset: int | None,
-    opaque: bool,
-    as_json: bool,
-) -> int:
+def export(out: Path, file: Path, profile: str, as_json: bool, **options: Any) -> int:
     """Export a compiled program as an ONNX model.
 
     standard: each op is a function of domain ai.dsc with a body of standard ops. ort: standard ops only. compact: a node for each layer,
@@ -50,10 +41,7 @@ def export(
     program = load(out)
     start = time.perf_counter()
     with progress("copying", len(weights_of(program.module))) as step:
-        made = write(
-            program, file, profile=profile, weights=weights, checkpoint=checkpoint, func=func, opset=opset, opaque=opaque,
-            on_step=step,
-        )  # fmt: skip
+        made = write(program, file, profile=profile, on_step=step, **options)
     seconds = time.perf_counter() - start
     if as_json:
         fields = dataclasses.asdict(made)

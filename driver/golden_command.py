@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..ir.errors import require
-from .cli import cli, json_option
+from .cli import PATH, cli, json_option
 from .ui import emit_json, plural, progress, size, table
 
 SHOWN = 10
@@ -18,13 +18,11 @@ SHOWN = 10
 
 @cli.command()
 @click.argument("op", required=False)
-@click.option("-o", "--out", default="golden", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder to write. Default: golden.")
+@click.option("-o", "--out", default="golden", type=PATH, metavar="FOLDER", help="Folder to write. Default: golden.")
 @click.option("--seed", type=int, default=0, help="Of the numbers. Default: 0.")
 @click.option("--samples", type=int, default=1, help="How often each call is drawn, with other numbers. Default: 1.")
 @click.option("--format", default="npz", metavar="npz|safetensors", help="What a case is written as. Default: npz.")
-@click.option(
-    "--check", nargs=2, type=click.Path(path_type=Path), metavar="FOLDER RESULTS", help="Hold the results of a device against FOLDER."
-)
+@click.option("--check", nargs=2, type=PATH, metavar="FOLDER RESULTS", help="Hold the results of a device against FOLDER.")
 @json_option
 def golden(op: str | None, out: Path, seed: int, samples: int, format: Any, check: tuple[Path, Path] | None, as_json: bool) -> int:
     """Write golden tensors of OP, or of every op.

@@ -8,27 +8,16 @@ from typing import Any
 import click
 
 from ..ir.errors import require
-from .cli import cli, json_option
+from .cli import PATH, cli, json_option
 from .ui import emit_json, progress
 
 
 @cli.command()
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--out",
-    "file",
-    type=click.Path(path_type=Path),
-    metavar="FILE.html",
-    help="Where to write it. Default: report.html in OUT.",
-)
-@click.option(
-    "--diff", "other", type=click.Path(path_type=Path), metavar="OTHER", help="Compare OUT with this artifact, and show it op by op."
-)
-@click.option(
-    "--numerics", type=click.Path(path_type=Path), metavar="FILE.json", help="Show a comparison that dsc diff --json has printed."
-)
-@click.option("--timeline", type=click.Path(path_type=Path), metavar="FILE.json", help="A trace to show, as of dsc schedule or dsc plan.")
+@click.argument("out", metavar="OUT", type=PATH)
+@click.option("-o", "--out", "file", type=PATH, metavar="FILE.html", help="Where to write it. Default: report.html in OUT.")
+@click.option("--diff", "other", type=PATH, metavar="OTHER", help="Compare OUT with this artifact, and show it op by op.")
+@click.option("--numerics", type=PATH, metavar="FILE.json", help="Show a comparison that dsc diff --json has printed.")
+@click.option("--timeline", type=PATH, metavar="FILE.json", help="A trace to show, as of dsc schedule or dsc plan.")
 @json_option
 def report(out: Path, file: Path | None, other: Path | None, numerics: Path | None, timeline: Path | None, as_json: bool) -> int:
     """Show an artifact as one page for a browser.

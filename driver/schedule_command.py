@@ -18,7 +18,7 @@ from ..schedule.search import Candidate, Memory, search
 from ..schedule.simulate import Durations, Timeline, lower, parse_durations, simulate
 from ..schedule.timeline import svg, text_grid, trace
 from ..schedule.validate import check, in_flight
-from .cli import cli, json_option
+from .cli import PATH, cli, json_option
 from .ui import coloured, emit_json, plural, table
 
 
@@ -40,8 +40,8 @@ from .ui import coloured, emit_json, plural, table
 @click.option(
     "--parameters", type=float, default=0.0, metavar="SIZE", help="With auto: a rank's parameters and all they bring. Default: 0."
 )
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw it.")
-@click.option("--trace", "trace_file", type=click.Path(path_type=Path), metavar="FILE.json", help="Write a trace for Perfetto.")
+@click.option("--plot", type=PATH, metavar="FILE.svg", help="Draw it.")
+@click.option("--trace", "trace_file", type=PATH, metavar="FILE.json", help="Write a trace for Perfetto.")
 @click.option("--lower", "lowered", is_flag=True, help="With --csv and --json: with sends and receives.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print the schedule: a row for each rank, in the text of torch.distributed.pipelining.")
 @json_option

@@ -54,11 +54,6 @@ class Sweep:
         return asdict(self)
 
 
-def axes() -> tuple[str, ...]:
-    """What can be varied."""
-    return ("recipe", "tile", "format", "scale", "accumulate", "promote")
-
-
 def pipelines(axis: str, recipe: str) -> list[tuple[str, str]]:
     """The values of an axis, each with the pass that sets it."""
     from ..ir.quantization import RULES
@@ -73,7 +68,7 @@ def pipelines(axis: str, recipe: str) -> list[tuple[str, str]]:
         "accumulate": ("float32", *_distinct_accumulations()),
         "promote": PROMOTIONS,
     }
-    require(axis in values, f"unknown axis {axis}; expected one of {', '.join(axes())}")
+    require(axis in values, f"unknown axis {axis}; expected one of {', '.join(('recipe', *values))}")
     fixed = f",accumulate={DEVICE}" if axis == "promote" else ""
     return [(str(value), f"quantize-fp8{{recipe={recipe},{axis}={value}{fixed}}}") for value in values[axis]]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from .cli import cli, json_option
+from .cli import PATH, cli, json_option
 from .ui import emit_json, progress, table
 
 
 @cli.command()
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("-o", "--out", "file", required=True, type=click.Path(path_type=Path), metavar="FILE.toml", help="File of tiles to add to.")
+@click.argument("out", metavar="OUT", type=PATH)
+@click.option("-o", "--out", "file", required=True, type=PATH, metavar="FILE.toml", help="File of tiles to add to.")
 @json_option
 def tune(out: Path, file: Path, as_json: bool) -> int:
     """Measure the tiles of matrix products on this machine's GPU.
