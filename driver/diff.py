@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,10 @@ class Report:
     ops: tuple[OpDiff, ...]
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
-    routing: tuple[Gate, ...]
-    quantization: tuple[QuantizationStats, ...]
-    outputs: tuple[OpDiff, ...]
-    outputs_forced: tuple[OpDiff, ...]
+    routing: tuple[Gate, ...] = ()
+    quantization: tuple[QuantizationStats, ...] = ()
+    outputs: tuple[OpDiff, ...] = ()
+    outputs_forced: tuple[OpDiff, ...] = ()
     """The results where b is made to route as a did; empty where the two route alike anyway."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def diff(
     local = _Forced(recorded, two_backends, on_step)
     if any(not entry.equal for entry in free.found):
         second.run(local.observe)
-    ops = tuple(_with_local(entry, local) for entry in free.found)
+    ops = tuple(replace(e, local=local.local.get(e.site), bound_ratio=local.ratio.get(e.site)) for e in free.found)
     outputs = _outputs(first.module, out_a, out_b, free.tokens)
     forced: tuple[OpDiff, ...] = ()
     if any(gate.changed for gate in free.tokens.gates):
@@ -252,10 +252,6 @@ def _by_results(
         ops=entries,
         only_in_a=only[0],
         only_in_b=only[1],
-        routing=(),
-        quantization=(),
-        outputs=(),
-        outputs_forced=(),
     )
 
 
@@ -275,17 +271,17 @@ def _side(program: Module | Artifact, backend: str, weights: Any, inputs: Inputs
     return _Side(label, module, backends.get(backend), open_weights(spec, module, config), prepare(module, inputs))
 
 
+@dataclass
 class _Free:
     """Compares a free run of the second program with the record of the first, op after op."""
 
-    def __init__(self, recorded: _Record, tokens: Tokens, on_step: Step) -> None:
-        self.recorded = recorded
-        self.tokens = tokens
-        self.on_step = on_step
-        self.found: list[OpDiff] = []
-        self.seen: set[str] = set()
-        self.only_in_b: list[str] = []
-        self.quantization: list[QuantizationStats] = []
+    recorded: _Record
+    tokens: Tokens
+    on_step: Step
+    found: list[OpDiff] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    only_in_b: list[str] = field(default_factory=list)
+    quantization: list[QuantizationStats] = field(default_factory=list)
 
     def observe(self, site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> None:
         self.on_step(str(site))
@@ -309,15 +305,15 @@ class _Free:
         self.found.append(_op_diff(name, op.name, str(op.results[0].type) if op.results else "", equal, pairs, self.tokens))
 
 
+@dataclass
 class _Forced:
     """Hands the first program's results to the second, op after op, after measuring what each op did with them."""
 
-    def __init__(self, recorded: _Record, bounded: bool, on_step: Step) -> None:
-        self.recorded = recorded
-        self.bounded = bounded
-        self.on_step = on_step
-        self.local: dict[str, Measures] = {}
-        self.ratio: dict[str, float] = {}
+    recorded: _Record
+    bounded: bool
+    on_step: Step
+    local: dict[str, Measures] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
 
     def observe(self, site: Site, op: Op, operands: tuple[Data, ...], results: tuple[Data, ...]) -> tuple[Data, ...] | None:
         self.on_step(str(site))
@@ -344,11 +340,6 @@ def _routed_as(recorded: _Record) -> Any:
 def _as(type: Any, x: Data) -> Data:
     """A result of the first program in the dtype that the second has there."""
     return rounded(real(x), type.dtype) if isinstance(type, Tensor) and type.dtype.is_float else x
-
-
-def _with_local(entry: OpDiff, forced: _Forced) -> OpDiff:
-    values = vars(entry) | {"local": forced.local.get(entry.site), "bound_ratio": forced.ratio.get(entry.site)}
-    return OpDiff(**values)
 
 
 def _outputs(module: Module, a: list[np.ndarray], b: list[np.ndarray], tokens: Tokens | None) -> tuple[OpDiff, ...]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.core import Module, Symbol
+from ..ir.core import Module
 from ..ir.ops.control import Call, Param
 from ..ir.stages import is_staged
-from ..ir.walk import flops, parameters
+from ..ir.walk import flops, parameters, walk
 from .memory import weights_by_stage
 from .run import result_names
 from .ui import count, plural, size, table
@@ -103,7 +103,7 @@ def describe_parameters(module: Module) -> tuple[dict[str, Any], str]:
 
 def describe_program(module: Module) -> tuple[dict[str, Any], str]:
     """Stage, functions and what the program computes, as JSON and as text."""
-    calls = _calls(module)
+    calls = Counter([module.main.name, *(str(op.callee) for _, _, op in walk(module) if isinstance(op, Call))])
     functions: list[dict[str, Any]] = [
         {
             "name": func.name,
@@ -132,27 +132,3 @@ def describe_program(module: Module) -> tuple[dict[str, Any], str]:
         *([f"        and {len(main.results) - 8} more"] if len(main.results) > 8 else []),
     ]
     return value, "\n".join(lines)
-
-
-def _calls(module: Module) -> Counter[str]:
-    """How often each function runs: once for each call of each run of its caller."""
-    runs: Counter[str] = Counter({module.main.name: 1})
-    for func in _callers_first(module):
-        for op in module[func].ops:
-            if isinstance(op, Call):
-                runs[op.callee] += runs[func]
-    return runs
-
-
-def _callers_first(module: Module) -> list[str]:
-    order: list[str] = []
-
-    def visit(name: Symbol | str) -> None:
-        if name not in order:
-            for op in module[str(name)].ops:
-                if isinstance(op, Call):
-                    visit(op.callee)
-            order.append(str(name))
-
-    visit(module.main.name)
-    return order[::-1]

@@ -66,16 +66,6 @@ def _timed(axis: str, size: int, runs: int) -> Program[list[tuple[int, float]]]:
 
 def fitted_leg(times: Sequence[tuple[float, float]], steps: float) -> Leg:
     """The link whose `steps` latencies and bytes by bandwidth are nearest to (bytes, seconds), in relative squares."""
-    weights = [(1 / took, bytes / took) for bytes, took in times]
-    a, b, c = (sum(x * y for x, y in pairs) for pairs in _normal(weights))
-    d, e = sum(w[0] for w in weights), sum(w[1] for w in weights)
-    determinant = a * c - b * b
-    start, per_byte = ((d * c - e * b) / determinant, (a * e - b * d) / determinant) if determinant else (0.0, 0.0)
-    fastest = max(bytes / took for bytes, took in times)
-    start = max(0.0, start)
-    return Leg(1 / per_byte if per_byte > 0 else fastest, start / max(1.0, steps))
-
-
-def _normal(weights: Sequence[tuple[float, float]]) -> tuple[list[tuple[float, float]], ...]:
-    ones, moved = [w[0] for w in weights], [w[1] for w in weights]
-    return list(zip(ones, ones, strict=True)), list(zip(ones, moved, strict=True)), list(zip(moved, moved, strict=True))
+    rows = np.array([(1 / took, bytes / took) for bytes, took in times])
+    start, per_byte = map(float, np.linalg.lstsq(rows, np.ones(len(rows)))[0])
+    return Leg(1 / per_byte if per_byte > 0 else float(rows[:, 1].max()), max(0.0, start) / max(1.0, steps))

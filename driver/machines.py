@@ -20,20 +20,10 @@ def describe_clusters() -> Described:
     found = [(name, cluster(name)) for name in clusters()]
     value = [_summary(name, c) for name, c in found]
     head = ("cluster", "what it is", "device", "domain", "FP8", "memory", "inside", "between", "price")
-    rows = [
-        (
-            name,
-            c.about,
-            c.device.name,
-            f"{c.node}",
-            _short(c.device.peak.f8),
-            _short(c.device.peak.bandwidth),
-            _short(c.intra.bandwidth),
-            _short(c.inter.bandwidth),
-            _short(c.price),
-        )
-        for name, c in found
-    ]
+    rows = []
+    for name, c in found:
+        figures = (c.device.peak.f8, c.device.peak.bandwidth, c.intra.bandwidth, c.inter.bandwidth, c.price)
+        rows.append((name, c.about, c.device.name, f"{c.node}", *map(_short, figures)))
     others = [name for name in devices() if device(name).name not in {c.device.name for _, c in found}]
     text = table(head, rows, left=3)
     return value, f"{text}\ndevices without a cluster: {', '.join(others)}" if others else text

@@ -9,7 +9,7 @@ from typing import Any
 from ...ir.core import OPS
 from ..artifact import UPDATE, Artifact, PassRecord
 from ..ui import plural
-from .html import Child, Html, code, data, el, fold, join, prose, section
+from .html import Child, Html, code, data, el, fold, prose, section, table
 
 BUDGET = 3_500_000
 """Bytes of program text that a page holds. What would be beyond it stays in the artifact, and the page says where."""
@@ -158,24 +158,13 @@ def passes(program: Artifact) -> Html:
     """The steps as a table: what each is for, how long it took, what it left alone."""
     from ...passes.manager import PASSES
 
-    rows = []
+    rows: list[tuple[Child, ...]] = []
     for i, record in enumerate(program.manifest.passes):
         known = PASSES.get(record.name)
         meaning = "The model as it was written, as a program." if i == 0 else (known.__doc__ or "").split("\n\n")[0] if known else ""
         notes = fold(plural(len(record.notes), "note"), el("ul", [el("li", note) for note in record.notes])) if record.notes else None
-        rows.append(el("tr", *(el("td", cell, class_=kind) for cell, kind in _cells(i, record, join([prose(meaning), notes])))))
-    head = [("step", None), ("what it does", None), ("options", None), ("time", "n"), ("ops", "n")]
-    titles = el("thead", el("tr", [el("th", title, scope="col", class_=kind) for title, kind in head]))
-    return el("div", el("table", titles, el("tbody", rows)), class_="scroll", tabindex="0", role="region", aria_label="steps")
-
-
-def _cells(i: int, record: PassRecord, meaning: Html) -> list[tuple[Child, str | None]]:
-    options = record.text.removeprefix(record.name).strip("{}") if i else ""
-    ops = f"{record.ops:,}" if record.changed else "unchanged"
-    return [
-        (code(record.name), None),
-        (meaning, "wide"),
-        (code(options) if options else "", None),
-        (f"{record.seconds:.2f} s", "n"),
-        (ops, "n"),
-    ]
+        options = record.text.removeprefix(record.name).strip("{}") if i else ""
+        ops = f"{record.ops:,}" if record.changed else "unchanged"
+        what = el("div", prose(meaning), notes, class_="wide")
+        rows.append((code(record.name), what, code(options) if options else "", f"{record.seconds:.2f} s", ops))
+    return table(("step", "what it does", "options", "time", "ops"), rows, name="steps", left=3)
