@@ -18,23 +18,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", str(THREADS))
 
 import sys  # noqa: E402
 import time  # noqa: E402
+from collections import OrderedDict  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from torch import nn  # noqa: E402
 from transformers.models.deepseek_v2 import DeepseekV2Config  # noqa: E402
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe  # noqa: E402
 
+import dsc  # noqa: E402
 from dsc import backends  # noqa: E402
-from dsc.ir.core import Builder, Module  # noqa: E402
-from dsc.ir.ops.control import Param  # noqa: E402
-from dsc.ir.ops.elementwise import Add, SwiGLU  # noqa: E402
-from dsc.ir.ops.linalg import GroupedMatmul, Matmul  # noqa: E402
-from dsc.ir.ops.moe import Combine, Dispatch, Route  # noqa: E402
+from dsc.ir.core import Module  # noqa: E402
 from dsc.ir.quantization import SCALE_SUFFIX  # noqa: E402
-from dsc.ir.types import DType, Tensor  # noqa: E402
-from dsc.ir.verify import verify  # noqa: E402
+from dsc.models.config import load_config  # noqa: E402
+from dsc.models.deepseek import MoE  # noqa: E402
 from dsc.numerics.scale import quantize  # noqa: E402
 from dsc.passes.manager import apply  # noqa: E402
 
@@ -44,29 +43,9 @@ AT_MOST = {"float32": 2.0, "FP8, weights stored": 5.0}
 
 def layer() -> Module:
     """DeepSeekMoE as DeepSeek-V2-Lite has it: softmax gate without groups, weights not normalised, two shared experts as one MLP."""
-    b = Builder("moe")
-    x = b.param("x", Tensor(DType.f32, (TOKENS, HIDDEN)))
-
-    def weight(path: str, *shape: int) -> Param:
-        return b.emit(Param(path, (Tensor(DType.f32, shape),)))
-
-    logits = b.emit(Matmul(x, weight("mlp.gate.weight", EXPERTS, HIDDEN).result, transpose_b=True)).result
-    route = b.emit(Route(logits, top_k=TOP_K, score="softmax", normalize=False))
-    ids, weights = route.results
-    rows, counts, handle = b.emit(Dispatch((x,), ids, experts=EXPERTS)).results
-    gate, up = (
-        b.emit(GroupedMatmul(rows, weight(f"experts.{name}", EXPERTS, WIDTH, HIDDEN).result, counts, transpose_b=True)).result
-        for name in ("gate", "up")
-    )
-    down = weight("experts.down", EXPERTS, HIDDEN, WIDTH).result
-    made = b.emit(GroupedMatmul(b.emit(SwiGLU(gate, up)).result, down, counts, transpose_b=True)).result
-    routed = b.emit(Combine(made, handle, weights)).result
-    gate, up = (
-        b.emit(Matmul(x, weight(f"shared.{name}", SHARED * WIDTH, HIDDEN).result, transpose_b=True)).result for name in ("gate", "up")
-    )
-    down = weight("shared.down", HIDDEN, SHARED * WIDTH).result
-    shared = b.emit(Matmul(b.emit(SwiGLU(gate, up)).result, down, transpose_b=True)).result
-    return verify(Module((b.finish([b.emit(Add(routed, shared)).result]),)))
+    with torch.device("meta"):
+        model = nn.Sequential(OrderedDict(mlp=MoE(load_config("deepseek-v2-lite", ["dtype=float32"]))))
+        return apply(dsc.trace(model, (torch.empty(1, TOKENS, HIDDEN),)), "simplify")
 
 
 def peer() -> DeepseekV2Moe:
@@ -98,12 +77,10 @@ def weights_of(module: DeepseekV2Moe) -> dict[str, np.ndarray]:
     gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
     found = {
         "mlp.gate.weight": module.gate.weight,
-        "experts.gate": gate,
-        "experts.up": up,
-        "experts.down": experts.down_proj,
-        "shared.gate": shared.gate_proj.weight,
-        "shared.up": shared.up_proj.weight,
-        "shared.down": shared.down_proj.weight,
+        "mlp.experts.gate_proj": gate,
+        "mlp.experts.up_proj": up,
+        "mlp.experts.down_proj": experts.down_proj,
+        **{f"mlp.shared_experts.{name}.weight": getattr(shared, name).weight for name in ("gate_proj", "up_proj", "down_proj")},
     }
     return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
@@ -130,7 +107,7 @@ def main() -> int:
     plain = weights_of(module)
     stored = stored_in_fp8(plain)
     tokens = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1))
-    x = tokens[0].numpy()
+    x = tokens.numpy()
     programs = {
         "float32": (program, plain),
         "FP8, weights stored": (apply(program, "quantize-fp8{stored=true}"), stored),
@@ -139,7 +116,7 @@ def main() -> int:
 
     def ours(name: str) -> np.ndarray:
         chosen, weights = programs[name]
-        return runner.run(chosen, lambda path, type: weights[path], (x,))[0]
+        return runner.run(chosen, lambda path, type: weights[path], (x,))[0][0]
 
     def theirs() -> np.ndarray:
         with torch.no_grad():
