@@ -76,11 +76,12 @@ def numerics(found: Found) -> Html:
     ops: list[Found] = list(found["ops"])
     unequal = [op for op in ops if not op["equal"]]
     moved = [gate for gate in found["routing"] if gate["changed"]]
+    worst = next((op["local"] for op in ops if op["site"] == found["worst"]), None)
     figures: list[tuple[str, str, Child]] = [
         ("verdict", "same" if found["same"] else "different", found["criterion"]),
         ("ops", f"{len(ops):,}", f"{len(ops) - len(unequal):,} of them with equal bits"),
         ("first to differ", "–" if not found["first"] else "", code(found["first"]) if found["first"] else "none"),
-        ("largest of its own", _relative(_local(_named(ops, found["worst"]))), code(found["worst"]) if found["worst"] else None),
+        ("largest of its own", _relative(worst), code(found["worst"]) if found["worst"] else None),
         ("routing", plural(max((g["changed"] for g in moved), default=0), "token"), "chose other experts, at the gate where most did"),
     ]
     lead = [
@@ -92,7 +93,7 @@ def numerics(found: Found) -> Html:
         "run's values; both are relative L2, the norm of the difference over the norm of the value.",
     ]
     picture = dots(
-        [(_number(op["accumulated"]["relative_l2"]), "dot", f"{op['site']}: {_relative(op['accumulated'])}") for op in ops],
+        [(float(op["accumulated"]["relative_l2"]), "dot", f"{op['site']}: {_relative(op['accumulated'])}") for op in ops],
         "Accumulated difference by op",
     )
     parts: list[Child] = [cards(figures)]
@@ -106,15 +107,15 @@ def numerics(found: Found) -> Html:
 
 def _ops(unequal: list[Found]) -> Html:
     bounded = any(op["bound_ratio"] is not None for op in unequal)
-    kept = sorted(range(len(unequal)), key=lambda i: -_number((unequal[i]["local"] or unequal[i]["accumulated"])["relative_l2"]))[:MOST]
+    kept = sorted(range(len(unequal)), key=lambda i: -float((unequal[i]["local"] or unequal[i]["accumulated"])["relative_l2"]))[:MOST]
     head = ("op", "kind", "type", "local", "accumulated", "same experts", "SQNR dB", "cosine", *(("local / bound",) if bounded else ()))
     rows = []
     for op in (unequal[i] for i in sorted(kept)):
         m, ratio = op["accumulated"], op["bound_ratio"]
-        over = el("span", f"{_number(ratio):.2f}", class_="bad" if not _number(ratio) <= 1 else None) if ratio is not None else "–"
+        over = el("span", f"{float(ratio):.2f}", class_="bad" if not float(ratio) <= 1 else None) if ratio is not None else "–"
         own: tuple[Child, ...] = (over,) if bounded else ()
         row = (code(op["site"]), op["op"], op["type"], *map(_relative, (op["local"], m, op["same_experts"])))
-        rows.append((*row, f"{_number(m['sqnr_db']):.1f}", f"{_number(m['cosine']):.6f}", *own))
+        rows.append((*row, f"{float(m['sqnr_db']):.1f}", f"{float(m['cosine']):.6f}", *own))
     more = f" and {len(unequal) - MOST:,} more that differ less" if len(unequal) > MOST else ""
     return el(
         "div", table(head, rows, name="ops that differ", left=3), el("p", f"{plural(len(rows), 'op')} that differ{more}.", class_="quiet")
@@ -128,7 +129,7 @@ def _results(found: Found) -> Html:
     for e, how in entries:
         m = e["accumulated"]
         kind = how or ("equal bits" if e["equal"] else "")
-        numbers = (f"{_number(m['max_error']):.2e}", f"{_number(m['sqnr_db']):.1f}", f"{_number(m['cosine']):.6f}")
+        numbers = (f"{float(m['max_error']):.2e}", f"{float(m['sqnr_db']):.1f}", f"{float(m['cosine']):.6f}")
         rows.append((code(e["site"]), e["type"], kind, _relative(m), _relative(e["same_experts"]), *numbers))
     return table(head, rows, name="results", left=3)
 
@@ -141,21 +142,8 @@ def _quantised(stats: list[Found]) -> Html:
     return table(("op", "format", "saturated", "flushed to zero", "least scale", "largest scale"), rows, name="quantised tensors", left=2)
 
 
-def _named(ops: list[Found], site: str | None) -> Found | None:
-    return next((op for op in ops if op["site"] == site), None)
-
-
-def _local(op: Found | None) -> Found | None:
-    return op["local"] if op else None
-
-
 def _relative(measures: Found | None) -> str:
     if measures is None:
         return "–"
-    value = _number(measures["relative_l2"])
+    value = float(measures["relative_l2"])  # infinities and NaN stand in JSON as text
     return "0" if value == 0 else f"{value:.2e}"
-
-
-def _number(value: float | str) -> float:
-    """A figure; infinities and NaN stand in JSON as text."""
-    return float(value)
