@@ -67,15 +67,15 @@ def test_schemas_are_those_that_importers_match() -> None:
     schemas = {name: str(getattr(torch.ops.dsc, name).default._schema) for name in samples(False)}
     assert schemas == {
         "rope": "dsc::rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
-        "route": "dsc::route(Tensor logits, Tensor? bias, int top_k, str score, int groups, int top_groups, str group_score, "
-        "bool normalize, float scale) -> (Tensor ids, Tensor weights)",
-        "dispatch": "dsc::dispatch(Tensor x, Tensor ids, int experts) -> (Tensor rows, Tensor counts, Tensor order)",
+        "route": "dsc::route(Tensor logits, Tensor? bias, SymInt top_k, str score, SymInt groups, SymInt top_groups, str group_score, "
+        "bool normalize, float scale) -> (Tensor, Tensor)",
+        "dispatch": "dsc::dispatch(Tensor x, Tensor ids, SymInt experts) -> (Tensor, Tensor, Tensor)",
         "combine": "dsc::combine(Tensor rows, Tensor order, Tensor weights) -> Tensor",
         "grouped_matmul": "dsc::grouped_matmul(Tensor x, Tensor w, Tensor counts) -> Tensor",
         "swiglu": "dsc::swiglu(Tensor gate, Tensor up) -> Tensor",
         "cache_append": "dsc::cache_append(Tensor cache, Tensor new, Tensor positions) -> Tensor",
         "attention_decode": "dsc::attention_decode(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor",
-        "balance_loss": "dsc::balance_loss(Tensor logits, Tensor ids, int sequences, str score) -> Tensor",
+        "balance_loss": "dsc::balance_loss(Tensor logits, Tensor ids, SymInt sequences, str score) -> Tensor",
     }
 
 
