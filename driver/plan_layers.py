@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from ..hardware.cluster import Cluster
 from ..hardware.streams import Costing
@@ -25,6 +26,7 @@ from ..passes.overlap import costing_of
 from ..passes.overlapping.chunks import beside, exchanging, gradients_of
 from ..passes.overlapping.merge import Groups
 from ..passes.overlapping.schedule import ordered
+from ..schedule.partition import Span
 
 ROOT = re.compile(r"(.*?#\d+)")
 """The id of the op that another stems from: `layers.3#1` of `layers.3#1.2`."""
@@ -66,12 +68,6 @@ class Program:
     def layers(self) -> tuple[Layer, ...]:
         """In the order of the forward pass."""
         return _layers(self.module.main)
-
-    @cached_property
-    def _sizes(self) -> Mapping[str, tuple[int, int]]:
-        """Of each kind of layer: bytes that it keeps of a micro-batch, and that it stashes."""
-        size = expected_bytes(self.module)
-        return {layer.kind: (_kept(self.module, layer, size), _stashed(layer, size)) for layer in self.layers}
 
     @cached_property
     def trains(self) -> bool:
@@ -168,13 +164,36 @@ class Program:
     def _weights(self) -> dict[str, Mapping[str, tuple[str, int, int]]]:
         return {}
 
-    def kept(self, layer: Layer) -> int:
-        """Bytes that the layer keeps of a micro-batch from its forward pass to its backward pass; what follows from weights alone aside."""
-        return self._sizes[layer.kind][0]
+    def parameters(self, spans: tuple[Span, ...]) -> Mapping[str, tuple[int, int]]:
+        """Parameters and bytes of the weights of some spans of layers, by bucket. A weight that several layers read counts once."""
+        if spans not in self._parameters:
+            every: dict[str, tuple[str, int, int]] = {}
+            for start, end in spans:
+                for layer in self.layers[start:end]:
+                    every |= self.weights(layer)
+            held = {bucket: [(count, size) for kind, count, size in every.values() if kind == bucket] for bucket in BUCKETS}
+            self._parameters[spans] = {bucket: (sum(n for n, _ in own), sum(size for _, size in own)) for bucket, own in held.items()}
+        return self._parameters[spans]
 
-    def stashed(self, layer: Layer) -> int:
+    @cached_property
+    def _parameters(self) -> dict[tuple[Span, ...], Mapping[str, tuple[int, int]]]:
+        return {}
+
+    def kept(self, span: Span) -> int:
+        """Bytes that layers keep of a micro-batch from forward to backward; what follows from weights alone aside."""
+        return self._sums[0][span[1]] - self._sums[0][span[0]]
+
+    def stashed(self, span: Span) -> int:
         """Bytes that the part of backward for inputs leaves for that of weights."""
-        return self._sizes[layer.kind][1]
+        return self._sums[1][span[1]] - self._sums[1][span[0]]
+
+    @cached_property
+    def _sums(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what is kept and stashed: that of the layers before each."""
+        size = expected_bytes(self.module)
+        kinds = {layer.kind: (_kept(self.module, layer, size), _stashed(layer, size)) for layer in self.layers}
+        kept, stashed = (tuple(accumulate((kinds[layer.kind][i] for layer in self.layers), initial=0)) for i in (0, 1))
+        return kept, stashed
 
     @cached_property
     def workspace(self) -> int:

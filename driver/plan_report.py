@@ -11,7 +11,7 @@ from ..hardware.figures import Figure, spoken
 from ..schedule.actions import Action, Overlap
 from .plan_flops import Flops
 from .plan_inputs import Inputs
-from .plan_train import Training
+from .plan_train import Training, held_by
 from .ui import count, plural, size, table
 
 ENDS = {
@@ -66,6 +66,30 @@ def limits(plan: Training) -> str:
         what = "memory, which does not suffice; then " + what
     name = "an overlapped pair" if isinstance(step, Overlap) else "a forward chunk"
     return f"{what}: {name} computes {computing * 1e3:.1f} ms and communicates {sending * 1e3:.1f} ms, in {run.time * 1e3:.1f} ms"
+
+
+HELPS = {
+    "activations": "a schedule with fewer chunks in flight, a smaller --micro or --seq, more recomputation",
+    "weights, gradients and optimiser": "more stages (pp), experts and products over more ranks (ep, tp)",
+    "workspace": "a smaller --micro or --seq, a larger tp",
+}
+"""What would make the parts of a rank's memory less."""
+
+
+def shortfall(plan: Training) -> str:
+    """What the fullest rank needs and what would help, where not all ranks have room; else nothing. Of all placements that were found it is
+    the one that lacks least."""
+    if plan.fits:
+        return ""
+    peak, rank = plan.peak, plan.memory.index(plan.peak)
+    held = " and ".join(f"stage {stage} ({plural(plan.stages.depths[stage], 'layer')})" for stage in held_by(plan.schedule)[rank])
+    parts = dict(zip(HELPS, (peak.activations, peak.state, peak.workspace), strict=True))
+    listed = ", ".join(f"{size(number)} {name}" for name, number in parts.items())
+    found = "no placement" if plan.schedule.stages == plan.schedule.ranks else "no placement that was found"
+    return (
+        f"{found} fits: rank {rank} with {held} needs {size(peak.total)} of {size(plan.capacity)} ({listed}); "
+        f"what would help: {HELPS[max(parts, key=parts.__getitem__)]}"
+    )
 
 
 def memory_table(plan: Training) -> str:
@@ -129,6 +153,7 @@ def describe(
         ),
         "",
         memory_table(plan),
+        *filter(None, [shortfall(plan)]),
     ]
     if others:
         rows = [
@@ -182,6 +207,7 @@ def document(
         "memory": [{"buckets": m.buckets, "activations": m.activations, "workspace": m.workspace, "total": m.total} for m in plan.memory],
         "capacity": plan.capacity,
         "fits": plan.fits,
+        "shortfall": shortfall(plan),
         "assumptions": [
             {
                 "key": e.key,

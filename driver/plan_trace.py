@@ -11,7 +11,7 @@ from ..hardware.streams import COMPUTE, united
 from ..schedule.actions import Overlap
 from ..schedule.timeline import COLOURS, MEANING, kind_of, trace
 from ..schedule.validate import in_flight
-from .plan_train import Training, chunk_bytes
+from .plan_train import Training
 
 MICROSECONDS = 1e6
 STREAMS = {COMPUTE: 0, "inter": 100, "intra": 101}
@@ -39,8 +39,8 @@ def _communication(plan: Training) -> Iterator[dict[str, Any]]:
 
 
 def _memory(plan: Training) -> Iterator[dict[str, Any]]:
-    sizes, share = chunk_bytes(plan.stages)
-    for rank, row in enumerate(in_flight(plan.schedule, share, sizes)):
+    kept, stashed = (list(map(what, plan.stages.spans)) for what in (plan.stages.program.kept, plan.stages.program.stashed))
+    for rank, row in enumerate(in_flight(plan.schedule, kept, stashed)):
         held = plan.memory[rank]
         for span, active in zip(plan.timeline.spans[rank], row, strict=True):
             args = {"weights, gradients, optimiser": held.state, "activations": float(active), "workspace": held.workspace}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate, pairwise
 
 from ..hardware.streams import hidden
 from ..ir.core import Phase
@@ -13,11 +14,11 @@ from ..ir.errors import require
 from ..ir.mesh import Mesh
 from ..schedule.actions import Action, Kind, Overlap, Schedule, Step
 from ..schedule.generate import generate
-from ..schedule.partition import Span, balanced
+from ..schedule.partition import Room, Span, balanced
 from ..schedule.simulate import Timeline, simulate
-from ..schedule.validate import in_flight
+from ..schedule.validate import most_in_flight
 from .memory import GRADIENT, MASTER, MOMENTS
-from .plan_layers import BACKWARD, BUCKETS, FORWARD, Layer, Program
+from .plan_layers import BACKWARD, FORWARD, Layer, Program
 from .plan_machine import Machine, Run
 
 PHASES = {Kind.F: FORWARD, Kind.I: (Phase.I, Phase.R), Kind.W: (Phase.W,), Kind.B: BACKWARD}
@@ -87,13 +88,14 @@ class Stages:
     known: dict[tuple[Kind | int, int], float] = field(default_factory=dict)
 
     @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Of each stage."""
+        return tuple(pairwise(accumulate(self.sizes, initial=0)))
+
+    @cached_property
     def layers(self) -> tuple[tuple[Layer, ...], ...]:
         """Of each stage."""
-        found, start = [], 0
-        for size in self.sizes:
-            found.append(self.program.layers[start : start + size])
-            start += size
-        return tuple(found)
+        return tuple(self.program.layers[start:end] for start, end in self.spans)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -182,7 +184,9 @@ class Training:
     @cached_property
     def memory(self) -> tuple[Memory, ...]:
         """Of each rank."""
-        return memories(self.stages, self.schedule, self.setup)
+        own, spans = self.stages, self.stages.spans
+        held = enumerate(held_by(self.schedule))
+        return tuple(memory_of(own.program, self.schedule, self.setup, rank, tuple(spans[s] for s in stages)) for rank, stages in held)
 
     @cached_property
     def ends(self) -> Mapping[str, float]:
@@ -248,10 +252,10 @@ class Training:
 
 
 def plan_training(program: Program, machine: Machine, setup: Setup, sizes: Sequence[int] = ()) -> Training:
-    """A step. `sizes` places layers on stages; without it the stages are balanced. `DscError` where the numbers do not go together."""
+    """A step. `sizes` places layers on stages; without it `placed` does. `DscError` where the numbers do not go together."""
     setup.check()
     schedule = scheduled(setup.schedule, setup.stages, setup.microbatches, None if setup.schedule == "dualpipe" else setup.chunks)
-    stages = Stages(program, machine, sizes or placed(program, machine, schedule), machine.hop(program.boundary))
+    stages = Stages(program, machine, sizes or placed(program, machine, schedule, setup), machine.hop(program.boundary))
     return Training(setup, stages, schedule)
 
 
@@ -259,22 +263,23 @@ scheduled = cache(generate)
 """Schedules are the same for many meshes."""
 
 
-def placed(program: Program, machine: Machine, schedule: Schedule) -> tuple[int, ...]:
-    """Layers on stages, ranks balanced by what a micro-batch takes, forward and backward: where two overlap, by what both pairs of their
-    stages take."""
+def placed(program: Program, machine: Machine, schedule: Schedule, setup: Setup) -> tuple[int, ...]:
+    """Layers on stages, ranks balanced by what a micro-batch takes, forward and backward, and none with more than it has room for: where
+    two overlap, by what both pairs of their stages take."""
     costs, held = [machine.apart[layer.kind] for layer in program.layers], held_by(schedule)
     fill = max(0.0, (schedule.ranks - 2) / schedule.microbatches)  # steps of one stage beside those of both, as DualPipe's bubble has them
-    if not any(isinstance(step, Overlap) for row in schedule.rows for step in row):
-        return balanced(costs, held, fill=fill)
+    room = Room(machine.capacity, cache(lambda rank, spans: memory_of(program, schedule, setup, rank, spans).total))
 
     def both(spans: tuple[Span, ...]) -> float:
         first, last = (program.layers[a:b] for a, b in spans)
         gained = sum(machine.gained(x, y) for f, b in ((first, last), (last, first)) for x, y in program.pairs(f, b))
         return sum(machine.apart[layer.kind] for layer in (*first, *last)) - gained
 
-    return balanced(costs, held, both, fill)
+    overlaps = any(isinstance(step, Overlap) for row in schedule.rows for step in row)
+    return balanced(costs, held, both if overlaps else None, fill, room)
 
 
+@lru_cache(maxsize=256)
 def held_by(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     """The stages of each rank."""
     found: list[list[int]] = [[] for _ in schedule.rows]
@@ -283,35 +288,16 @@ def held_by(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted(stages)) for stages in found)
 
 
-def parameters(stages: Stages, held: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """Parameters and bytes of the weights of some stages, by bucket. A weight that several layers read counts once."""
-    every: dict[str, tuple[str, int, int]] = {}
-    for stage in held:
-        for layer in stages.layers[stage]:
-            every |= stages.program.weights(layer)
-    return {b: (sum(n for k, n, _ in every.values() if k == b), sum(size for k, _, size in every.values() if k == b)) for b in BUCKETS}
-
-
-def chunk_bytes(stages: Stages) -> tuple[list[int], float]:
-    """What each stage keeps of a micro-batch until its backward pass, and how many times that it stashes for the weights' part at most."""
-    kept = [sum(map(stages.program.kept, layers)) for layers in stages.layers]
-    waiting = [sum(map(stages.program.stashed, layers)) for layers in stages.layers]
-    return kept, max((s / k for s, k in zip(waiting, kept, strict=True) if k), default=1.0)
-
-
-def memories(stages: Stages, schedule: Schedule, setup: Setup) -> tuple[Memory, ...]:
-    """Of each rank. The optimiser's state of a weight is spread over all ranks that hold it (ZeRO-1)."""
-    mesh = setup.mesh
+def memory_of(program: Program, schedule: Schedule, setup: Setup, rank: int, spans: tuple[Span, ...]) -> Memory:
+    """Of a rank whose stages have such layers. The optimiser's state of a weight is spread over all ranks that hold it (ZeRO-1)."""
+    mesh, stages = setup.mesh, held_by(schedule)[rank]
     spread = {"tp": mesh.dp, "replicated": mesh.dp, "experts": mesh.edp}
-    kept, share = chunk_bytes(stages)
-    found = []
-    for held, row in zip(held_by(schedule), in_flight(schedule, share, kept), strict=True):
-        buckets = {}
-        for bucket, (count, size) in parameters(stages, held).items():
-            state = (MASTER + MOMENTS) * count // (spread[bucket] * setup.copies)
-            buckets[bucket] = {"weights": size, "gradients": GRADIENT * count, "optimiser": state}
-        found.append(Memory(buckets, int(max(row)), stages.program.workspace))
-    return tuple(found)
+    buckets = {}
+    for bucket, (count, size) in program.parameters(spans).items():
+        state = (MASTER + MOMENTS) * count // (spread[bucket] * setup.copies)
+        buckets[bucket] = {"weights": size, "gradients": GRADIENT * count, "optimiser": state}
+    kept, stashed = ({stage: what(span) for stage, span in zip(stages, spans, strict=True)} for what in (program.kept, program.stashed))
+    return Memory(buckets, int(most_in_flight(schedule, rank, kept, stashed)), program.workspace)
 
 
 def ends(stages: Stages, schedule: Schedule, setup: Setup) -> dict[str, float]:
@@ -319,7 +305,7 @@ def ends(stages: Stages, schedule: Schedule, setup: Setup) -> dict[str, float]:
     machine, mesh = stages.machine, setup.mesh
     most: dict[str, float] = {}
     for held in held_by(schedule):
-        count = {bucket: n for bucket, (n, _) in parameters(stages, held).items()}
+        count = {bucket: n for bucket, (n, _) in stages.program.parameters(tuple(stages.spans[s] for s in held)).items()}
         parts = {
             "gradients": machine.reduce(GRADIENT * (count["tp"] + count["replicated"]), "dp", setup.copies)
             + machine.reduce(GRADIENT * count["experts"], "edp", setup.copies),

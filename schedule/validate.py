@@ -7,7 +7,7 @@ anywhere.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from operator import add
 from typing import NoReturn
@@ -36,17 +36,51 @@ def check(schedule: Schedule, most: Number | None = None) -> None:
             _fail(schedule.compute(), f"the rank holds the activations of {row[cell]:g} chunks, but has room for {most:g}", rank, cell)
 
 
-def in_flight(schedule: Schedule, kept_for_weights: Number = 1, sizes: Sequence[Number] | None = None) -> tuple[tuple[Number, ...], ...]:
+def in_flight(
+    schedule: Schedule, kept: Number | Sequence[Number] = 1, waiting: Number | Sequence[Number] | None = None
+) -> tuple[tuple[Number, ...], ...]:
     """The chunks of activations that each rank holds while each of its computations runs, in that order.
 
-    A chunk is held from its forward to the end of its backward. Where that is split, I lets go of all but `kept_for_weights` of it, W of
-    the rest; where there is none, it is gone after its forward. `sizes` are what a chunk of each stage counts, in bytes say, instead of 1.
+    A chunk is held from its forward to the end of its backward, and counts what is `kept` of it: 1, or for each stage so many bytes, say.
+    Where backward is split, I lets go of all but what is `waiting`, by default everything, W of that; where there is none, it is gone
+    after its forward.
     """
     rows, states = _held(schedule)
-    known = [sum((whole + kept_for_weights * part) * (sizes[stage] if sizes else 1) for stage, whole, part in held) for held in states]
+    by_stage = [what if isinstance(what, Sequence) else [what] * schedule.stages for what in (kept, kept if waiting is None else waiting)]
+    known = [_counted(held, *by_stage) for held in states]
     return tuple(tuple(map(known.__getitem__, row)) for row in rows)
 
 
+def most_in_flight(schedule: Schedule, rank: int, kept: Mapping[int, Number], waiting: Mapping[int, Number]) -> Number:
+    """The most that a rank holds at once, as `in_flight` has it, of what each of its stages keeps and lets wait."""
+    return max(_counted(held, kept, waiting) for held in _fullest(schedule)[rank])
+
+
+@lru_cache(maxsize=256)
+def _fullest(schedule: Schedule) -> tuple[tuple[Held, ...], ...]:
+    """What each rank holds at some time, but what is no more of anything than it holds at another."""
+    rows, states = _held(schedule)
+    found = []
+    for row in rows:
+        fullest: list[Held] = []
+        for held in sorted((states[number] for number in set(row)), key=lambda held: -sum(whole + part for _, whole, part in held)):
+            if not any(_within(held, other) for other in fullest):
+                fullest.append(held)
+        found.append(tuple(fullest))
+    return tuple(found)
+
+
+def _within(held: Held, other: Held) -> bool:
+    """Whether there is no more of anything in it than in the other."""
+    more = {stage: (whole, part) for stage, whole, part in other}
+    return all(whole <= more.get(stage, (0, 0))[0] and part <= more.get(stage, (0, 0))[1] for stage, whole, part in held)
+
+
+def _counted(held: Held, kept: _Counts, waiting: _Counts) -> Number:
+    return sum([whole * kept[stage] + part * waiting[stage] for stage, whole, part in held])
+
+
+_Counts = Sequence[Number] | Mapping[int, Number]
 Held = tuple[tuple[int, int, int], ...]
 """What a rank holds: stage, and how many chunks of it, whole and for W alone."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -16,8 +17,9 @@ from dsc.driver.compile import default_pipeline
 from dsc.driver.plan_flops import model_flops
 from dsc.driver.plan_inputs import Inputs, own_figures
 from dsc.driver.plan_program import STEP, Compiler
+from dsc.driver.plan_report import shortfall
 from dsc.driver.plan_search import Planner, best_of
-from dsc.driver.plan_train import Setup, Training
+from dsc.driver.plan_train import CHUNKS, Setup, Training, held_by
 from dsc.hardware.cluster import cluster
 from dsc.hardware.streams import simulate as on_streams
 from dsc.ir.mesh import Mesh
@@ -143,6 +145,23 @@ def test_an_assumption_moves_the_total_as_its_row_says() -> None:
     row = next(e for e in own.effects(plan) if e.key == "comm.compute_slowdown")
     given = own.plan(plan.setup, own.inputs.assume([f"{row.key}={row.figure.high}"]), plan.stages.sizes)
     assert row.high == given.gpu_hours > row.low
+
+
+@pytest.mark.parametrize(("schedule", "pp"), [("dualpipe", 4), ("dualpipev", 2)])
+def test_a_placement_that_fits_is_found_where_the_quickest_does_not(schedule: str, pp: int) -> None:
+    """One byte less than the placement without a bound needs: another fits. With next to no memory the report says what lacks."""
+    own, setup = planner("deepseek-v3-tiny", 8, 64, 4), Setup(Mesh(pp, 8 // pp, 2, 1), schedule, CHUNKS[schedule][0], 64, 64)
+    free = own.plan(setup)
+    rest = own.inputs.assume(["run.reserved=0"])
+    less = own.plan(setup, rest.assume([f"device.chip.memory={free.peak.total - 1}"]))
+    assert less.fits
+    assert less.stages.sizes != free.stages.sizes
+    none = own.plan(setup, rest.assume(["device.chip.memory=1e6"]))
+    rank = none.memory.index(none.peak)
+    held = r" and ".join(rf"stage {s} \(\d layers?\)" for s in held_by(none.schedule)[rank])
+    most = rf"no placement.* fits: rank {rank} with {held} needs [\d.]+ MB of 1.00 MB \(.* workspace\); what would help: more stages"
+    assert re.fullmatch(rf"{most}.*", shortfall(none))
+    assert shortfall(free) == ""
 
 
 def test_the_best_of_all_candidates_is_found_without_simulating_each() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsc.ir.errors import DscError
-from dsc.schedule.partition import balanced, partition
+from dsc.schedule.partition import Room, balanced, partition
 
 COSTS = st.lists(st.integers(0, 9), min_size=1, max_size=9)
 
@@ -84,3 +84,55 @@ def test_what_a_ranks_stages_take_together_may_be_anything(costs: list[int]) -> 
 
     found = balanced(costs, ranks, lambda spans: max(sum(costs[a:b]) for a, b in spans))
     assert min(map(most, every(len(costs), 4))) <= most(found) <= most(partition(costs, 4))
+
+
+WEIGHED = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=4, max_size=9)
+"""What each layer costs, and what it needs."""
+
+
+def needed(layers: list[tuple[int, int]], factors: list[int], ranks: list[list[int]], sizes: tuple[int, ...]) -> list[int]:
+    """What each rank needs: its stages hold as many times what their layers need as the schedule says, more than one of them."""
+    cuts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    return [sum(factors[s] * need for s in stages for _, need in layers[cuts[s] : cuts[s + 1]]) for stages in ranks]
+
+
+def room(layers: list[tuple[int, int]], factors: list[int], ranks: list[list[int]], limit: int) -> Room:
+    """The same as the placer is told it."""
+
+    def needs(rank: int, spans: tuple[tuple[int, int], ...]) -> float:
+        return sum(factors[s] * need for s, (a, b) in zip(ranks[rank], spans, strict=True) for _, need in layers[a:b])
+
+    return Room(limit, needs)
+
+
+@given(WEIGHED, st.permutations([1, 2, 3]), st.integers(0, 60))
+def test_the_quickest_of_all_placements_that_fit_is_found(layers: list[tuple[int, int]], factors: list[int], limit: int) -> None:
+    """As 1F1B has it: a rank has one stage, and holds more micro-batches the earlier that is. The ranks stand in any order."""
+    costs, ranks = [cost for cost, _ in layers], [[1], [2], [0]]
+    found = balanced(costs, ranks, room=room(layers, factors, ranks, limit))
+    ways = {sizes: max(needed(layers, factors, ranks, sizes)) for sizes in every(len(costs), 3)}
+    fitting = [sizes for sizes, most in ways.items() if most <= limit]
+    if fitting:
+        best = min(fitting, key=lambda sizes: (largest(costs, sizes, ranks), squares(costs, sizes)))
+        assert found in fitting
+        assert (largest(costs, found, ranks), squares(costs, found)) == (largest(costs, best, ranks), squares(costs, best))
+    else:
+        assert ways[found] == min(ways.values()), "what lacks least"
+
+
+@given(
+    WEIGHED, st.lists(st.integers(1, 3), min_size=4, max_size=4), st.integers(0, 60), st.sampled_from(([[0, 3], [1, 2]], [[0, 2], [1, 3]]))
+)
+def test_several_stages_on_a_rank_fit_where_that_is_found(
+    layers: list[tuple[int, int]], factors: list[int], limit: int, ranks: list[list[int]]
+) -> None:
+    """A search near by, no proof: what it finds fits no worse than the placement without a bound, and is that one where that fits."""
+    costs = [cost for cost, _ in layers]
+    found, free = balanced(costs, ranks, room=room(layers, factors, ranks, limit)), balanced(costs, ranks)
+
+    def lacking(sizes: tuple[int, ...]) -> int:
+        return max(max(0, need - limit) for need in needed(layers, factors, ranks, sizes))
+
+    assert sum(found) == len(costs)
+    assert lacking(found) <= lacking(free)
+    assert lacking(free) or found == free

@@ -184,9 +184,9 @@ def test_steps_run_in_order_and_one_at_a_time(case: Case, d: Durations, comm: Fr
 def test_weights_may_let_go_early() -> None:
     """ZB1P: where W needs nothing of what forward kept, each rank holds what 1F1B holds."""
     schedule = generate("zb1p", 4, 8)
-    assert [max(row) for row in in_flight(schedule, 0)] == [4, 3, 2, 1]
+    assert [max(row) for row in in_flight(schedule, waiting=0)] == [4, 3, 2, 1]
     assert [max(row) for row in in_flight(schedule)] == [4, 4, 4, 4]
-    assert max(map(max, in_flight(schedule, Fraction(1, 2)))) == 4
+    assert max(map(max, in_flight(schedule, waiting=Fraction(1, 2)))) == 4
 
 
 def test_stages_may_hold_more_or_less() -> None:
@@ -199,7 +199,7 @@ def test_stages_may_hold_more_or_less() -> None:
             held += sizes[step.parts[0].stage] if step.parts[0].kind is Kind.F else 0
             most = max(most, held)
             held -= sizes[step.parts[0].stage] if step.parts[0].kind is Kind.B else 0
-        assert max(in_flight(schedule, sizes=sizes)[rank]) == most
+        assert max(in_flight(schedule, sizes)[rank]) == most
 
 
 def test_stages_that_differ() -> None:
