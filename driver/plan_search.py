@@ -25,7 +25,7 @@ class Planner:
     refusal: str = ""  # why the last setup that cannot be cannot
 
     def plan(self, setup: Setup, inputs: Inputs | None = None, sizes: Sequence[int] = ()) -> Training:
-        """One step."""
+        """One step, its layers on the stages as `sizes` says, or where they take least (`plan_training`)."""
         given = inputs or self.inputs
         program = self.compiler.program(setup.mesh, setup.micro, given.cluster)
         if given is not self.inputs:
@@ -66,16 +66,18 @@ class Planner:
 def best_of(candidates: Iterable[Training], wanted: int, on_step: Callable[[str], None] = lambda step: None) -> list[Training]:
     """The `wanted` quickest that fit, or where none does those that need least memory.
 
-    A candidate is simulated only while its least time could still place it among them.
+    A candidate that does not fit is placed anew, and each is simulated, only while its least time could still place it among them.
     """
-    every = list(candidates)
-    fitting = sorted((c for c in every if c.fits), key=lambda c: c.least)
-    if not fitting:
-        return sorted(every, key=lambda c: (c.peak.total, c.least))[:wanted]
     found: list[Training] = []
-    for candidate in fitting:
+    full: list[Training] = []
+    every = list(candidates)
+    for candidate in sorted([c for c in every if not c.hopeless] or every, key=lambda c: c.least):
         if len(found) == wanted and candidate.least >= found[-1].step:
             break
-        found = sorted([*found, candidate], key=lambda c: c.step)[:wanted]
+        placed = candidate.within()
+        if placed.fits:
+            found = sorted([*found, placed], key=lambda c: c.step)[:wanted]
+        else:
+            full.append(placed)
         on_step(f"{candidate.setup.mesh} {candidate.setup.schedule}")
-    return found
+    return found or sorted(full, key=lambda c: (c.peak.total, c.least))[:wanted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate, pairwise
 
@@ -188,6 +188,19 @@ class Training:
         held = enumerate(held_by(self.schedule))
         return tuple(memory_of(own.program, self.schedule, self.setup, rank, tuple(spans[s] for s in stages)) for rank, stages in held)
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether ranks do not even have room for weights, gradients and the optimiser's share, wherever the layers are."""
+        return sum(m.state + m.workspace for m in self.memory) > len(self.memory) * self.capacity
+
+    def within(self) -> Training:
+        """The same with layers where all ranks have room for them; where none are found, where the fullest lacks least."""
+        own, schedule, setup = self.stages, self.schedule, self.setup
+        if self.fits:
+            return self
+        room = Room(self.capacity, cache(lambda rank, spans: memory_of(own.program, schedule, setup, rank, spans).total))
+        return replace(self, stages=replace(own, sizes=placed(own.program, own.machine, schedule, room), runs={}, known={}))
+
     @cached_property
     def ends(self) -> Mapping[str, float]:
         """What follows the pipeline: gradients, optimiser, weights."""
@@ -252,10 +265,11 @@ class Training:
 
 
 def plan_training(program: Program, machine: Machine, setup: Setup, sizes: Sequence[int] = ()) -> Training:
-    """A step. `sizes` places layers on stages; without it `placed` does. `DscError` where the numbers do not go together."""
+    """A step. `sizes` places layers on stages; without it they go where they take least, whatever a rank has room for (`Training.within`).
+    `DscError` where the numbers do not go together."""
     setup.check()
     schedule = scheduled(setup.schedule, setup.stages, setup.microbatches, None if setup.schedule == "dualpipe" else setup.chunks)
-    stages = Stages(program, machine, sizes or placed(program, machine, schedule, setup), machine.hop(program.boundary))
+    stages = Stages(program, machine, sizes or placed(program, machine, schedule), machine.hop(program.boundary))
     return Training(setup, stages, schedule)
 
 
@@ -263,12 +277,11 @@ scheduled = cache(generate)
 """Schedules are the same for many meshes."""
 
 
-def placed(program: Program, machine: Machine, schedule: Schedule, setup: Setup) -> tuple[int, ...]:
-    """Layers on stages, ranks balanced by what a micro-batch takes, forward and backward, and none with more than it has room for: where
-    two overlap, by what both pairs of their stages take."""
+def placed(program: Program, machine: Machine, schedule: Schedule, room: Room | None = None) -> tuple[int, ...]:
+    """Layers on stages, ranks balanced by what a micro-batch takes, forward and backward: where two overlap, by what both pairs of their
+    stages take."""
     costs, held = [machine.apart[layer.kind] for layer in program.layers], held_by(schedule)
     fill = max(0.0, (schedule.ranks - 2) / schedule.microbatches)  # steps of one stage beside those of both, as DualPipe's bubble has them
-    room = Room(machine.capacity, cache(lambda rank, spans: memory_of(program, schedule, setup, rank, spans).total))
 
     def both(spans: tuple[Span, ...]) -> float:
         first, last = (program.layers[a:b] for a, b in spans)

@@ -59,14 +59,14 @@ def balanced(
         own = [before[b] - before[a] for a, b in spans]
         sums = [of_rank(tuple([spans[stage] for stage in stages])) for stages in ranks]
         lacking = room.lacking(ranks, cuts) if room else ()
-        most = max(sums)
-        return (max(lacking, default=0.0), sum(lacking), most + fill * max(own), sum(x * x for x in (*sums, *own))), sums.index(most)
+        most, lacks = max(sums), max(lacking, default=0.0)
+        worst = lacking.index(lacks) if lacks else sums.index(most)
+        return (lacks, sum(lacking), most + fill * max(own), sum(x * x for x in (*sums, *own))), worst
 
     even = [0, *accumulate(partition(costs, count))]
     found = _wandered(even, ranks, score)
     if room and any(room.lacking(ranks, found)):
-        every = [tuple(range(count))] * len(ranks)  # a rank has room once others have made it for theirs
-        within = [_wandered(start, every, lambda cuts: score(cuts, room)) for start in (found, even)]
+        within = [_wandered(start, ranks, lambda cuts: score(cuts, room)) for start in (found, even)]
         found = min(within, key=lambda cuts: score(cuts, room))
     return _sizes(found)
 
@@ -74,18 +74,24 @@ def balanced(
 def _wandered(
     cuts: Sequence[int], ranks: Sequence[Sequence[int]], score: Callable[[Sequence[int]], tuple[tuple[float, ...], int]]
 ) -> list[int]:
-    """Cuts that no layer makes better on its way from or to a stage that `score` says to look at: it says how good cuts are, and whose."""
-    cuts = list(cuts)
+    """Cuts that no layer makes better on its way from or to a stage of the worst rank, or where any rank lacks room, of any.
+
+    `score` says how good cuts are, beginning with how much the fullest rank lacks, and which rank is the worst.
+    """
+    cuts, stages = list(cuts), range(len(cuts) - 1)
     best, worst = score(cuts)
     improved = True
     while improved:
         improved = False
-        for stage, other in ((s, o) for s in ranks[worst] for o in range(len(cuts) - 1) if o != s):
-            first, last = min(stage, other) + 1, max(stage, other)
-            for by in (1, -1):
-                moved = [c + by if first <= i <= last else c for i, c in enumerate(cuts)]
-                if all(a < b for a, b in pairwise(moved[first - 1 : last + 2])) and (found := score(moved))[0] < best:
-                    cuts, (best, worst), improved = moved, found, True
+        for tried in (ranks[worst], stages if best[0] else ()):  # a rank may have room once others have made it for theirs
+            for stage, other in ((s, o) for s in tried for o in stages if o != s):
+                first, last = min(stage, other) + 1, max(stage, other)
+                for by in (1, -1):
+                    moved = [c + by if first <= i <= last else c for i, c in enumerate(cuts)]
+                    if all(a < b for a, b in pairwise(moved[first - 1 : last + 2])) and (found := score(moved))[0] < best:
+                        cuts, (best, worst), improved = moved, found, True
+            if improved:
+                break
     return cuts
 
 

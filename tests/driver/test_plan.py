@@ -153,10 +153,10 @@ def test_a_placement_that_fits_is_found_where_the_quickest_does_not(schedule: st
     own, setup = planner("deepseek-v3-tiny", 8, 64, 4), Setup(Mesh(pp, 8 // pp, 2, 1), schedule, CHUNKS[schedule][0], 64, 64)
     free = own.plan(setup)
     rest = own.inputs.assume(["run.reserved=0"])
-    less = own.plan(setup, rest.assume([f"device.chip.memory={free.peak.total - 1}"]))
+    less = own.plan(setup, rest.assume([f"device.chip.memory={free.peak.total - 1}"])).within()
     assert less.fits
     assert less.stages.sizes != free.stages.sizes
-    none = own.plan(setup, rest.assume(["device.chip.memory=1e6"]))
+    none = own.plan(setup, rest.assume(["device.chip.memory=1e6"])).within()
     rank = none.memory.index(none.peak)
     held = r" and ".join(rf"stage {s} \(\d layers?\)" for s in held_by(none.schedule)[rank])
     most = rf"no placement.* fits: rank {rank} with {held} needs [\d.]+ MB of 1.00 MB \(.* workspace\); what would help: more stages"
