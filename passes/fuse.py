@@ -8,10 +8,8 @@ from typing import ClassVar
 
 from ..ir.core import Func, Module, Op, Phase, Symbol, Trait, Value, users
 from ..ir.errors import DscError
-from ..ir.ops.elementwise import Add, SwiGLU
-from ..ir.ops.fused import SUMS, Fused, RmsNormQuantize, SwiGLUQuantize
-from ..ir.ops.norm import RmsNorm
-from ..ir.ops.quant import Quantize
+from ..ir.ops.elementwise import Add
+from ..ir.ops.fused import SUMS, Fused
 from ..ir.ops.shape import Reshape
 from ..ir.region import downward, free, member, region_of
 from ..ir.types import Dim
@@ -27,9 +25,9 @@ MOST_TENSORS = 16
 class Fuse(Pass):
     """Gather ops element by element and along rows into regions that one kernel computes each.
 
-    A region becomes a function, and one `fused` op in its place; a norm or SwiGLU with the quantisation of its result has a name.
-    What is read elsewhere is a result of the region. Ops that read the same tensor are in one region where that is possible. No op is
-    computed twice, numbers and reshapes apart; ops of different phases stay apart, and what no region takes keeps its order.
+    A region becomes a function, and one `fused` op in its place. What is read elsewhere is a result of the region. Ops that read the same
+    tensor are in one region where that is possible. No op is computed twice, numbers and reshapes apart; ops of different phases stay
+    apart, and what no region takes keeps its order.
 
     Before `fuse`:
 
@@ -78,9 +76,15 @@ class Fuse(Pass):
         module { stage=lowered }
 
         func @f(%gate: bf16[4, 256], %up: bf16[4, 256], %dy: bf16[2, 3, 256]) {
-          %q: f8e4m3[4, 256], %s: f32[4, 2] = swiglu_quantize(%gate, %up)   @ f#2 F
+          %q: f8e4m3[4, 256], %s: f32[4, 2] = fused(@swiglu_quantize, [%gate, %up])  @ f#2.1 F
           %dq: f8e4m3[2, 3, 256], %ds: f32[2, 3, 2], %wq: f8e4m3[6, 256], %ws: f32[1, 256] = fused(@quantize_quantize, [%dy])  @ f#5.1 I
           return %q, %s, %dq, %ds, %wq, %ws
+        }
+
+        func @swiglu_quantize(%gate: bf16[4, 256], %up: bf16[4, 256]) {
+          %y: bf16[4, 256] = swiglu(%gate, %up)                             @ f#1 F
+          %q: f8e4m3[4, 256], %s: f32[4, 2] = quantize(%y)                  @ f#2 F
+          return %q, %s
         }
 
         func @quantize_quantize(%dy: bf16[2, 3, 256]) {
@@ -336,12 +340,6 @@ class _Fusion:
     def fused(self, ops: list[Op], taken: set[str]) -> tuple[Op, tuple[Value, ...]]:
         """The op that stands for a region, and the values that its results replace."""
         body, results = self.body(ops), self.results(ops)
-        match ops:
-            case [RmsNorm() | SwiGLU() as first, Quantize() as second] if _named(first, second, body):
-                keep = first.result in results
-                values = (first.result, *second.results) if keep else second.results
-                made = _by_name(first, second, keep)
-                return made.copy(id=second.id, phase=second.phase, names=tuple(v.name for v in values)), values
         operands = self.operands(body)
         inner = {value: Value(value.type, value.name) for value in operands}
         params, moved = tuple(inner.values()), list[Op]()
@@ -371,18 +369,6 @@ class _Fusion:
 def _same(op: Op, read: set[Value]) -> bool:
     """Whether an op is a view of a matrix that is read in another form, too."""
     return isinstance(op, Reshape) and any(v is not op.result and _matrix(v) == _matrix(op.result) for v in read)
-
-
-def _named(first: RmsNorm | SwiGLU, second: Quantize, body: list[Op]) -> bool:
-    like = isinstance(first, RmsNorm) or first.gate.type == first.up.type
-    return len(body) == 2 and second.x is first.result and like and second.tile[0] == 1
-
-
-def _by_name(first: RmsNorm | SwiGLU, second: Quantize, keep: bool) -> Op:
-    tile, dtype, rule = second.tile, second.dtype, second.rule
-    if isinstance(first, RmsNorm):
-        return RmsNormQuantize(first.x, first.weight, first.eps, tile, dtype, rule, keep)
-    return SwiGLUQuantize(first.gate, first.up, first.weight, tile, dtype, rule, keep)
 
 
 def _dead(func: Func) -> Func:

@@ -47,9 +47,7 @@ from ..ir.ops.fused import (
     Fused,
     GroupedScaledMatmulAdd,
     RmsNormBackwardAdd,
-    RmsNormQuantize,
     ScaledMatmulAdd,
-    SwiGLUQuantize,
 )
 from ..ir.ops.internode import InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
@@ -410,11 +408,6 @@ IN_FLIGHT = [
 
 FUSED = [
     sample(Fused, "f32[2, 3]", callee=Symbol("doubled"), result_types=result("f32[2, 3]")),
-    *(sample(RmsNormQuantize, (f"{dtype}[2, 3, 200]", wide), f"{dtype}[200]", eps=1e-6) for dtype in ("f32", "bf16")),
-    sample(RmsNormQuantize, "bf16[5, 70]", "f32[70]", eps=1e-5, tile=(1, 16), dtype=DType.f8e5m2, rule=POWERS, keep=True),
-    *(sample(SwiGLUQuantize, f"{dtype}[2, 3, 200]", f"{dtype}[2, 3, 200]") for dtype in ("f32", "bf16")),
-    sample(SwiGLUQuantize, "bf16[5, 70]", ("bf16[5, 70]", wide), tile=(1, 16), rule=POWERS, keep=True),
-    sample(SwiGLUQuantize, "bf16[5, 70]", "bf16[5, 70]", "f32[5, 1]", tile=(1, 16), tag="with weights"),
     *(sample(ScaledMatmulAdd, "f8e4m3[2, 5, 200]", ("f32[2, 5, 2]", positive), "f8e4m3[9, 200]", ("f32[1, 2]", positive),
              f"{out.name}[2, 5, 9]", out=out) for out in (DType.bf16, DType.f32)),
     sample(GroupedScaledMatmulAdd, "f8e4m3[23, 200]", ("f32[23, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),

@@ -7,7 +7,7 @@ from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
 from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
-from ..ir.ops.fused import GroupedScaledMatmulAdd, RmsNormBackwardAdd, RmsNormQuantize, ScaledMatmulAdd, SwiGLUQuantize
+from ..ir.ops.fused import GroupedScaledMatmulAdd, RmsNormBackwardAdd, ScaledMatmulAdd
 from ..ir.ops.internode import InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
@@ -212,9 +212,6 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         message="scales of f8e4m3[300, 3] in tiles of [128, 1], restarting at each of 2 groups, are f32[4, 3], found f32[3, 3]",
     ),
     # fused ops
-    wrong(RmsNormQuantize, "f32[3, 8]", "f32[8]", eps=1e-6, tile=(2, 4), message="expected tiles of one row, found [2, 4]"),
-    wrong(RmsNormQuantize, "f32[3, 8]", "f32[7]", eps=1e-6, message="weight is f32[7], expected [8]"),
-    wrong(SwiGLUQuantize, "f32[3, 8]", "bf16[3, 8]", message="types differ: gate is f32[3, 8] and up bf16[3, 8]"),
     wrong(RmsNormBackwardAdd, "f32[3, 8]", "f32[8]", "f32[3, 8]", eps=1e-6, message="rms_norm_backward_add needs what is added"),
     wrong(RmsNormBackwardAdd, "f32[3, 8]", "f32[8]", "f32[3, 8]", "f32[8]", eps=1e-6, message="f32[8] is added, expected f32[3, 8]"),
     wrong(

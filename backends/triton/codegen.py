@@ -2,8 +2,9 @@
 
 The source is readable Python, in a file (`generated.py`).
 
-A program holds BLOCK elements of the region's space, ROWS whole rows where something goes along them, or a square of TILE x TILE where
-something goes down columns, and reads each operand once, by the index that broadcasting gives it. Every value is float32 (or bool) and,
+A program holds BLOCK elements of the region's space, ROWS whole rows where something goes along them (strips of WIDTH columns where that is
+tiles of a row alone), or a square of TILE x TILE where something goes down columns, and reads each operand once, by the index that
+broadcasting gives it. Every value is float32 (or bool) and,
 after each op, on the grid of its dtype, as the op's type rule rounds it. What an op is in Triton stands in `expressions.py`.
 """
 
@@ -34,6 +35,8 @@ from .targets import Target
 from .tiles import ceil_div, power_of_two, rows_of, warps
 
 BLOCK = 2048
+STRIP = 1024
+"""Columns of a strip, at least: a whole number of tiles."""
 
 AT = "first + at"
 """Where an element of the space lies in a tensor of its shape: 64 bits once per program, 32 for each element."""
@@ -74,12 +77,23 @@ def launch_of(func: Func, target: Target, operands: Sequence[Slot], results: Seq
     if not region.rowwise:
         arguments: dict[str, Any] = {**slots, "size": size}
         return Launch(kernel, (ceil_div(size, BLOCK),), arguments, {"BLOCK": BLOCK}, num_warps=warps(BLOCK))
-    rows, tile = size // max(1, columns), rows_of(columns)
+    rows = size // max(1, columns)
     if region.block:
         groups = shapes[region.counts][0] if region.counts is not None else 0
         return _in_blocks(kernel, region.block, groups, slots, rows, columns)
+    tile = rows_of(columns if _whole_rows(func) else min(columns, max(STRIP, *(op.tile[1] for op in _tiled(func)))))
     constants = {"ROWS": tile.rows, "COLUMNS": columns, "WIDTH": tile.width}
-    return Launch(kernel, (ceil_div(rows, tile.rows),), {**slots, "rows": rows}, constants, num_warps=tile.num_warps)
+    grid = (ceil_div(rows, tile.rows), ceil_div(columns, tile.width))
+    return Launch(kernel, grid, {**slots, "rows": rows}, constants, num_warps=tile.num_warps)
+
+
+def _tiled(func: Func) -> list[Quantize | Dequantize]:
+    return [op for op in func.ops if isinstance(op, Quantize | Dequantize)]
+
+
+def _whole_rows(func: Func) -> bool:
+    """Whether a program has to hold whole rows: something adds up along them."""
+    return any(isinstance(op, tuple(ALONG_ROWS)) for op in func.ops)
 
 
 def _in_blocks(kernel: Any, block: int, groups: int, slots: dict[str, Slot], rows: int, columns: int) -> Launch:
@@ -167,7 +181,7 @@ class _Source:
             ]
         return [
             "row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]",
-            "column = tl.arange(0, WIDTH)[None, :]",
+            f"column = {'' if _whole_rows(self.func) else 'tl.program_id(1) * WIDTH + '}tl.arange(0, WIDTH)[None, :]",
             "inside = (row < rows) & (column < COLUMNS)",
             "first = tl.program_id(0).to(tl.int64) * ROWS * COLUMNS",
             "at = tl.arange(0, ROWS)[:, None] * COLUMNS + column",
@@ -303,7 +317,8 @@ class _Source:
                 tiles = self.shapes[value][-1]
                 mask = "row < stop" if self.region.block else f"(row < rows) & (tile < {tiles})"
                 if not self.region.block:
-                    yield f"tile = tl.arange(0, {name}.shape[1])[None, :]"
+                    strip = "" if _whole_rows(self.func) else f"tl.program_id(1) * {name}.shape[1] + "
+                    yield f"tile = {strip}tl.arange(0, {name}.shape[1])[None, :]"
                 yield f"tl.store({pointer} + row * {tiles} + tile, {name}, mask={mask})"
             return
         at, mask = ("row", "row < rows") if value in self.region.rows else (AT, "inside")

@@ -18,8 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...distributed.world import Program, Settle, alone
-from ...ir.core import Func, Module, Op
+from ...ir.core import Module, Op
 from ...ir.errors import DscError, require
+from ...ir.ops.fused import alone as alone_of
 from ...ir.types import Tensor, Type
 from .. import Observer, Weights
 from ..arrays import Array, Data, describe, fits
@@ -148,9 +149,7 @@ class Executor:
     def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
         """The results of one op. `DscError` for `param`, `constant` and `call`, which need a module."""
         require(type(op) in torch_ops.TORCH, f"{op.name} has no meaning outside a module")
-        given = dict(zip(op.operands, operands, strict=True))
-        module = Module((Func("evaluate", tuple(given), (op,), op.results),))
-        return self.run(module, _no_weights, tuple(given.values()))
+        return self.run(alone_of(op), no_weights, tuple(dict(zip(op.operands, operands, strict=True)).values()))
 
     def _walk(
         self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None
@@ -178,7 +177,7 @@ class Executor:
 TRITON = Executor()
 
 
-def _no_weights(name: str, type: Tensor) -> Array:
+def no_weights(name: str, type: Tensor) -> Array:
     raise DscError(f"weight {name} of type {type}: a single op has none")
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ...ir.core import Func, Module, Op
+from ...ir.core import Module, Op
 from ...ir.errors import DscError
+from ...ir.ops.fused import alone
 from ...ir.types import Tensor
 from ..arrays import STORAGE
 from .program import layout_of, plan_function
 from .registry import KERNELS
-from .run import Executor
+from .run import Executor, no_weights
 from .targets import Target
 from .tiles import Gemm
 from .timing import median_seconds
@@ -46,11 +47,6 @@ class Measured:
     @property
     def best(self) -> Gemm:
         return min(self.seconds, key=self.seconds.__getitem__)
-
-
-def alone(op: Op) -> Module:
-    """A program of one op."""
-    return Module((Func("main", tuple(dict.fromkeys(op.operands)), (op,), op.results),))
 
 
 def products(module: Module, target: Target) -> dict[str, tuple[Op, Gemm]]:
@@ -92,7 +88,7 @@ def time_on_gpu(op: Op, tiles: Mapping[str, Gemm]) -> float:
     """The median time of the op's launches, on random operands; infinite where a tile does not compile or fit."""
     single = alone(op)
     try:
-        prepared = Executor(graphs=False, tuned=tiles).prepare(single, _none, operands(op))
+        prepared = Executor(graphs=False, tuned=tiles).prepare(single, no_weights, operands(op))
         return median_seconds(prepared.launch)
     except (DscError, RuntimeError):
         return float("inf")
@@ -113,7 +109,3 @@ def operands(op: Op) -> list[Any]:
         return rng.standard_normal(shape, np.float32).astype(storage)
 
     return [make(value.tensor) for value in values]
-
-
-def _none(name: str, type: Tensor) -> Any:
-    raise DscError(f"weight {name}: a single op has none")

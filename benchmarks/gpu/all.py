@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ from dsc.backends.triton.prepared import Prepared
 from dsc.backends.triton.program import flat, layout_of
 from dsc.backends.triton.run import Executor, machine
 from dsc.backends.triton.timing import median_seconds
-from dsc.backends.triton.tune import alone
+from dsc.backends.triton.torch_ops.fused import by_expansion
 from dsc.hardware.cost import MATRIX
 from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from dsc.ir.ops.control import Param
 from dsc.ir.ops.elementwise import Add, SwiGLU, SwiGLUBackward
-from dsc.ir.ops.fused import GroupedScaledMatmulAdd, RmsNormBackwardAdd, RmsNormQuantize, ScaledMatmulAdd, SwiGLUQuantize
+from dsc.ir.ops.fused import Fused, GroupedScaledMatmulAdd, RmsNormBackwardAdd, ScaledMatmulAdd, alone
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from dsc.ir.ops.loss import CrossEntropy, CrossEntropyBackward
 from dsc.ir.ops.moe import Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights, SlotWeights
@@ -153,13 +154,13 @@ def fill(tensor: torch.Tensor) -> None:
             part.view(torch.uint8).copy_(numbers.clamp(-448, 448).to(part.dtype).view(torch.uint8))
 
 
-def ready(bench: Bench, op: Op, integers: Callable[[torch.Tensor], torch.Tensor] | None) -> Prepared:
-    """The op alone, prepared, its operands filled on the device."""
+def ready(bench: Bench, op: Op, integers: Callable[[torch.Tensor], torch.Tensor] | None, module: Module | None = None) -> Prepared:
+    """The op of a module alone, prepared, its operands filled on the device."""
 
     def nothing(type: Type) -> Any:
         return tuple(map(nothing, type.fields)) if isinstance(type, Bundle) else np.zeros(tuple(layout_of(type).shape), STORAGE[type.dtype])
 
-    module = alone(op)
+    module = alone(op, module)
     prepared = Executor(graphs=False).prepare(module, lambda *_: None, [nothing(p.type) for p in module.main.params])
     for tensor in flat(prepared.inputs):
         if tensor.is_floating_point():
@@ -176,17 +177,18 @@ def measure(
     peers: dict[str, Peer],
     integers: Callable[[torch.Tensor], torch.Tensor] | None = None,
     complete: Callable[..., None] = lambda *operands: None,
+    module: Module | None = None,
 ) -> None:
     """Rows of one op: dsc's kernel, then every peer on the same operands.
 
     They are random; `integers` gives those of an integer tensor, `complete` writes those that depend on others.
     """
     shape = " ".join("x".join(map(str, t.shape)) for t in flat_types(op))
-    name = f"{op.name} {op.tile[0]}x{op.tile[1]}" if isinstance(op, Quantize) else op.name
+    name = f"{op.name} {op.tile[0]}x{op.tile[1]}" if isinstance(op, Quantize) else str(op.callee) if isinstance(op, Fused) else op.name
     bits = next(flat_types(op)).dtype.bits
     moved = sum(v.type.bytes for v in dict.fromkeys((*op.operands, *op.results)))
     floor = max(moved / found.bandwidth, op.flops() / found.rates[bits] if isinstance(op, MATRIX) else 0.0)
-    prepared = ready(bench, op, integers)
+    prepared = ready(bench, op, integers, module)
     complete(*prepared.inputs)
     bench.add(name, shape, "dsc", bench.seconds(prepared.launch), floor)
     expected = next(iter(flat(prepared.results)))
@@ -218,10 +220,11 @@ def of(like: Value) -> tuple[Any, ...]:
     return like.tensor.dtype, *like.tensor.shape
 
 
-def compiled(bench: Bench, op: Op) -> Peer:
+def compiled(bench: Bench, op: Op, module: Module | None = None) -> Peer:
     """torch.compile of the same math, as dsc's stand-in for the kernel has it."""
     torch.compiler.reset()  # it gives up on a function that it has compiled for eight ops
-    fast = torch.compile(lambda *operands: torch_ops.run(op, operands), backend=bench.backend)
+    run = partial(by_expansion, op, module=module) if isinstance(op, Fused) else lambda *operands: torch_ops.run(op, operands)
+    fast = torch.compile(run, backend=bench.backend)
     return lambda *operands: lambda: fast(*operands)
 
 
@@ -286,6 +289,12 @@ def rows(bench: Bench, found: Machine) -> None:
     codes, scales = value(F8, s.tokens, s.hidden), value(F32, s.tokens, tiles(s.hidden))
     weight, x_gradient = value(BF16, s.hidden), value(BF16, s.tokens, s.hidden)
     gate, up = value(BF16, s.tokens, s.width), value(BF16, s.tokens, s.width)
+    fused = Builder("fused")
+    weighted = SwiGLU(value(BF16, sent, s.width), value(BF16, sent, s.width), value(F32, sent, 1))
+    for y in (RmsNorm(x, weight, 1e-6), SwiGLU(gate, up), weighted):
+        fused.params += dict.fromkeys(y.operands)
+        fused.emit(Quantize(fused.emit(y).result))
+    made = apply(Module((fused.finish([r for op in fused.ops if isinstance(op, Quantize) for r in op.results]),)), "fuse")
     cases: list[tuple[Op, Any]] = [
         (Quantize(x), None),
         (Quantize(x, tile=(128, 1)), None),
@@ -300,20 +309,18 @@ def rows(bench: Bench, found: Machine) -> None:
         (Redispatch((x,), handle), order),
         (Take(value(BF16, s.vocabulary, s.hidden), value(I64, s.tokens)), below(s.vocabulary)),
         (CrossEntropy(value(BF16, s.tokens, s.vocabulary), value(I64, s.tokens)), below(s.vocabulary)),
-        (RmsNormQuantize(x, weight, 1e-6), None),
-        (SwiGLUQuantize(gate, up), None),
+        *((op, None) for op in made.main.ops),
         (RmsNormBackward(x, weight, x_gradient, 1e-6), None),
         (RmsNormBackwardAdd(x, weight, x_gradient, 1e-6, added=value(BF16, s.tokens, s.hidden)), None),
         (SwiGLUBackward(gate, up, value(BF16, s.tokens, s.width)), None),
         (RouteBackward(value(F32, s.tokens, s.experts), value(I32, s.tokens, s.top_k), value(F32, s.tokens, s.top_k)), chosen),
         (RowWeights(value(F32, s.tokens, s.top_k), handle), order),
         (SlotWeights(value(F32, sent, 1), handle, s.top_k), order),
-        (SwiGLUQuantize(value(BF16, sent, s.width), value(BF16, sent, s.width), value(F32, sent, 1)), None),
         (CrossEntropyBackward(value(BF16, s.tokens, s.vocabulary), value(I64, s.tokens), value(F32)), below(s.vocabulary)),
         (IndexAdd(value(F32, s.vocabulary, s.hidden), value(I64, s.tokens), value(F32, s.tokens, s.hidden)), below(s.vocabulary)),
     ]
     for op, integers in cases:
-        measure(bench, found, op, {"torch.compile": compiled(bench, op)}, integers)
+        measure(bench, found, op, {"torch.compile": compiled(bench, op, made)}, integers, module=made)
 
 
 def attention(bench: Bench, found: Machine) -> None:

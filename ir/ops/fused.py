@@ -1,7 +1,6 @@
 """Ops that one kernel computes from a single read. Each means its `expand`, bit for bit: values in between are rounded as they are there.
 
-`fuse` forms them, and the general `fused`, out of the ops that they stand for; nothing else makes them. A program is differentiated and
-quantised before. Scales of powers of two, saturation and so on are fields of `rule`, as in `quantize`.
+`fuse` forms them out of the ops that they stand for; nothing else makes them. A program is differentiated and quantised before.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from dataclasses import field
 
 from ..core import Builder, Func, Module, Op, Value, family, op
 from ..errors import require
-from ..quantization import ScaleRule
-from ..types import DType, Tensor, Type
+from ..types import Type
 from .control import Call
-from .elementwise import Add, SwiGLU
-from .norm import RmsNorm, RmsNormBackward
-from .quant import GroupedScaledMatmul, Quantize, ScaledMatmul
-from .rules import require_float
+from .elementwise import Add
+from .norm import RmsNormBackward
+from .quant import GroupedScaledMatmul, ScaledMatmul
 
 
 @op("fused")
@@ -25,65 +22,6 @@ class Fused(Call):
 
     The function reads no weights of its own. Its ops keep the ids that they had in the caller.
     """
-
-
-def _codes(y: Tensor, tile: tuple[int, int], dtype: DType, rule: ScaleRule, keep: bool) -> tuple[Type, ...]:
-    """The results of a fused op that quantises rows of y: y itself first where it is kept."""
-    require(tile[0] == 1, f"expected tiles of one row, found {list(tile)}")
-    found = tuple(r.type for r in Quantize(Value(y, "y"), tile=tile, dtype=dtype, rule=rule).results)
-    return (y, *found) if keep else found
-
-
-@op("rms_norm_quantize")
-class RmsNormQuantize(Op):
-    """Codes and scales of y = rms_norm(x, weight), in tiles of one row; y itself, before them, where `keep`."""
-
-    x: Value
-    weight: Value
-    eps: float
-    tile: tuple[int, int] = (1, 128)
-    dtype: DType = DType.f8e4m3
-    rule: ScaleRule = ScaleRule(floor=1e-4)
-    keep: bool = False
-
-    def infer(self) -> tuple[Type, ...]:
-        y = RmsNorm(self.x, self.weight, self.eps).result.tensor
-        return _codes(y, self.tile, self.dtype, self.rule, self.keep)
-
-    def flops(self) -> int:
-        return 7 * self.x.tensor.size
-
-    def expand(self, b: Builder) -> tuple[Value, ...]:
-        y = b.emit(RmsNorm(self.x, self.weight, self.eps)).result
-        found = b.emit(Quantize(y, tile=self.tile, dtype=self.dtype, rule=self.rule)).results
-        return (y, *found) if self.keep else found
-
-
-@op("swiglu_quantize")
-class SwiGLUQuantize(Op):
-    """Codes and scales of y = swiglu(gate, up, weight), in tiles of one row; y itself, first, where `keep`. Gate and up have one type."""
-
-    gate: Value
-    up: Value
-    weight: Value | None = None
-    tile: tuple[int, int] = (1, 128)
-    dtype: DType = DType.f8e4m3
-    rule: ScaleRule = ScaleRule(floor=1e-4)
-    keep: bool = False
-
-    def infer(self) -> tuple[Type, ...]:
-        require_float(self.gate)
-        require(self.gate.type == self.up.type, f"types differ: gate is {self.gate.type} and up {self.up.type}")
-        y = SwiGLU(self.gate, self.up, self.weight).result.tensor
-        return _codes(y, self.tile, self.dtype, self.rule, self.keep)
-
-    def flops(self) -> int:
-        return 4 * self.gate.tensor.size
-
-    def expand(self, b: Builder) -> tuple[Value, ...]:
-        y = b.emit(SwiGLU(self.gate, self.up, self.weight)).result
-        found = b.emit(Quantize(y, tile=self.tile, dtype=self.dtype, rule=self.rule)).results
-        return (y, *found) if self.keep else found
 
 
 @family
@@ -138,7 +76,9 @@ def expansion(op: Op, module: Module | None = None) -> Func | None:
     return None if results is None else Func(op.name, tuple(dict.fromkeys(op.operands)), tuple(b.ops), results)
 
 
-def alone(op: Op, module: Module) -> Module:
-    """A module that runs one op of `module` on its operands, a parameter each."""
+def alone(op: Op, module: Module | None = None) -> Module:
+    """A module that runs one op on its operands, a parameter each; what it calls stands in `module`."""
     func = Func("evaluate", tuple(dict.fromkeys(op.operands)), (op,), op.results)
+    if module is None:
+        return Module((func,))
     return Module((func, module[op.callee]) if isinstance(op, Call) else (func,), constants=module.constants)

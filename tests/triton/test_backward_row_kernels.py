@@ -201,7 +201,6 @@ FAULTS: dict[str, tuple[tuple[Op, tuple[Any, ...]], Callable[[Launch], Launch]]]
         norm_backward(BF16, 9, 1100),
         lambda launch: changed(launch, programs=launch.arguments.get("programs", 1) - 1),  # type: ignore[operator]
     ),
-    "swiglu_backward: gate for up": (swiglu_backward(BF16), lambda launch: changed(launch, U=launch.arguments["G"])),
     "slot_weights: as if the order were its inverse": (
         row_weights(9, 2, back=True),
         lambda launch: changed(launch, constants={"BACK": False}),

@@ -19,10 +19,11 @@ from dsc.backends.triton.program import layout_of, plan_function
 from dsc.backends.triton.run import Executor
 from dsc.backends.triton.targets import TARGETS, Target
 from dsc.backends.triton.tiles import Gemm, scaled_gemm
-from dsc.backends.triton.tune import alone, candidates, operands, products, tune
+from dsc.backends.triton.tune import candidates, operands, products, tune
 from dsc.driver.kernels import tune_tiles
 from dsc.ir.core import Builder, Module, Op
 from dsc.ir.errors import DscError
+from dsc.ir.ops.fused import alone
 from dsc.ir.ops.linalg import GroupedMatmul
 from dsc.ir.ops.norm import RmsNorm
 from dsc.ir.ops.quant import ScaledMatmul

@@ -2,64 +2,12 @@
 
 from __future__ import annotations
 
-from ..registry import KERNELS
-from . import (
-    attention,
-    attention_backward,
-    attention_decode,
-    combine,
-    cross_entropy,
-    cross_entropy_backward,
-    dequantize,
-    dispatch,
-    grouped_matmul,
-    grouped_matmul_wgrad,
-    grouped_scaled_matmul,
-    grouped_scaled_matmul_wgrad,
-    index_add,
-    quantize,
-    redispatch,
-    rms_norm,
-    rms_norm_backward,
-    rms_norm_quantize,
-    rope,
-    route,
-    route_backward,
-    row_weights,
-    scaled_matmul,
-    swiglu,
-    swiglu_backward,
-    swiglu_quantize,
-    take,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "KERNELS",
-    "attention",
-    "attention_backward",
-    "attention_decode",
-    "combine",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "dequantize",
-    "dispatch",
-    "grouped_matmul",
-    "grouped_matmul_wgrad",
-    "grouped_scaled_matmul",
-    "grouped_scaled_matmul_wgrad",
-    "index_add",
-    "quantize",
-    "redispatch",
-    "rms_norm",
-    "rms_norm_backward",
-    "rms_norm_quantize",
-    "rope",
-    "route",
-    "route_backward",
-    "row_weights",
-    "scaled_matmul",
-    "swiglu",
-    "swiglu_backward",
-    "swiglu_quantize",
-    "take",
-]
+from ..registry import KERNELS
+
+__all__ = ["KERNELS"]
+
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

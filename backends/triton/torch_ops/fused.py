@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from ....ir.core import Op
+from ....ir.core import Module, Op
 from ....ir.ops import fused as ops
 from ..tensors import Held
 from .registry import run, torch_op
 
 
-@torch_op(ops.RmsNormQuantize, ops.SwiGLUQuantize, ops.ScaledMatmulAdd, ops.RmsNormBackwardAdd)
+@torch_op(ops.ScaledMatmulAdd, ops.RmsNormBackwardAdd)
 @torch_op(ops.GroupedScaledMatmulAdd, waits=True)
-def by_expansion(op: Op, *operands: Held) -> Held:
-    func = ops.expansion(op)
+def by_expansion(op: Op, *operands: Held, module: Module | None = None) -> Held:
+    func = ops.expansion(op, module)
     assert func is not None
-    values = dict(zip(op.operands, operands, strict=True))
+    values = dict(zip(func.params, dict(zip(op.operands, operands, strict=True)).values(), strict=True))
     for inner in func.ops:
         values.update(zip(inner.results, run(inner, tuple(values[v] for v in inner.operands)), strict=True))
     found = tuple(values[v] for v in func.results)
