@@ -124,6 +124,8 @@ class Op:
     traits: ClassVar[frozenset[Trait]] = frozenset()
     arguments: ClassVar[tuple[Argument, ...]] = ()
     floats: ClassVar[tuple[str, ...]] = ()
+    work: ClassVar[int] = 0
+    """Floating-point operations for each element of the first operand, where that is all there is to say."""
 
     id: str = ""
     """`component#n`: where the op came from, unique in its function; `component#n.k` for what a pass made of it."""
@@ -146,7 +148,9 @@ class Op:
 
     def flops(self) -> int:
         """Floating-point operations, a multiply-add counted as two, ragged dimensions at their bound."""
-        return sum(t.size for r in self.results if isinstance(t := r.type, Tensor)) if Trait.ELEMENTWISE in self.traits else 0
+        if Trait.ELEMENTWISE in self.traits:
+            return sum(t.size for r in self.results if isinstance(t := r.type, Tensor))
+        return self.work * self.operands[0].tensor.size if self.work else 0
 
     def expand(self, b: Builder) -> tuple[Value, ...] | None:
         """The meaning of a fused op in more primitive ones, emitted into `b`; None for a primitive."""
@@ -208,8 +212,11 @@ def family(cls: OpClass) -> OpClass:
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(field,))
-def op(name: str, *traits: Trait) -> Callable[[OpClass], OpClass]:
-    """Declare the class below as the op `name`. Fields annotated `Value` are operands, the rest are attributes."""
+def op(name: str, *traits: Trait, work: int | None = None) -> Callable[[OpClass], OpClass]:
+    """Declare the class below as the op `name`. Fields annotated `Value` are operands, the rest are attributes.
+
+    `work` is how many floating-point operations it takes for each element of its first operand.
+    """
 
     def declare(cls: OpClass) -> OpClass:
         if name in OPS:
@@ -217,6 +224,8 @@ def op(name: str, *traits: Trait) -> Callable[[OpClass], OpClass]:
         made = family(cls)
         made.name = name
         made.traits = frozenset(traits)
+        if work is not None:
+            made.work = work
         made.arguments = _arguments(made)
         made.floats = tuple(a.name for a in made.arguments if a.hint is float)
         OPS[name] = made

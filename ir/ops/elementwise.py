@@ -6,7 +6,7 @@ from ..core import Builder, Op, Trait, Value, family, op
 from ..errors import require
 from ..types import DType, Tensor, Type
 from .control import Literal
-from .rules import broadcast, elementwise, promote, require_bool, require_float
+from .rules import broadcast, elementwise, promote, require_bool, require_float, wide_of
 
 E, C = Trait.ELEMENTWISE, Trait.CHEAP
 
@@ -297,8 +297,8 @@ class SwiGLUBackward(Op):
         return self.gate.type, self.up.type
 
     def expand(self, b: Builder) -> tuple[Value, ...]:
-        gate, up, dy = (b.emit(Cast(x, DType.f32)).result for x in (self.gate, self.up, self.dy))
-        one = b.emit(Literal((1.0,), (), DType.f32)).result
+        gate, up, dy = (b.emit(Cast(x, wide_of(self.gate))).result for x in (self.gate, self.up, self.dy))
+        one = b.emit(Literal((1.0,), (), gate.dtype)).result
         s = b.emit(Sigmoid(gate)).result
         slope = b.emit(Add(b.emit(Mul(gate, b.emit(Sub(one, s)).result)).result, one)).result
         through = b.emit(Mul(b.emit(Mul(dy, up)).result, s)).result

@@ -10,7 +10,7 @@ from ..types import DType, Tensor, Type
 from .rules import require_float, require_int
 
 
-@op("cross_entropy")
+@op("cross_entropy", work=5)
 class CrossEntropy(Op):
     """-mean over tokens of log softmax(logits)[label]; tokens whose label is `ignore` do not count. 0 / 0 gives NaN.
 
@@ -28,11 +28,8 @@ class CrossEntropy(Op):
         require(matches, f"expected logits [T, V] and labels [T], found {self.logits.type} and {self.labels.type}")
         return (Tensor(DType.f32, ()),)
 
-    def flops(self) -> int:
-        return 5 * self.logits.tensor.size
 
-
-@op("cross_entropy_backward")
+@op("cross_entropy_backward", work=6)
 class CrossEntropyBackward(Op):
     """The gradient of `cross_entropy` by the logits, dloss being that of the loss: dloss * (softmax(logits) - onehot(label)) / n.
 
@@ -49,11 +46,8 @@ class CrossEntropyBackward(Op):
         require(self.dloss.type == loss, f"dloss is {self.dloss.type}, expected {loss}")
         return (self.logits.type,)
 
-    def flops(self) -> int:
-        return 6 * self.logits.tensor.size
 
-
-@op("balance_loss")
+@op("balance_loss", work=5)
 class BalanceLoss(Op):
     """The sequence-wise balance loss without its factor alpha, averaged over sequences (DeepSeek-V3 report, equations 17 to 20).
 
@@ -76,11 +70,8 @@ class BalanceLoss(Op):
         require(divides, f"{tokens} tokens are not {self.sequences} equal sequences")
         return (Tensor(DType.f32, ()),)
 
-    def flops(self) -> int:
-        return 5 * self.logits.tensor.size
 
-
-@op("balance_loss_backward")
+@op("balance_loss_backward", work=9)
 class BalanceLossBackward(Op):
     """The gradient of `balance_loss` by the logits; how often an expert was chosen has none. Like logits, f32[sequences * S, E].
 
@@ -98,6 +89,3 @@ class BalanceLossBackward(Op):
         loss = BalanceLoss(self.logits, self.ids, self.sequences, self.score).result.type
         require(self.dloss.type == loss, f"dloss is {self.dloss.type}, expected {loss}")
         return (self.logits.type,)
-
-    def flops(self) -> int:
-        return 9 * self.logits.tensor.size

@@ -14,7 +14,7 @@ WEIGHTS = (DType.f32, DType.f64)
 """The dtypes of weights for rows."""
 
 
-@op("route", Trait.ROUTING)
+@op("route", Trait.ROUTING, work=5)
 class Route(Op):
     """The gate: which `top_k` experts each token goes to, and with what weight (DeepSeek-V3 report, equations 12 to 16).
 
@@ -51,11 +51,8 @@ class Route(Op):
         shape: tuple[Dim, ...] = (logits.shape[0], self.top_k)
         return Tensor(DType.i32, shape), Tensor(DType.f32, shape)
 
-    def flops(self) -> int:
-        return 5 * self.logits.tensor.size
 
-
-@op("route_backward")
+@op("route_backward", work=7)
 class RouteBackward(Op):
     """The gradient of the gate's weights by the logits, for the experts that were chosen; the choice itself and the bias have none.
 
@@ -78,9 +75,6 @@ class RouteBackward(Op):
         require(ids.rank == 2 and ids.shape[0] == logits.shape[0], f"expected ids [T, k] for logits {logits}, found {ids}")
         require(dweights == Tensor(DType.f32, ids.shape), f"dweights are {dweights}, expected {Tensor(DType.f32, ids.shape)}")
         return (logits,)
-
-    def flops(self) -> int:
-        return 7 * self.logits.tensor.size
 
 
 @op("dispatch", Trait.ROUTING)
@@ -120,7 +114,7 @@ class Dispatch(Op):
         return self.results[-1]
 
 
-@op("combine")
+@op("combine", work=2)
 class Combine(Op):
     """Expert rows back to tokens: out[t] = sum over slots s of weights[t, s] * (the row of slot s of token t).
 
@@ -145,9 +139,6 @@ class Combine(Op):
         """Whether every weight is known to be 1."""
         owner = self.weights.owner
         return isinstance(owner, Literal) and set(owner.values) == {1.0}
-
-    def flops(self) -> int:
-        return 2 * self.rows.tensor.size
 
 
 @op("redispatch")

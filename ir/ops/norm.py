@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from ..core import Builder, Op, Trait, Value, op
 from ..errors import require
-from ..types import DType, Tensor, Type
+from ..types import Tensor, Type
 from .control import Literal
 from .elementwise import Add, Cast, Mul, Rsqrt, Sub
 from .reduce import Mean, Sum
-from .rules import broadcast, require_float, show, static
+from .rules import broadcast, require_float, show, static, wide_of
 from .shape import Concat, Reshape, Slice
 
 
-@op("rms_norm", Trait.CHEAP)
+@op("rms_norm", Trait.CHEAP, work=4)
 class RmsNorm(Op):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, rounded once."""
 
@@ -25,21 +25,16 @@ class RmsNorm(Op):
         require(self.weight.shape == self.x.shape[-1:], f"weight is {self.weight.type}, expected {show(self.x.shape[-1:])}")
         return (self.x.tensor,)
 
-    def flops(self) -> int:
-        return 4 * self.x.tensor.size
-
     def expand(self, b: Builder) -> tuple[Value, ...]:
-        x = b.emit(Cast(self.x, DType.f32)).result
-        square = b.emit(Mul(x, x)).result
-        mean = b.emit(Mean(square, axes=(-1,), keepdims=True)).result
-        eps = b.emit(Literal((self.eps,), (), DType.f32)).result
+        x, weight = (b.emit(Cast(v, wide_of(self.x))).result for v in (self.x, self.weight))
+        mean = b.emit(Mean(b.emit(Mul(x, x)).result, axes=(-1,), keepdims=True)).result
+        eps = b.emit(Literal((self.eps,), (), x.dtype)).result
         scale = b.emit(Rsqrt(b.emit(Add(mean, eps)).result)).result
-        weight = b.emit(Cast(self.weight, DType.f32)).result
         normed = b.emit(Mul(b.emit(Mul(x, scale)).result, weight)).result
         return b.emit(Cast(normed, self.x.dtype)).results
 
 
-@op("rms_norm_backward")
+@op("rms_norm_backward", work=11)
 class RmsNormBackward(Op):
     """The gradients of `rms_norm` by x and by the weight: with r = rsqrt(mean(x^2) + eps), n = x r and g = dy * weight,
 
@@ -54,16 +49,12 @@ class RmsNormBackward(Op):
     def infer(self) -> tuple[Type, ...]:
         normed = RmsNorm(self.x, self.weight, self.eps).result.type
         require(self.dy.type == normed, f"dy is {self.dy.type}, expected {normed}")
-        wide = DType.f64 if self.x.dtype is DType.f64 else DType.f32
-        return normed, Tensor(wide, self.weight.shape)
-
-    def flops(self) -> int:
-        return 11 * self.x.tensor.size
+        return normed, Tensor(wide_of(self.x), self.weight.shape)
 
     def expand(self, b: Builder) -> tuple[Value, ...]:
-        x, weight, dy = (b.emit(Cast(v, DType.f32)).result for v in (self.x, self.weight, self.dy))
+        x, weight, dy = (b.emit(Cast(v, wide_of(self.x))).result for v in (self.x, self.weight, self.dy))
         mean = b.emit(Mean(b.emit(Mul(x, x)).result, axes=(-1,), keepdims=True)).result
-        eps = b.emit(Literal((self.eps,), (), DType.f32)).result
+        eps = b.emit(Literal((self.eps,), (), x.dtype)).result
         r = b.emit(Rsqrt(b.emit(Add(mean, eps)).result)).result
         n, g = b.emit(Mul(x, r)).result, b.emit(Mul(dy, weight)).result
         along = b.emit(Mean(b.emit(Mul(g, n)).result, axes=(-1,), keepdims=True)).result
@@ -72,7 +63,7 @@ class RmsNormBackward(Op):
         return b.emit(Cast(dx, self.x.dtype)).result, b.emit(Cast(dweight, self.results[1].dtype)).result
 
 
-@op("rope", Trait.CHEAP)
+@op("rope", Trait.CHEAP, work=3)
 class Rope(Op):
     """Pairs of the last axis turned by their position's angle: (a, b) -> (a cos - b sin, b cos + a sin), rounded once.
 
@@ -95,13 +86,10 @@ class Rope(Op):
         require(fits, f"cos is {self.cos.type}, expected [S, D/2] for x {self.x.type}")
         return (self.x.tensor,)
 
-    def flops(self) -> int:
-        return 3 * self.x.tensor.size
-
     def expand(self, b: Builder) -> tuple[Value, ...]:
         x = static(self.x, "rope")
         half, pairs = x[-1] // 2, (*x[:-1], x[-1] // 2)
-        wide = b.emit(Cast(self.x, DType.f32)).result
+        wide = b.emit(Cast(self.x, wide_of(self.x))).result
         step, second = (2, 1) if self.interleaved else (1, half)
         last = len(x) - 1
         even = b.emit(Slice(wide, last, 0, x[-1] if self.interleaved else half, step)).result

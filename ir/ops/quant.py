@@ -51,7 +51,7 @@ def check_scales(codes: Tensor, scales: Tensor, tile: tuple[int, int], groups: i
     require(scales == expected, f"scales of {codes} in tiles of {list(tile)}{restarting} are {expected}, found {scales}")
 
 
-@op("quantize")
+@op("quantize", work=3)
 class Quantize(Op):
     """Codes of x in `dtype` and the scale of each tile, by `rule`.
 
@@ -72,11 +72,8 @@ class Quantize(Op):
         require(self.dtype in CODES, f"expected one of {', '.join(map(str, CODES))}, found {self.dtype}")
         return Tensor(self.dtype, x.shape), Tensor(DType.f32, scale_shape(x.shape, self.tile, _groups(self.counts)))
 
-    def flops(self) -> int:
-        return 3 * self.x.tensor.size
 
-
-@op("dequantize")
+@op("dequantize", work=1)
 class Dequantize(Op):
     """codes * scale of their tile, in float32, rounded once to `dtype`."""
 
@@ -90,9 +87,6 @@ class Dequantize(Op):
         check_scales(self.codes.tensor, self.scales.tensor, self.tile, _groups(self.counts))
         require(self.dtype.is_float, f"expected a float dtype, found {self.dtype}")
         return (Tensor(self.dtype, self.codes.shape),)
-
-    def flops(self) -> int:
-        return self.codes.tensor.size
 
 
 @op("scaled_matmul")

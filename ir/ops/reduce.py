@@ -15,13 +15,11 @@ class Reduction(Op):
     x: Value
     axes: tuple[int, ...]
     keepdims: bool = False
+    work = 1
 
     def infer(self) -> tuple[Type, ...]:
         require(self.x.dtype is not DType.bool, f"expected numbers, found {self.x.type}")
         return reduced(self.x, self.axes, self.keepdims, self.x.dtype)
-
-    def flops(self) -> int:
-        return self.x.tensor.size
 
 
 @op("sum")
@@ -93,7 +91,7 @@ class ArgMax(Op):
         return reduced(self.x, (self.axis,), self.keepdims, DType.i64)
 
 
-@op("cumsum")
+@op("cumsum", work=1)
 class CumSum(Op):
     """Running sum along an axis."""
 
@@ -105,42 +103,29 @@ class CumSum(Op):
         require(self.x.dtype is not DType.bool, f"expected numbers, found {self.x.type}")
         return (self.x.tensor,)
 
-    def flops(self) -> int:
-        return self.x.tensor.size
+
+@family
+class Normalized(Op):
+    """Exponentials along an axis that add up to 1, rounded once to `out` (the dtype of x unless given)."""
+
+    x: Value
+    axis: int
+    out: DType | None = None
+
+    def infer(self) -> tuple[Type, ...]:
+        require_float(self.x)
+        axis_of(self.x, self.axis)
+        return (Tensor(self.out or self.x.dtype, self.x.shape),)
 
 
-@op("softmax")
-class Softmax(Op):
+@op("softmax", work=5)
+class Softmax(Normalized):
     """e^(x - max x) / sum e^(x - max x) along an axis, rounded once to `out` (the dtype of x unless given)."""
 
-    x: Value
-    axis: int
-    out: DType | None = None
 
-    def infer(self) -> tuple[Type, ...]:
-        require_float(self.x)
-        axis_of(self.x, self.axis)
-        return (Tensor(self.out or self.x.dtype, self.x.shape),)
-
-    def flops(self) -> int:
-        return 5 * self.x.tensor.size
-
-
-@op("log_softmax")
-class LogSoftmax(Op):
+@op("log_softmax", work=5)
+class LogSoftmax(Normalized):
     """x - max x - log sum e^(x - max x) along an axis, rounded once to `out` (the dtype of x unless given)."""
-
-    x: Value
-    axis: int
-    out: DType | None = None
-
-    def infer(self) -> tuple[Type, ...]:
-        require_float(self.x)
-        axis_of(self.x, self.axis)
-        return (Tensor(self.out or self.x.dtype, self.x.shape),)
-
-    def flops(self) -> int:
-        return 5 * self.x.tensor.size
 
 
 @op("topk", Trait.ROUTING)

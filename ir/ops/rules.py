@@ -63,6 +63,11 @@ def reduced(x: Value, axes: Sequence[int], keepdims: bool, dtype: DType) -> tupl
     return (Tensor(dtype, kept),)
 
 
+def wide_of(x: Value) -> DType:
+    """What is computed in: float32, or float64 where `x` is."""
+    return DType.f64 if x.dtype is DType.f64 else DType.f32
+
+
 def static(x: Value, what: str) -> tuple[int, ...]:
     """The shape of `x` where every dimension must be known."""
     require(x.tensor.is_static, f"{what} needs a static shape, found {x.type}")
