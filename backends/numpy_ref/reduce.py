@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
+from ...ir.core import Op
 from ...ir.ops import reduce as ops
 from ..arrays import Array
 from .registry import reference
 
-
-@reference(ops.Sum)
-def sum(op: ops.Sum, x: Array) -> Array:
-    return x.sum(axis=op.axes, keepdims=op.keepdims, dtype=x.dtype)
-
-
-@reference(ops.Mean)
-def mean(op: ops.Mean, x: Array) -> Array:
-    return np.mean(x, axis=op.axes, keepdims=op.keepdims, dtype=x.dtype)
-
-
-@reference(ops.Max)
-def max(op: ops.Max, x: Array) -> Array:
-    return np.max(x, axis=op.axes, keepdims=op.keepdims)
+REDUCTIONS: dict[type[Op], Callable[..., Any]] = {
+    ops.Sum: lambda x, **how: np.sum(x, dtype=x.dtype, **how),
+    ops.Mean: lambda x, **how: np.mean(x, dtype=x.dtype, **how),
+    ops.Max: np.max,
+    ops.Min: np.min,
+    ops.Any: np.any,
+    ops.All: np.all,
+}
 
 
-@reference(ops.Min)
-def min(op: ops.Min, x: Array) -> Array:
-    return np.min(x, axis=op.axes, keepdims=op.keepdims)
+def _reduction(function: Callable[..., Any]) -> Callable[[Any, Array], Array]:
+    return lambda op, x: function(x, axis=op.axes, keepdims=op.keepdims)
 
 
-@reference(ops.Any)
-def any(op: ops.Any, x: Array) -> Array:
-    return np.any(x, axis=op.axes, keepdims=op.keepdims)
-
-
-@reference(ops.All)
-def all(op: ops.All, x: Array) -> Array:
-    return np.all(x, axis=op.axes, keepdims=op.keepdims)
+for _cls, _function in REDUCTIONS.items():
+    reference(_cls)(_reduction(_function))
 
 
 @reference(ops.ArgMax)

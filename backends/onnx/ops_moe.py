@@ -109,10 +109,3 @@ def slot_weights(g: Emitter, op: ops.SlotWeights, rows: Value, handle: tuple[Val
     tokens, k = static(op.result, "slot_weights")
     slots = g.ScatterElements(np.zeros(tokens * k, np.float32), g.Cast(handle[0], to=7), g.Reshape(rows, [-1]), axis=0)
     return g.reshaped(slots, tokens, k)
-
-
-def _or_zero(g: Emitter, inside: Value, x: Value, rank: int, dtype: DType) -> Value:
-    """Rows of x where `inside` holds, else 0; x is of FP8's carrier or of its own type."""
-    held = g.carried(x, dtype) if dtype not in FP8 else x
-    kept = g.Where(g.Unsqueeze(inside, list(range(1, rank))) if rank > 1 else inside, held, g.CastLike(np.float32(0), held))
-    return kept if dtype in FP8 else g.uncarried(kept, dtype)

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
+from ...ir.core import Op
 from ...ir.ops import reduce as ops
 from ...ir.types import DType
 from .emit import Emitter, Value
-from .registry import onnx
+from .registry import Operands, onnx
+
+REDUCTIONS: dict[type[Op], tuple[str, Operands]] = {
+    ops.Sum: ("ReduceSum", "wide"),
+    ops.Mean: ("ReduceMean", "wide"),
+    ops.Max: ("ReduceMax", "carried"),
+    ops.Min: ("ReduceMin", "carried"),
+    ops.Any: ("ReduceMax", "carried"),
+    ops.All: ("ReduceMin", "carried"),
+}
 
 
-@onnx(ops.Sum)
-def sum_(g: Emitter, op: ops.Sum, x: Value) -> Value:
-    return g.ReduceSum(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
+def _reduction(name: str) -> Callable[[Emitter, Any, Value], Value]:
+    return lambda g, op, x: g.node(name, x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
 
 
-@onnx(ops.Mean)
-def mean(g: Emitter, op: ops.Mean, x: Value) -> Value:
-    return g.ReduceMean(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
-
-
-@onnx(ops.Max, "carried")
-@onnx(ops.Any, "carried")
-def max_(g: Emitter, op: ops.Max | ops.Any, x: Value) -> Value:
-    return g.ReduceMax(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
-
-
-@onnx(ops.Min, "carried")
-@onnx(ops.All, "carried")
-def min_(g: Emitter, op: ops.Min | ops.All, x: Value) -> Value:
-    return g.ReduceMin(x, list(op.axes), keepdims=int(op.keepdims), noop_with_empty_axes=1)
+for _cls, (_name, _operands) in REDUCTIONS.items():
+    onnx(_cls, _operands)(_reduction(_name))
 
 
 @onnx(ops.ArgMax, "stored")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ....ir.core import Op
@@ -11,43 +13,20 @@ from .registry import torch_op
 Tensor = torch.Tensor
 
 
-def _axes(op: Op, x: Tensor) -> list[int]:
-    return [a % x.ndim for a in op.attributes["axes"]]
+REDUCTIONS: dict[type[Op], Callable[..., Tensor]] = {
+    ops.Sum: lambda x, *how: torch.sum(x, *how, dtype=x.dtype),
+    ops.Mean: torch.mean,
+    ops.Max: torch.amax,
+    ops.Min: torch.amin,
+    ops.Any: torch.any,
+    ops.All: torch.all,
+}
 
 
-def _none(op: Op, x: Tensor) -> bool:
-    """Whether there is nothing to reduce over: torch takes an empty list of axes for all of them."""
-    return not op.attributes["axes"]
-
-
-@torch_op(ops.Sum, operands="wide")
-def sum(op: ops.Sum, x: Tensor) -> Tensor:
-    return x if _none(op, x) else torch.sum(x, _axes(op, x), op.keepdims, dtype=x.dtype)
-
-
-@torch_op(ops.Mean, operands="wide")
-def mean(op: ops.Mean, x: Tensor) -> Tensor:
-    return x if _none(op, x) else torch.mean(x, _axes(op, x), op.keepdims)
-
-
-@torch_op(ops.Max, operands="wide")
-def max(op: ops.Max, x: Tensor) -> Tensor:
-    return x if _none(op, x) else torch.amax(x, _axes(op, x), op.keepdims)
-
-
-@torch_op(ops.Min, operands="wide")
-def min(op: ops.Min, x: Tensor) -> Tensor:
-    return x if _none(op, x) else torch.amin(x, _axes(op, x), op.keepdims)
-
-
-@torch_op(ops.Any)
-def any(op: ops.Any, x: Tensor) -> Tensor:
-    return x if _none(op, x) else torch.any(x, _axes(op, x), op.keepdims)
-
-
-@torch_op(ops.All)
-def all(op: ops.All, x: Tensor) -> Tensor:
-    return x if _none(op, x) else torch.all(x, _axes(op, x), op.keepdims)
+@torch_op(*REDUCTIONS, operands="wide")
+def reduction(op: ops.Reduction | ops.Quantified, x: Tensor) -> Tensor:
+    """Over nothing it is x itself: torch takes an empty list of axes for all of them."""
+    return REDUCTIONS[type(op)](x, [a % x.ndim for a in op.axes], op.keepdims) if op.axes else x
 
 
 @torch_op(ops.ArgMax, operands="wide")
