@@ -31,10 +31,9 @@ from .program import Buffer, FunctionPlan, Step, flat
 from .registry import Slot
 from .streams import Streams
 from .targets import Target
-from .tensors import Held, from_numpy, to_numpy
+from .tensors import Held, from_numpy, plain, to_numpy
 from .together import Ask, Together
 from .torch_ops.registry import INTO
-from .torch_ops.shape import plain
 
 
 @dataclass(eq=False)

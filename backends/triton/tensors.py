@@ -100,6 +100,11 @@ def empty(type: Type, device: torch.device) -> Held:
     return torch.empty([bound(d) for d in type.shape], dtype=DTYPES[type.dtype], device=device)
 
 
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """The same bytes in a dtype that torch moves: FP8 as uint8."""
+    return x.view(torch.uint8) if x.element_size() == 1 and x.dtype.is_floating_point else x
+
+
 def widen(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The exact values of a float tensor as float32 or float64."""
     if x.dtype == torch.float8_e8m0fnu:

@@ -13,9 +13,8 @@ from ...ir.core import Trait
 from ...ir.ops.collective import Collective
 from .program import flat
 from .streams import Mark, Streams
-from .tensors import Held
+from .tensors import Held, plain
 from .torch_ops.registry import COLLECTIVES
-from .torch_ops.shape import plain
 
 
 @dataclass(frozen=True)

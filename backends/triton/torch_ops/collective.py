@@ -16,9 +16,8 @@ from ....ir.errors import require
 from ....ir.ops import collective as ops
 from ....ir.ops.internode import Internode, InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ...eager import hop_by_hop
-from ..tensors import Held, rounded, widen
+from ..tensors import Held, plain, rounded, widen
 from .registry import COLLECTIVES, collective, compute_dtype, run, torch_op
-from .shape import plain
 
 Tensor = torch.Tensor
 

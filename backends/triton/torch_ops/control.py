@@ -6,7 +6,7 @@ import torch
 
 from ....ir.ops import control as ops
 from ....ir.types import DType
-from ..tensors import DTYPES, Held, rounded
+from ..tensors import DTYPES, Held, plain, rounded
 from .registry import torch_op
 
 
@@ -14,11 +14,7 @@ from .registry import torch_op
 def literal(op: ops.Literal) -> torch.Tensor:
     values = _stored(torch.tensor(op.values, dtype=torch.float64 if op.dtype.is_float else torch.int64), op.dtype)
     whole = values.numel() > 1 or op.result.tensor.size == 1
-    return values.reshape(op.shape) if whole else values.view(_byte_like(values)).expand(op.shape).contiguous().view(values.dtype)
-
-
-def _byte_like(values: torch.Tensor) -> torch.dtype:
-    return torch.uint8 if values.element_size() == 1 else values.dtype
+    return values.reshape(op.shape) if whole else plain(values).expand(op.shape).contiguous().view(values.dtype)
 
 
 @torch_op(ops.Iota)

@@ -10,7 +10,7 @@ import torch
 from ....ir.core import Op
 from ....ir.ops import elementwise as ops
 from ....ir.types import DType
-from ..tensors import DTYPES, rounded, widen
+from ..tensors import DTYPES, plain, rounded, widen
 from .registry import torch_op
 
 Tensor = torch.Tensor
@@ -99,21 +99,10 @@ def _toward_zero(x: Tensor, target: torch.dtype) -> Tensor:
 def where(op: ops.Where, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     dtype = op.result.dtype
     a, b = convert(a, op.a.dtype, dtype), convert(b, op.b.dtype, dtype)
-    return torch.where(condition, _plain(a), _plain(b)).view(a.dtype)
-
-
-def _plain(x: Tensor) -> Tensor:
-    """FP8 as bytes: torch selects only among dtypes that it can compute with."""
-    return x.view(torch.uint8) if x.element_size() == 1 and x.dtype.is_floating_point else x
+    return torch.where(condition, plain(a), plain(b)).view(a.dtype)
 
 
 @torch_op(ops.SwiGLU, operands="wide")
 def swiglu(op: ops.SwiGLU, gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Any:
     y = gate / (1 + torch.exp(-gate)) * up
     return y if weight is None else y * weight
-
-
-@torch_op(ops.SwiGLUBackward, operands="wide")
-def swiglu_backward(op: ops.SwiGLUBackward, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    s = 1 / (1 + torch.exp(-gate))
-    return ((1 - s) * gate + 1) * s * up * dy, gate * s * dy

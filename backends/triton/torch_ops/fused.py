@@ -1,14 +1,15 @@
-"""Fused ops, where their kernels decline: one op of the expansion after the other."""
+"""Ops that are their expansion, where their kernels decline: one of its ops after the other."""
 
 from __future__ import annotations
 
 from ....ir.core import Module, Op
+from ....ir.ops import elementwise, norm
 from ....ir.ops import fused as ops
 from ..tensors import Held
 from .registry import run, torch_op
 
 
-@torch_op(ops.ScaledMatmulAdd, ops.RmsNormBackwardAdd)
+@torch_op(norm.RmsNorm, norm.RmsNormBackward, norm.Rope, elementwise.SwiGLUBackward, ops.ScaledMatmulAdd, ops.RmsNormBackwardAdd)
 @torch_op(ops.GroupedScaledMatmulAdd, waits=True)
 def by_expansion(op: Op, *operands: Held, module: Module | None = None) -> Held:
     func = ops.expansion(op, module)

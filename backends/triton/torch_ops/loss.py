@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ....ir.ops import loss as ops
+from .moe import scores_of
 from .registry import torch_op
 
 Tensor = torch.Tensor
@@ -21,7 +22,7 @@ def cross_entropy(op: ops.CrossEntropy, logits: Tensor, labels: Tensor) -> Tenso
 @torch_op(ops.BalanceLoss, operands="wide")
 def balance_loss(op: ops.BalanceLoss, logits: Tensor, ids: Tensor) -> Tensor:
     length = len(logits) // op.sequences
-    scores = 1 / (1 + torch.exp(-logits)) if op.score == "sigmoid" else torch.softmax(logits, -1)
+    scores = scores_of(op, logits)
     scores = scores / scores.sum(-1, keepdim=True)
     mean = scores.reshape(op.sequences, length, -1).mean(1)
     return (frequency(op, logits, ids) * mean).sum(-1).mean()
@@ -50,7 +51,7 @@ def cross_entropy_backward(op: ops.CrossEntropyBackward, logits: Tensor, labels:
 @torch_op(ops.BalanceLossBackward, operands="wide")
 def balance_loss_backward(op: ops.BalanceLossBackward, logits: Tensor, ids: Tensor, dloss: Tensor) -> Tensor:
     """By the scores where they are sigmoids; softmax scores add up to 1 already."""
-    scores = 1 / (1 + torch.exp(-logits)) if op.score == "sigmoid" else torch.softmax(logits, -1)
+    scores = scores_of(op, logits)
     total = scores.sum(-1, keepdim=True)
     p = scores / total
     each = frequency(op, logits, ids) * (dloss / max(1, len(logits)))

@@ -5,20 +5,26 @@ Where the number of rows is known at run time only, there are as many as there c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ....ir.ops import moe as ops
 from ....ir.types import DType, bound
-from ..tensors import rounded, widen
+from ..tensors import plain, rounded, widen
 from .registry import torch_op
-from .shape import plain
 
 Tensor = torch.Tensor
 
 
+def scores_of(op: Any, logits: Tensor) -> Tensor:
+    """The gate's scores by its rule, [T, E]."""
+    return 1 / (1 + torch.exp(-logits)) if op.score == "sigmoid" else torch.softmax(logits, -1)
+
+
 @torch_op(ops.Route, operands="wide")
 def route(op: ops.Route, logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    scores = 1 / (1 + torch.exp(-logits)) if op.score == "sigmoid" else torch.softmax(logits, -1)
+    scores = scores_of(op, logits)
     choice = scores if bias is None else scores + bias
     if op.top_groups < op.groups:
         grouped = choice.reshape(len(choice), op.groups, -1)
@@ -58,7 +64,7 @@ def combine(op: ops.Combine, rows: Tensor, handle: tuple[Tensor], weights: Tenso
 @torch_op(ops.RouteBackward, operands="wide")
 def route_backward(op: ops.RouteBackward, logits: Tensor, ids: Tensor, dweights: Tensor) -> Tensor:
     ids = ids.to(torch.int64)
-    scores = 1 / (1 + torch.exp(-logits)) if op.score == "sigmoid" else torch.softmax(logits, -1)
+    scores = scores_of(op, logits)
     chosen = dweights * op.scale
     if op.normalize:
         p = scores.gather(1, ids)

@@ -12,10 +12,9 @@ from ....ir.ops import quant as ops
 from ....ir.quantization import ScaleRule
 from ....ir.types import DType
 from ....numerics.formats import FORMATS
-from ..tensors import DTYPES, rounded, widen
+from ..tensors import DTYPES, plain, rounded, widen
 from .linalg import by_groups_of_rows
 from .registry import torch_op
-from .shape import plain
 
 Tensor = torch.Tensor
 

@@ -7,16 +7,11 @@ import torch
 from ....ir.core import Op
 from ....ir.ops import shape as ops
 from ....ir.types import DType
-from ..tensors import rounded, widen
+from ..tensors import plain, rounded, widen
 from .elementwise import convert
 from .registry import torch_op
 
 Tensor = torch.Tensor
-
-
-def plain(x: Tensor) -> Tensor:
-    """The same bytes in a dtype that torch moves: FP8 as uint8."""
-    return x.view(torch.uint8) if x.element_size() == 1 and x.dtype.is_floating_point else x
 
 
 @torch_op(ops.Reshape)
