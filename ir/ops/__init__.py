@@ -2,20 +2,4 @@
 
 from __future__ import annotations
 
-from . import attention, collective, control, elementwise, fused, internode, linalg, loss, moe, norm, quant, reduce, shape
-
-__all__ = [
-    "attention",
-    "collective",
-    "control",
-    "elementwise",
-    "fused",
-    "internode",
-    "linalg",
-    "loss",
-    "moe",
-    "norm",
-    "quant",
-    "reduce",
-    "shape",
-]
+from . import attention, collective, control, elementwise, fused, internode, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401

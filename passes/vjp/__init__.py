@@ -6,8 +6,7 @@ dy. Each rule says its formula; y is the op's result, and dx the gradient of its
 
 from __future__ import annotations
 
-from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape
+from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill VJPS
 from .rules import MISSING, NOT_DIFFERENTIABLE, VJPS, Backward, Gradients, vjp
 
 __all__ = ["MISSING", "NOT_DIFFERENTIABLE", "VJPS", "Backward", "Gradients", "vjp"]
-__all__ += ["attention", "collective", "control", "elementwise", "linalg", "loss", "moe", "norm", "quant", "reduce", "shape"]
