@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property, wraps
+from graphlib import TopologicalSorter
 from types import NoneType
 from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -437,3 +438,9 @@ def called(module: Module, func: Func) -> Iterable[str]:
         for argument in op.arguments:
             if isinstance(given := getattr(op, argument.name), Symbol):
                 yield str(given)
+
+
+def callees_first(module: Module) -> tuple[Func, ...]:
+    """The functions of the module, each after those that it calls."""
+    order = TopologicalSorter({func.name: called(module, func) for func in module.funcs}).static_order()
+    return tuple(module[name] for name in order)

@@ -15,6 +15,7 @@ from ..ir.types import Bundle, Tensor
 from ..ir.walk import join
 from .manager import Pass, register
 from .outline import Packed, needed, outlined
+from .rewrite import Replacements, unused
 from .simplify import drop_unused, merge_functions, simplify_func
 from .vjp import MISSING, NOT_DIFFERENTIABLE, VJPS, Backward
 
@@ -187,9 +188,9 @@ class _Differentiation:
         ops, values = _forward(main, walk.calls)
         backward, bundles, phases = _tidied(walk, bundles)
         for op in backward:
-            ops.append(op.with_operands(lambda v: values.get(v, v)).copy(phase=phases[op]))
+            ops.append(op.with_operands(values.__getitem__).copy(phase=phases[op]))
             values.update(zip(op.results, ops[-1].results, strict=True))
-        returned = tuple(values.get(v, v) for v in (*main.results, *bundles))
+        returned = tuple(values[v] for v in (*main.results, *bundles))
         funcs = [Func(main.name, main.params, tuple(ops), returned, main.updates)]
         for func in self.before.funcs[1:]:
             funcs += [func, *self.made.get(func.name, [])]
@@ -290,40 +291,29 @@ class _Differentiation:
             carried = needed(parts[Phase.W], of_weights.values, ())
             stash = _in_order(carried, func, walk.calls.values(), (*given, *(r for op in backward for r in op.results)))
             results: list[Value | Packed] = [*gradients[:count], Packed("stash", stash, Phase.I)]
-            first = outlined(self.unique(f"{func.name}_bwd_input"), residuals, given, parts[Phase.I], results, phases)
+            first = outlined(unused(f"{func.name}_bwd_input", self.names), residuals, given, parts[Phase.I], results, phases)
             inside = Packed("stash", stash, Phase.W)
-            made = (first, outlined(self.unique(f"{func.name}_bwd_weight"), inside, (), parts[Phase.W], (of_weights,), phases))
+            made = (first, outlined(unused(f"{func.name}_bwd_weight", self.names), inside, (), parts[Phase.W], (of_weights,), phases))
         else:
             suffix = "_bwd" if not self.split else "_bwd_input" if parts[Phase.I] else "_bwd_weight"
-            made = (outlined(self.unique(func.name + suffix), residuals, given, backward, (*gradients[:count], of_weights), phases),)
+            made = (outlined(unused(func.name + suffix, self.names), residuals, given, backward, (*gradients[:count], of_weights), phases),)
         forward = func
         if kept:
-            pack = Pack(tuple(values.get(v, v) for v in kept), id=f"{func.name}_fwd#1", names=("residuals",))
-            returned = (*(values.get(v, v) for v in func.results), pack.result)
-            forward = Func(self.unique(f"{func.name}_fwd"), func.params, (*ops, pack), returned, func.updates)
+            pack = Pack(tuple(values[v] for v in kept), id=f"{func.name}_fwd#1", names=("residuals",))
+            returned = (*(values[v] for v in func.results), pack.result)
+            forward = Func(unused(f"{func.name}_fwd", self.names), func.params, (*ops, pack), returned, func.updates)
             self.made.setdefault(func.name, []).append(forward)
         self.made.setdefault(func.name, []).extend(made)
         types = tuple(g.tensor for g in given)
         return _Derivative(forward, bool(kept), types, made, tuple(walk.inputs), tuple(weights))
 
-    def unique(self, name: str) -> str:
-        """`name`, with a number where another function has it."""
-        count, found = 0, name
-        while found in self.names:
-            count += 1
-            found = f"{name}_{count}"
-        self.names.add(found)
-        return found
 
-
-def _forward(func: Func, calls: Mapping[Op, Call]) -> tuple[list[Op], dict[Value, Value]]:
+def _forward(func: Func, calls: Mapping[Op, Call]) -> tuple[list[Op], Replacements]:
     """The ops of `func` with `calls` in place of calls, and what became of the values of both."""
     ops: list[Op] = []
-    values: dict[Value, Value] = {}
+    values = Replacements()
     for old in func.ops:
-        new = calls.get(old, old)
-        ops.append(new.with_operands(lambda v: values.get(v, v)))
-        values.update((was, now) for was, now in zip(new.results, ops[-1].results, strict=True) if was is not now)
+        ops.append(values.moved(calls.get(old, old)))
         values.update((was, now) for was, now in zip(old.results, ops[-1].results, strict=False) if was is not now)
     return ops, values
 

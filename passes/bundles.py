@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..ir.core import Func, Module, Op, Value, called
+from ..ir.core import Func, Module, Op, Value, callees_first
 from ..ir.ops.control import Call, Pack, Unpack
 from ..ir.types import Bundle, Type
+from .rewrite import Replacements
 
 
 @dataclass(frozen=True)
@@ -87,32 +88,25 @@ def retyped(module: Module) -> Module:
 
 def _given(module: Module, results: Mapping[str, tuple[Type, ...]]) -> Module:
     """The parameters of each function as its callers have them, callers first: what these hand on depends on what they are given."""
-    depth = {func.name: 0 for func in module.funcs}
-    for _ in module.funcs:
-        before = dict(depth)
-        for func in module.funcs:
-            depth |= {name: max(depth[name], depth[func.name] + 1) for name in called(module, func)}
-        if depth == before:
-            break
     made, taken = {func.name: func for func in module.funcs}, dict[str, Sequence[Value]]()
-    for func in sorted(module.funcs, key=lambda func: depth[func.name]):
+    for func in reversed(callees_first(module)):
         made[func.name] = _retyped(func, results, taken.get(func.name, func.params))
         taken |= {str(op.callee): op.args for op in made[func.name].ops if isinstance(op, Call)}
     return module.map(lambda func: made[func.name])
 
 
 def _retyped(func: Func, results: Mapping[str, tuple[Type, ...]], given: Sequence[Value]) -> Func:
-    values: dict[Value, Value] = {}
+    values = Replacements()
     for param, value in zip(func.params, given, strict=True):
         values[param] = param if param.type == value.type else Value(value.type, param.name)
     params = tuple(values[p] for p in func.params)
     ops: list[Op] = []
     for old in func.ops:
-        op = old.with_operands(lambda v: values.get(v, v))
+        op = old.with_operands(values.__getitem__)
         if isinstance(op, Call) and tuple(r.type for r in op.results) != results[op.callee]:
             op = op.copy(result_types=results[op.callee])
         ops.append(op)
         values.update(zip(old.results, op.results, strict=True))
     if all(a is b for a, b in zip((*ops, *params), (*func.ops, *func.params), strict=True)):
         return func
-    return replace(func, params=params, ops=tuple(ops), results=tuple(values.get(r, r) for r in func.results))
+    return replace(func, params=params, ops=tuple(ops), results=tuple(values[r] for r in func.results))

@@ -14,6 +14,7 @@ from ..ir.ops.shape import Reshape
 from ..ir.region import downward, free, member, region_of
 from ..ir.types import Dim
 from .manager import Pass, register
+from .rewrite import fresh, unused
 from .stashes import quantized_stashes
 
 MOST_TENSORS = 16
@@ -349,8 +350,7 @@ class _Fusion:
         func = Func(self.named(ops), params, tuple(moved), tuple(inner[v] for v in results))
         self.regions.append(func)
         last = ops[-1].id
-        id = next(f"{last}.{n}" for n in range(1, len(taken) + 2) if f"{last}.{n}" not in taken) if last else ""
-        taken.add(id)
+        id = fresh(last, taken) if last else ""
         phase = self.phases(ops)[0]
         types = tuple(v.type for v in results)
         return Fused(Symbol(func.name), operands, types, id=id, phase=phase, names=tuple(v.name for v in results)), results
@@ -358,12 +358,7 @@ class _Fusion:
     def named(self, ops: list[Op]) -> str:
         """A name after the ops, new in the module."""
         kinds = [op.name for op in ops]
-        name = stem = "_".join(kinds if len(kinds) <= 4 else [*kinds[:2], "to", kinds[-1]])
-        number = 1
-        while name in self.names:
-            name, number = f"{stem}_{number}", number + 1
-        self.names.add(name)
-        return name
+        return unused("_".join(kinds if len(kinds) <= 4 else [*kinds[:2], "to", kinds[-1]]), self.names)
 
 
 def _same(op: Op, read: set[Value]) -> bool:

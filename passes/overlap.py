@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..hardware.cluster import Cluster, cluster
 from ..hardware.cost import Costs
 from ..hardware.streams import Costing
-from ..ir.core import Func, Module, Symbol, called
+from ..ir.core import Func, Module, Symbol, callees_first
 from ..ir.errors import require
 from ..ir.expected import IMBALANCE, mean_rows
 from ..ir.flight import axes
@@ -20,6 +20,7 @@ from .manager import Pass, register
 from .overlapping.chunks import BACKWARD, interleaved, together
 from .overlapping.merge import Groups
 from .overlapping.schedule import ordered
+from .simplify import reached
 
 GB = 10**9
 
@@ -103,7 +104,7 @@ def overlapped(module: Module, costing: Costing, cap: float = inf, microbatches:
     elif is_staged(module):
         module = _joined(module, groups)
     over: dict[str, int] = {}
-    for name in _from_below(module):
+    for name in [func.name for func in callees_first(module)]:
         func = module[name]
         tags = groups.parts.get(name)
         backward = {op: tags[op] == BACKWARD for op in func.ops} if tags and BACKWARD in tags.values() else None
@@ -156,31 +157,4 @@ def _doubled(module: Module, groups: Groups) -> Module:
     for key in ("inputs", "results"):
         if key in module.attributes:
             module = module.replace(attributes={**module.attributes, key: module.attributes[key] * 2})
-    return _reached(module)
-
-
-def _reached(module: Module, keep: tuple[str, ...] = ()) -> Module:
-    """Without the functions that nothing calls any more."""
-    found: set[str] = set()
-    waiting = [module.main.name, *keep]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += called(module, module[name])
-    return module.replace(funcs=tuple(f for f in module.funcs if f.name in found))
-
-
-def _from_below(module: Module) -> list[str]:
-    """The names of the functions, each after those that it calls."""
-    order: dict[str, None] = {}
-
-    def visit(name: str) -> None:
-        if name not in order:
-            for callee in called(module, module[name]):
-                visit(callee)
-            order[name] = None
-
-    for func in module.funcs:
-        visit(func.name)
-    return list(order)
+    return reached(module)

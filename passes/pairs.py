@@ -12,6 +12,7 @@ from ..ir.ops.control import Call, Pack, Unpack
 from ..ir.types import Bundle
 from .bundles import links, packed, retyped
 from .outline import is_free
+from .rewrite import Replacements, fresh
 from .simplify import drop_unused
 
 
@@ -123,8 +124,7 @@ def _backward(pair: Pair, saved: Collection[Value]) -> Func:
     bundle = Value(Bundle(tuple(v.type for v in saved)), old.params[pair.param].name)
     unpack = pair.unpack.copy(x=bundle, names=tuple(v.name for v in saved))
     have: dict[Value, Value] = dict(zip(saved, unpack.results, strict=True))
-    inside: dict[Value, Value] = {}
-    """Values of the old function -> of the new one."""
+    inside = Replacements()
     residual = dict(zip(pair.unpack.results, pair.kept, strict=True))
     taken = {op.id for op in old.ops}
     ops: list[Op] = []
@@ -133,13 +133,13 @@ def _backward(pair: Pair, saved: Collection[Value]) -> Func:
         """A value of forward."""
         if value not in have:
             assert value.owner, f"%{value.name} comes from nowhere"
-            new = value.owner.with_operands(again).copy(phase=Phase.R, id=_fresh(value.owner.id, taken))
+            new = value.owner.with_operands(again).copy(phase=Phase.R, id=fresh(value.owner.id, taken))
             ops.append(new)
             have.update(zip(value.owner.results, new.results, strict=True))
         return have[value]
 
     def get(value: Value) -> Value:
-        return again(residual[value]) if value in residual else inside.get(value, value)
+        return again(residual[value]) if value in residual else inside[value]
 
     for op in old.ops:
         if op is pair.unpack:
@@ -150,14 +150,6 @@ def _backward(pair: Pair, saved: Collection[Value]) -> Func:
         inside.update(zip(op.results, new.results, strict=True))
     params = tuple(bundle if i == pair.param else p for i, p in enumerate(old.params))
     return drop_unused(Func(old.name, params, tuple(ops), tuple(get(r) for r in old.results), old.updates))
-
-
-def _fresh(id: str, taken: set[str]) -> str:
-    number = 1
-    while f"{id}.{number}" in taken:
-        number += 1
-    taken.add(f"{id}.{number}")
-    return f"{id}.{number}"
 
 
 def listed(pair: Pair, again: Collection[Op]) -> Collection[Value]:

@@ -24,7 +24,7 @@ from ..ir.types import DType, Tensor
 from ..ir.walk import join, walk
 from .manager import Pass, register
 from .placement import Placement, balanced, hierarchical
-from .rewrite import inherit
+from .rewrite import Replacements, inherit
 from .simplify import drop_unused
 
 
@@ -165,7 +165,8 @@ class _Rewriting:
             values = self.placed(op, body)
             inherit(op, values, [made for made in body.ops[start:] if made is not op], taken)
             body.new.update(zip(op.results, values, strict=True))
-        return Func(self.before.name, self.before.params, tuple(body.ops), tuple(map(body.get, self.before.results)), self.before.updates)
+        results = tuple(body.new[v] for v in self.before.results)
+        return Func(self.before.name, self.before.params, tuple(body.ops), results, self.before.updates)
 
     def placed(self, was: Op, body: _Body) -> tuple[Value, ...]:
         """What stands for the results of `was`."""
@@ -174,8 +175,8 @@ class _Rewriting:
             shape = body.slots, *was.result.shape[1:]
             return body.emit(was.copy(result_types=(Tensor(was.result.dtype, shape),), id="")).results
         if was is self.combine and self.sum:
-            weights = self.beside(body.get(self.combine.weights), 1.0, body)
-            rows, handle = map(body.get, (self.combine.rows, self.combine.handle))
+            weights = self.beside(body.new[self.combine.weights], 1.0, body)
+            rows, handle = body.new[self.combine.rows], body.new[self.combine.handle]
             return body.emit(self.combine.copy(rows=rows, handle=handle, weights=weights, id="")).results
         op = was.with_operands(body.lookup(was))
         if isinstance(op, Dispatch):
@@ -213,18 +214,15 @@ class _Body:
     def __init__(self, before: Func, slots: int) -> None:
         self.slots = slots
         self.ops: list[Op] = []
-        self.new: dict[Value, Value] = {}
+        self.new = Replacements()
         self.by_slot: dict[Value, Value] = {}
         """Of counts of experts those of their slots."""
-
-    def get(self, value: Value) -> Value:
-        return self.new.get(value, value)
 
     def lookup(self, op: Op) -> Callable[[Value], Value]:
         """What stands for the operands of `op`: products of experts have the counts of slots."""
         if not isinstance(op, GroupedMatmul | GroupedScaledMatmul | Quantize):
-            return self.get
-        return lambda value: self.by_slot.get(self.get(value), self.get(value))
+            return self.new.__getitem__
+        return lambda value: self.by_slot.get(self.new[value], self.new[value])
 
     def emit(self, op: OpT) -> OpT:
         self.ops.append(op)

@@ -20,6 +20,7 @@ from .bundles import Link, links, packed, retyped, unpacked
 from .outline import is_free
 from .pairs import Pair, carried_out, pairs
 from .recipe import Quantization, Recipe
+from .rewrite import Replacements, fresh
 
 Decline = Callable[[Func, Op, str], None]
 
@@ -130,7 +131,7 @@ def _rewritten(func: Func, edits: _Edits) -> Func:
     """`func` with codes and scales in place of some fields: quantised after they are made, dequantised before they are read."""
     if not edits.taken and not edits.given:
         return func
-    values: dict[Value, Value] = {}
+    values = Replacements()
     codes: dict[Value, tuple[Value, Value]] = {}
     wide: dict[Value, _Form] = {}
     forms = {pack.values[i]: form for pack, fields in edits.given.items() for i, form in fields.items()}
@@ -139,9 +140,7 @@ def _rewritten(func: Func, edits: _Edits) -> Func:
     ops: list[Op] = []
 
     def emit(op: Op, like: Op) -> tuple[Value, ...]:
-        number = next(n for n in range(1, len(taken) + 2) if f"{like.id}.{n}" not in taken)
-        taken.add(f"{like.id}.{number}")
-        ops.append(op.copy(id=f"{like.id}.{number}", phase=like.phase))
+        ops.append(op.copy(id=fresh(like.id, taken), phase=like.phase))
         return ops[-1].results
 
     def quantized(value: Value, like: Op) -> None:
@@ -150,7 +149,7 @@ def _rewritten(func: Func, edits: _Edits) -> Func:
             return
         same = again.get((value, form.tile, form.made.format, form.made.rule))
         if same is None:
-            x = values.get(value, value)
+            x = values[value]
             names = (f"{value.name}_c", f"{value.name}_cs")
             q, s = emit(Quantize(x, tile=form.tile, dtype=form.made.format, rule=form.made.rule, names=names), like)
             codes[value] = q, s
@@ -183,11 +182,11 @@ def _rewritten(func: Func, edits: _Edits) -> Func:
                 if v in wide and v not in values:
                     form = wide[v]
                     (values[v],) = emit(Dequantize(*codes[v], tile=form.tile, dtype=v.dtype, names=(v.name,)), old)
-            ops.append(old.with_operands(lambda v: values.get(v, v)))
+            ops.append(old.with_operands(values.__getitem__))
         values.update(zip(old.results, ops[-1].results, strict=True))
         for r in old.results:
             quantized(r, old)
-    return replace(func, params=tuple(params), ops=tuple(ops), results=tuple(values.get(r, r) for r in func.results))
+    return replace(func, params=tuple(params), ops=tuple(ops), results=tuple(values[r] for r in func.results))
 
 
 def _key(op: Quantize) -> tuple[object, ...]:
@@ -199,11 +198,11 @@ def _kept(
     form: _Form | None,
     codes: dict[Value, tuple[Value, Value]],
     again: dict[tuple[object, ...], Quantize],
-    values: dict[Value, Value],
+    values: Replacements,
 ) -> tuple[Value, ...]:
     """The fields of a bundle that hold `value`."""
     if form is None:
-        return (values.get(value, value),)
+        return (values[value],)
     if value in codes:
         return codes[value]
     if form.made:  # a product quantises it in the same way
@@ -212,7 +211,7 @@ def _kept(
     else:
         assert isinstance(value.owner, Dequantize)
         first, second = value.owner.codes, value.owner.scales
-    return values.get(first, first), values.get(second, second)
+    return values[first], values[second]
 
 
 def _bundle(unpack: Unpack, forms: dict[int, _Form]) -> Bundle:

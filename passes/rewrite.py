@@ -1,8 +1,9 @@
-"""The one skeleton of a rewriting pass: walk a function in order, and let a rule replace ops."""
+"""What rewriting passes share: the skeleton that walks a function and lets a rule replace ops, values that stand for others, new names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 from ..ir.core import Builder, Func, Op, OpT, Value
 from ..ir.errors import require
@@ -12,6 +13,35 @@ Rule = Callable[[Op, Builder], Sequence[Value] | None]
 
 New ops are emitted into the builder. They are given no id yet: the name that an op will bear depends on what replaces what.
 """
+
+
+class Replacements(dict[Value, Value]):
+    """What stands for which value; one that is not named stands for itself."""
+
+    def __missing__(self, value: Value) -> Value:
+        return value
+
+    def moved(self, op: OpT) -> OpT:
+        """`op` over what stands for its operands. Its results stand for those of `op` from then on."""
+        made = op.with_operands(self.__getitem__)
+        if made is not op:
+            self.update(zip(op.results, made.results, strict=True))
+        return made
+
+
+def fresh(name: str, taken: set[str], mark: str = ".") -> str:
+    """`name.1`, or the first `name.n` that is not taken yet; it is taken then."""
+    found = next(each for n in count(1) if (each := f"{name}{mark}{n}") not in taken)
+    taken.add(found)
+    return found
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """`name`, or the first `name_n` where it is taken; it is taken then."""
+    if name in taken:
+        return fresh(name, taken, "_")
+    taken.add(name)
+    return name
 
 
 class _Body(Builder):
@@ -29,10 +59,10 @@ def rebuild(func: Func, rule: Rule) -> Func:
     `mlp#3.1`, `mlp#3.2`, ... in order, past ids already taken; ops that bring an id of their own keep it. All inherit the
     phase, and the replacing values the names of the replaced. A value of another type raises `DscError`.
     """
-    body, new = _Body(func.name), dict[Value, Value]()
+    body, new = _Body(func.name), Replacements()
     taken = {op.id for op in func.ops}
     for old in func.ops:
-        op = old.with_operands(lambda value: new.get(value, value))
+        op = old.with_operands(new.__getitem__)
         start = len(body.ops)
         values = rule(op, body)
         if values is None:
@@ -46,7 +76,7 @@ def rebuild(func: Func, rule: Rule) -> Func:
                 new[was] = now
     if not new:
         return func
-    return Func(func.name, func.params, tuple(body.ops), tuple(new.get(v, v) for v in func.results), func.updates)
+    return Func(func.name, func.params, tuple(body.ops), tuple(new[v] for v in func.results), func.updates)
 
 
 def inherit(old: Op, values: Sequence[Value], made: Sequence[Op], taken: set[str]) -> None:

@@ -23,6 +23,7 @@ from ..ir.stages import is_staged, stages_of
 from ..ir.types import Bundle, Type, bound
 from ..ir.walk import communicating
 from .manager import Pass, register
+from .rewrite import unused
 from .sharding import experts, losses, products, rules  # noqa: F401 - they fill RULES
 from .sharding.body import RULES, Body, Dispatch
 from .sharding.layout import Layout, Placement, from_split, placed, settled, to_split
@@ -194,11 +195,7 @@ class _Sharding:
                 results.append(body.bring(body.form(value), have, want))
                 placements.append(want)
             _number(body, func, Phase.W if bundles(self.before) else Phase.F)
-            own, count = name, 0
-            while self.funcs[name] and own in self.names:
-                count += 1
-                own = f"{name}_{count}"
-            self.names.add(own)
+            own = unused(name, self.names) if self.funcs[name] else name
             self.funcs[name].append(body.finish(own, results))
             self.made[key] = own, tuple(placements)
         return self.made[key]

@@ -220,11 +220,15 @@ def merge_functions(module: Module) -> Module:
             return b.emit(op.copy(callee=Symbol(survivor[op.callee]))).results
         return None
 
-    module = module.map(lambda func: rebuild(func, rule))
-    needed = {module.main.name}
-    waiting = [module.main]
+    return reached(module.map(lambda func: rebuild(func, rule)))
+
+
+def reached(module: Module) -> Module:
+    """Without the functions that nothing calls."""
+    needed, waiting = set[str](), [module.main.name]
     while waiting:
-        new = set(called(module, waiting.pop())) - needed
-        needed |= new
-        waiting.extend(module[name] for name in new)
+        name = waiting.pop()
+        if name not in needed:
+            needed.add(name)
+            waiting += called(module, module[name])
     return module if len(needed) == len(module.funcs) else module.replace(funcs=tuple(f for f in module.funcs if f.name in needed))

@@ -15,6 +15,7 @@ from ..ir.ops.control import Pack, Unpack
 from ..ir.ops.shape import Reshape
 from ..ir.region import downward
 from .bundles import links, packed, retyped, unpacked
+from .rewrite import Replacements
 
 
 def quantized_stashes(module: Module) -> Module:
@@ -81,14 +82,6 @@ def _chain(field: Value, func: Func, known: Collection[Value]) -> list[Op]:
 
 def _opened(func: Func, unpack: Unpack, opened: Unpack, fields: list[tuple[Value, Value]], gone: set[Op]) -> Func:
     """The function on a bundle of other fields, without the ops that are done already."""
-    values = {unpack.x: opened.x} | {known: result for (_, known), result in zip(fields, opened.results, strict=True)}
-
-    def now(value: Value) -> Value:
-        return values.get(value, value)
-
-    ops: list[Op] = []
-    for op in (op for op in func.ops if op not in gone):
-        ops.append(opened if op is unpack else op.with_operands(now))
-        if op is not unpack:
-            values |= dict(zip(op.results, ops[-1].results, strict=True))
-    return replace(func, params=tuple(map(now, func.params)), ops=tuple(ops), results=tuple(map(now, func.results)))
+    values = Replacements({unpack.x: opened.x} | {known: result for (_, known), result in zip(fields, opened.results, strict=True)})
+    ops = tuple(opened if op is unpack else values.moved(op) for op in func.ops if op not in gone)
+    return replace(func, params=tuple(values[v] for v in func.params), ops=ops, results=tuple(values[v] for v in func.results))

@@ -10,6 +10,7 @@ from ...ir.ops.collective import Collective, RowExchange
 from ...ir.ops.control import Call
 from ...ir.ops.moe import Dispatch
 from ...ir.walk import communicating
+from ..rewrite import Replacements
 from .components import PRODUCTS
 from .merge import Groups, Member, halves, opened, without_idle_packs
 
@@ -117,7 +118,7 @@ class _Body:
     old: list[Op]
     results: Sequence[Value]
     ops: list[Op] = field(default_factory=list)
-    new: dict[Value, Value] = field(default_factory=dict)
+    new: Replacements = field(default_factory=Replacements)
     emitted: set[Op] = field(default_factory=set)
 
     def group(self, members: Sequence[Member]) -> None:
@@ -134,7 +135,7 @@ class _Body:
         mapped = []
         inner: dict[Value, Value] = {}
         for member in members:
-            call = member.call.with_operands(lambda v: inner.get(v, self.value(v)))
+            call = member.call.with_operands(lambda v: inner.get(v, self.new[v]))
             inner.update(zip(member.call.results, call.results, strict=True))
             mapped.append(Member(call, member.tag))
         read = {inner[r] for call in calls for r in call.results if r in outside}
@@ -155,19 +156,14 @@ class _Body:
                 continue
             waiting.pop()
             if one not in self.emitted:
-                moved = one.with_operands(self.value)
                 self.emitted.add(one)
-                self.ops.append(moved)
-                self.new.update(zip(one.results, moved.results, strict=True))
-
-    def value(self, value: Value) -> Value:
-        return self.new.get(value, value)
+                self.ops.append(self.new.moved(one))
 
     def func(self, name: str, params: Sequence[Value], updates: dict[int, int] | None = None) -> Func:
         """The function, with the rest of the ops."""
         for op in self.old:
             self.need(op)
-        results = tuple(map(self.value, self.results))
+        results = tuple(self.new[v] for v in self.results)
         return Func(name, tuple(params), tuple(without_idle_packs(self.ops, results)), results, updates or {})
 
 

@@ -9,6 +9,7 @@ from ...ir.core import Func, Module, Op, Value
 from ...ir.flight import axes
 from ...ir.ops.collective import Done, Transfer
 from ...ir.ops.control import Call
+from ..rewrite import Replacements, fresh
 from .tasks import Task
 
 
@@ -26,7 +27,7 @@ class _Emitter:
     free: frozenset[Op]
     """Those that stand before their first reader, wherever that is."""
     ops: list[Op] = field(default_factory=list)
-    new: dict[Value, Value] = field(default_factory=dict)
+    new: Replacements = field(default_factory=Replacements)
     emitted: set[Op] = field(default_factory=set)
     flying: dict[str, list[tuple[Transfer, Transfer]]] = field(default_factory=dict)
     """By axis what was started and is not done, each as it was and as it is."""
@@ -44,14 +45,14 @@ class _Emitter:
         for op in self.old.ops:
             if op not in self.emitted:
                 self.append(op)
-        results = tuple(self.value(v) for v in self.old.results)
+        results = tuple(self.new[v] for v in self.old.results)
         return Func(self.old.name, self.old.params, tuple(self.ops), results, self.old.updates)
 
     def task(self, op: Op) -> None:
         for operand in op.operands:
             self.ready(operand)
         if isinstance(op, Transfer):
-            started = op.copy(start=True, id=self.fresh(op.id)).with_operands(self.value)
+            started = op.copy(start=True, id=fresh(op.id, self.taken)).with_operands(self.new.__getitem__)
             self.emitted.add(op)
             self.ops.append(started)
             self.flying.setdefault(op.along()[0], []).append((op, started))
@@ -75,16 +76,11 @@ class _Emitter:
             self.append(owner)
 
     def append(self, op: Op) -> None:
-        made = op.with_operands(self.value)
+        made = self.new.moved(op)
         self.emitted.add(op)
         self.ops.append(made)
         if op in self.free:
             self.unhurried.add(made)
-        if made is not op:
-            self.new.update(zip(op.results, made.results, strict=True))
-
-    def value(self, value: Value) -> Value:
-        return self.new.get(value, value)
 
     def land(self, op: Transfer) -> None:
         """Wait for a collective, and before it for those started earlier along its axis."""
@@ -99,15 +95,8 @@ class _Emitter:
         at = self.ops.index(started)
         if not self.flying[old.along()[0]] and all(op in self.unhurried for op in self.ops[at + 1 :]):
             del self.ops[at]
-            made: Op = old.with_operands(self.value)
+            made: Op = old.with_operands(self.new.__getitem__)
         else:
             made = Done(started.results, id=old.id, phase=old.phase, names=tuple(r.name for r in old.results))
         self.ops.append(made)
         self.new.update(zip(old.results, made.results, strict=True))
-
-    def fresh(self, id: str) -> str:
-        number = 1
-        while f"{id}.{number}" in self.taken:
-            number += 1
-        self.taken.add(f"{id}.{number}")
-        return f"{id}.{number}"

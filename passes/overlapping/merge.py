@@ -9,6 +9,7 @@ from ...ir.core import Func, Module, Op, Symbol, Trait, Value
 from ...ir.ops.control import Call, Pack, Param, Unpack
 from ...ir.ops.fused import Fused
 from ...ir.walk import numbered
+from ..rewrite import Replacements, unused
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,7 @@ class Groups:
     def _name(self, members: Sequence[Member]) -> str:
         stem = f"{members[0].call.callee}_overlapped"
         taken = {f.name for f in (*self.module.funcs, *self.made.values())}
-        name, number = stem, 1
-        while name in taken:
-            name, number = f"{stem}_{number}", number + 1
-        return name
+        return unused(stem, taken)
 
 
 @dataclass
@@ -183,23 +181,14 @@ def halves(func: Func, last_of_first: Collection[Op]) -> tuple[Func, Func, tuple
     own = [op for op in again if any(r in read for r in op.results)]
     handed = tuple(v for op in first if op not in again for v in op.results if v in read)
     copies = [op.copy() for op in own]
-    new = {r: c for op, copy in zip(own, copies, strict=True) for r, c in zip(op.results, copy.results, strict=True)}
+    new = Replacements((r, c) for op, copy in zip(own, copies, strict=True) for r, c in zip(op.results, copy.results, strict=True))
     assert made.issuperset(handed)
     used = {v for op in first for v in op.operands}
     before = tuple(p for p in func.params if p in used)
     rest = tuple(p for p in func.params if p in read)
     new |= {v: Value(v.type, v.name) for v in (*rest, *handed)}
-    body = list(copies)
-    for op in second:
-        moved = op.with_operands(lambda v: new.get(v, v))
-        if moved is not op:
-            new.update(zip(op.results, moved.results, strict=True))
-        body.append(moved)
+    params = tuple(new[v] for v in (*rest, *handed))
+    body = (*copies, *map(new.moved, second))
     head = Func(f"{func.name}_first", before, tuple(first), handed)
-    tail = Func(
-        f"{func.name}_second",
-        tuple(new[v] for v in (*rest, *handed)),
-        tuple(body),
-        tuple(new.get(v, v) for v in func.results),
-    )
+    tail = Func(f"{func.name}_second", params, body, tuple(new[v] for v in func.results))
     return head, tail, handed
