@@ -125,12 +125,12 @@ def _each(change: Any, x: Any, type: Type) -> Any:
     return tuple(_each(change, f, t) for f, t in zip(x, there.fields, strict=True)) if isinstance(there, Bundle) else change(x, there)
 
 
-def check_inputs(main: Func, inputs: Sequence[Data]) -> None:
-    """`DscError` unless `inputs` are what `main` takes."""
+def check_inputs(main: Func, inputs: Sequence[Data], holds: Callable[[Any, Type], bool] = lambda x, type: False) -> None:
+    """`DscError` unless `inputs` are what `main` takes: arrays, or what the backend `holds` already."""
     takes = f"@{main.name} takes {len(main.params)} inputs"
     require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
     for param, given in zip(main.params, inputs, strict=True):
-        if not fits(given, param.type):
+        if not (fits(given, param.type) or holds(given, param.type)):
             raise DscError(f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}")
 
 

@@ -8,8 +8,10 @@ mean of their logarithms right. Promotion is not among them: a table of kernels 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import exp, log
+from importlib.util import find_spec
+from math import exp, inf, log
 
+from ..ir.errors import require
 from .cluster import Cluster
 from .tables import Entry, attentions, beside_exchanges, beside_products, decodes, dispatches, low_latency, norms, products, wgrads
 
@@ -71,37 +73,13 @@ def _squares(cluster: Cluster, table: Predict) -> float:
 
 
 def nearest(loss: Callable[[Sequence[float]], float], start: Sequence[float], size: float = 0.2, rounds: int = 2000) -> list[float]:
-    """Where `loss` is least near `start`, by a simplex of `size` that is begun anew when it has shrunk."""
+    """Where `loss` is least near `start`, by a simplex of `size` that is begun anew when it has shrunk. `DscError` without SciPy."""
+    require(find_spec("scipy") is not None, "to fit coefficients needs scipy: pip install 'dsc[plan]'")
+    from scipy.optimize import minimize
+
     best = list(start)
     for _ in range(3):
-        best = _simplex(loss, best, size, rounds)
+        corners = [best, *([x + size * (i == j) for j, x in enumerate(best)] for i in range(len(best)))]
+        how = {"initial_simplex": corners, "maxiter": rounds, "fatol": 1e-13, "xatol": inf}
+        best = minimize(loss, best, method="Nelder-Mead", options=how).x.tolist()
     return best
-
-
-def _simplex(loss: Callable[[Sequence[float]], float], start: Sequence[float], size: float, rounds: int) -> list[float]:
-    n = len(start)
-    points = [list(start)] + [[x + size * (i == j) for j, x in enumerate(start)] for i in range(n)]
-    corners = sorted((loss(p), p) for p in points)
-    for _ in range(rounds):
-        if corners[-1][0] - corners[0][0] < 1e-13:
-            break
-        centre = [sum(p[j] for _, p in corners[:-1]) / n for j in range(n)]
-        worst = corners[-1][1]
-
-        def moved(by: float, centre: list[float] = centre, worst: list[float] = worst) -> tuple[float, list[float]]:
-            point = [c + by * (c - w) for c, w in zip(centre, worst, strict=True)]
-            return loss(point), point
-
-        made = moved(1.0)
-        if made[0] < corners[0][0]:
-            made = min(made, moved(2.0))
-        elif made[0] >= corners[-2][0]:
-            made = min(moved(0.5), moved(-0.5))
-        if made[0] < corners[-1][0]:
-            corners[-1] = made
-        else:
-            first = corners[0][1]
-            shrunk = [[(a + b) / 2 for a, b in zip(first, p, strict=True)] for _, p in corners[1:]]
-            corners = [corners[0], *((loss(p), p) for p in shrunk)]
-        corners.sort()
-    return corners[0][1]

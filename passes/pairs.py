@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -183,10 +184,7 @@ def listed(pair: Pair, again: Collection[Op]) -> Collection[Value]:
 
 def runs(module: Module) -> Mapping[str, int]:
     """How often each function runs."""
-    found: dict[str, int] = {}
-    for name in _entered(module, module.main):
-        found[name] = found.get(name, 0) + 1
-    return found
+    return Counter(_entered(module, module.main))
 
 
 def _entered(module: Module, func: Func) -> Iterator[str]:

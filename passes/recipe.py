@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hardware.device import accumulation
+from ..hardware.figures import read_toml
 from ..ir.attributes import convert
 from ..ir.errors import DscError, require
 from ..ir.quantization import RULES, Accumulation, ScaleRule
@@ -77,12 +77,9 @@ def recipe(name: str) -> Recipe:
     if not name.endswith(".toml"):
         near = ", ".join(get_close_matches(name, recipes(), 2)) or ", ".join(recipes())
         require(name in recipes(), f"unknown recipe {name}; expected a .toml file or one of: {near}")
+    raw = read_toml(file)
     try:
-        return _recipe(file.stem, tomllib.loads(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DscError(f"{file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise DscError(f"{file}: not TOML: {error}") from None
+        return _recipe(file.stem, raw)
     except DscError as error:
         raise DscError(f"{file}: {error}") from None
 

@@ -23,7 +23,8 @@ from ...ir.errors import DscError, require
 from ...ir.ops.fused import alone as alone_of
 from ...ir.types import Tensor, Type
 from .. import Observer, Weights
-from ..arrays import Array, Data, describe, fits
+from ..arrays import Array, Data
+from ..eager import check_inputs
 from . import INTERPRET, torch_ops
 from .aot import jobs_of
 from .launch import Scratch
@@ -110,7 +111,7 @@ class Executor:
         self, module: Module, weights: Weights, inputs: Sequence[Any], observe: Observer | None, *, fetch: bool
     ) -> Program[tuple[Any, ...]]:
         """The results on the host with `fetch`, else on the device."""
-        _check(module, inputs)
+        check_inputs(module.main, inputs, is_held)
         prepared, idle = None, list[Prepared]()
         if observe is not None:
             _, _, results = yield from self._walk(module, weights, inputs, observe)
@@ -130,7 +131,7 @@ class Executor:
 
     def prepare(self, module: Module, weights: Weights, inputs: Sequence[Data]) -> Prepared:
         """The module made ready to run on inputs of the shapes of these: kernels compiled, weights and one arena on the device."""
-        _check(module, inputs)
+        check_inputs(module.main, inputs, is_held)
         plan, walk, results = alone(self._walk(module, weights, inputs, None))
         waits = any(step.how == "together" or (step.how == "torch" and type(step.op) in WAITS) for step in plan.all_steps())
         return Prepared(
@@ -179,17 +180,6 @@ TRITON = Executor()
 
 def no_weights(name: str, type: Tensor) -> Array:
     raise DscError(f"weight {name} of type {type}: a single op has none")
-
-
-def _check(module: Module, inputs: Sequence[Data]) -> None:
-    main = module.main
-    takes = f"@{main.name} takes {len(main.params)} inputs"
-    require(len(inputs) == len(main.params), f"{takes} ({', '.join(map(repr, main.params))}), found {len(inputs)}")
-    for param, given in zip(main.params, inputs, strict=True):
-        require(
-            fits(given, param.type) or is_held(given, param.type),
-            f"parameter %{param.name} of @{main.name}: expected {param.type}, found {describe(given)}",
-        )
 
 
 def _shape(given: Data) -> Any:

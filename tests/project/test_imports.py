@@ -39,7 +39,7 @@ BELOW_DRIVER = f"ir numerics hardware passes schedule distributed backends {BACK
 LAWS = {
     "ir": law(libraries="lark"),
     "numerics": law("ir", "numpy ml_dtypes"),
-    "hardware": law("ir"),
+    "hardware": law("ir", late="scipy"),
     "passes": law("ir hardware schedule", late="scipy networkx"),
     "schedule": law("ir hardware", late="matplotlib"),
     "distributed": law("ir schedule", "numpy ml_dtypes"),
