@@ -103,14 +103,12 @@ def quantize_columns(x, SOURCE_MAX: tl.constexpr, FLOOR: tl.constexpr, LARGEST: 
     return (tl.div_rn(x, factor) if APPLY == "divide" else x * factor), scale[None, :]
 
 
-@triton.jit
-def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, tile_columns,
-                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
-                    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, GROUPS: tl.constexpr,
-                    SOURCE: tl.constexpr, FORMAT: tl.constexpr, CLAMP: tl.constexpr,
-                    FLOOR: tl.constexpr, LARGEST: tl.constexpr, SOURCE_MAX: tl.constexpr,
-                    SCALE: tl.constexpr, APPLY: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    # One program: DOWN x ACROSS tiles of HEIGHT x WIDTH, of which BLOCK_H x BLOCK_W are the powers of two above.
+@device
+def place_of(COUNTS, rows, columns, groups, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+             BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
+    """The first row of a program's DOWN x ACROSS tiles of HEIGHT x WIDTH, and the row behind the last; where its first element lies, how
+    far behind that each of the [DOWN * BLOCK_H, ACROSS * BLOCK_W] does, and whether it is of a tile. Blocks are the powers of two above.
+    """
     first, matrix = tl.program_id(0).to(tl.int64) * DOWN, tl.program_id(2).to(tl.int64)
     i = tl.arange(0, DOWN * BLOCK_H)
     j = tl.arange(0, ACROSS * BLOCK_W)
@@ -123,8 +121,17 @@ def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, 
         start, stop = first * HEIGHT, rows
     inside = ((i % BLOCK_H < HEIGHT) & (start + down < stop))[:, None] & ((j % BLOCK_W < WIDTH) & (column < columns))[None, :]
     # 64-bit arithmetic once per program, 32-bit per element: an address takes one register instead of two.
-    origin = (matrix * rows + start) * columns
-    at = down[:, None] * columns + column[None, :]
+    return start, stop, (matrix * rows + start) * columns, down[:, None] * columns + column[None, :], inside
+
+
+@triton.jit
+def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, tile_columns,
+                    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+                    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, GROUPS: tl.constexpr,
+                    SOURCE: tl.constexpr, FORMAT: tl.constexpr, CLAMP: tl.constexpr,
+                    FLOOR: tl.constexpr, LARGEST: tl.constexpr, SOURCE_MAX: tl.constexpr,
+                    SCALE: tl.constexpr, APPLY: tl.constexpr, POW2: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    start, stop, origin, at, inside = place_of(COUNTS, rows, columns, groups, HEIGHT, WIDTH, DOWN, ACROSS, BLOCK_H, BLOCK_W, GROUPS)
     x = widen(tl.load(X + origin + at, mask=inside, other=0.0), SOURCE)
     tiled = tl.reshape(x, (DOWN, BLOCK_H, ACROSS, BLOCK_W))
     magnitude = bits_of(tiled) & 0x7FFFFFFF
@@ -136,10 +143,10 @@ def quantize_kernel(X, CODES, SCALES, COUNTS, rows, columns, groups, tile_rows, 
     tl.store(CODES + origin + at, codes, mask=inside)
     if GROUPS > 0:
         scale = tl.where(start < stop, scale, 0.0)
-    tile_row = first + tl.arange(0, DOWN)[:, None]
+    tile_row = tl.program_id(0).to(tl.int64) * DOWN + tl.arange(0, DOWN)[:, None]
     tile_column = tl.program_id(1) * ACROSS + tl.arange(0, ACROSS)[None, :]
     there = (tile_row < tile_rows) & (tile_column < tile_columns)
-    tl.store(SCALES + (matrix * tile_rows + tile_row) * tile_columns + tile_column, scale, mask=there)
+    tl.store(SCALES + (tl.program_id(2).to(tl.int64) * tile_rows + tile_row) * tile_columns + tile_column, scale, mask=there)
 
 
 def tiling(height: int, width: int, grouped: bool) -> tuple[int, int, int, int]:
@@ -161,30 +168,38 @@ def rule_constants(dtype: DType, source: DType, rule: ScaleRule) -> dict[str, An
     }
 
 
-@kernel(Quantize)
-def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: Slot, scales: Slot) -> Launch | Declined:
-    x, codes = x.on(target), codes.on(target)
-    height, width = op.tile
+def launch(
+    kernel: Any, tile: tuple[int, int], x: Slot, counts: Slot | None, arguments: dict[str, Slot], constants: dict[str, Any]
+) -> Launch | Declined:
+    """A kernel that goes over the tiles of x; SCALES is among its `arguments`."""
+    height, width = tile
     if power_of_two(height) * power_of_two(width) > LARGEST_BLOCK:
         return Declined(f"tiles of {height} x {width} elements, expected at most {LARGEST_BLOCK} in a tile")
-    grouped = counts is not None and height > 1
+    scales, groups = arguments["SCALES"], counts if counts is not None and height > 1 else None
     matrices = 1 if height == 1 else x.size // max(1, x.shape[-2] * x.shape[-1])
     rows, columns = x.size // max(1, x.shape[-1] * matrices), x.shape[-1]
     tile_rows, tile_columns = scales.size // max(1, scales.shape[-1] * matrices), scales.shape[-1]
-    down, across, block_h, block_w = tiling(height, width, grouped)
+    down, across, block_h, block_w = tiling(height, width, groups is not None)
     return Launch(
-        quantize_kernel,
+        kernel,
         grid=(ceil_div(tile_rows, down), ceil_div(tile_columns, across), matrices),
         arguments={
-            **{"X": x, "CODES": codes, "SCALES": scales, "COUNTS": counts if counts is not None and grouped else scales},
+            **arguments,
+            "COUNTS": groups or scales,
             **{"rows": rows, "columns": columns, "tile_rows": tile_rows, "tile_columns": tile_columns},
-            "groups": counts.size if counts is not None and grouped else 0,
+            "groups": groups.size if groups else 0,
         },
         constants={
             **{"HEIGHT": height, "WIDTH": width, "DOWN": down, "ACROSS": across, "BLOCK_H": block_h, "BLOCK_W": block_w},
-            "GROUPS": power_of_two(counts.size) if counts is not None and grouped else 0,
-            **{"SOURCE": x.format, "FORMAT": codes.format, "CLAMP": op.rule.clamp},
-            **rule_constants(op.dtype, x.dtype, op.rule),
+            "GROUPS": power_of_two(groups.size) if groups else 0,
+            **constants,
         },
         num_warps=warps(down * across * block_h * block_w),
     )
+
+
+@kernel(Quantize)
+def quantize(op: Quantize, target: Target, x: Slot, counts: Slot | None, codes: Slot, scales: Slot) -> Launch | Declined:
+    x, codes = x.on(target), codes.on(target)
+    formats = {"SOURCE": x.format, "FORMAT": codes.format, "CLAMP": op.rule.clamp, **rule_constants(op.dtype, x.dtype, op.rule)}
+    return launch(quantize_kernel, op.tile, x, counts, {"X": x, "CODES": codes, "SCALES": scales}, formats)
