@@ -25,13 +25,17 @@ def facets() -> dict[str, Mapping[str, Any]]:
 
 
 def triton_facets() -> dict[str, Mapping[str, Any]]:
-    """The launchers of kernels, and the torch functions that run the other ops on a GPU; nothing where triton is not installed."""
+    """What launches an op's kernel, one that is generated included, and the torch functions that run the other ops on a GPU; nothing where
+    triton is not installed."""
     if find_spec("triton") is None:
         return {}
+    from ..backends.triton.codegen import launch_of
+    from ..backends.triton.expressions import ALONG_ROWS, EXPRESSIONS
     from ..backends.triton.kernels import KERNELS
     from ..backends.triton.torch_ops import TORCH
 
-    kernels = {cls.name: found.launcher for cls, found in KERNELS.items()}
+    generated = {cls.name: launch_of for cls in EXPRESSIONS | ALONG_ROWS}
+    kernels = generated | {cls.name: found.launcher for cls, found in KERNELS.items()}
     return {"kernel": kernels, "torch": {cls.name: function for cls, function in TORCH.items()}}
 
 
