@@ -5,9 +5,10 @@ Where a function has a corner the rules are those of torch: 0 for |x| and relu a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import pi, sqrt
 
-from ...ir.core import Value
+from ...ir.core import Op, Value
 from ...ir.ops import elementwise as ops
 from ...ir.ops.reduce import Sum
 from ...ir.ops.shape import Broadcast
@@ -25,6 +26,42 @@ def cast(op: ops.Cast, b: Backward, dy: Value) -> Gradients:
     return (b.fit(dy, op.x),)
 
 
+def _bell(b: Backward, x: Value) -> Value:
+    """e^(-x^2)."""
+    return b.emit(ops.Exp(b.neg(b.mul(x, x)))).result
+
+
+OF_X: dict[type[Op], Callable[[Backward, Value, Value], Value]] = {
+    ops.Log: lambda b, dy, x: b.div(dy, x),
+    ops.Sin: lambda b, dy, x: b.mul(dy, b.emit(ops.Cos(x)).result),
+    ops.Cos: lambda b, dy, x: b.neg(b.mul(dy, b.emit(ops.Sin(x)).result)),
+    ops.Erf: lambda b, dy, x: b.mul(dy, _bell(b, x), b.number(2 / sqrt(pi), x)),
+}
+"""dx of dy and x."""
+
+OF_Y: dict[type[Op], Callable[[Backward, Value, Value], Value]] = {
+    ops.Exp: lambda b, dy, y: b.mul(dy, y),
+    ops.Sqrt: lambda b, dy, y: b.div(dy, b.add(y, y)),
+    ops.Rsqrt: lambda b, dy, y: b.mul(b.mul(dy, b.number(-0.5, y)), b.mul(y, y, y)),
+    ops.Tanh: lambda b, dy, y: b.mul(dy, b.complement(b.mul(y, y))),
+    ops.Sigmoid: lambda b, dy, y: b.mul(dy, y, b.complement(y)),
+}
+"""dx of dy and the result y."""
+
+
+@vjp(*OF_X)
+def of_x(op: Op, b: Backward, dy: Value) -> Gradients:
+    """dx by `OF_X`."""
+    (x,) = op.operands
+    return (b.fit(OF_X[type(op)](b, b.wide(dy), b.wide(x)), x),)
+
+
+@vjp(*OF_Y)
+def of_y(op: Op, b: Backward, dy: Value) -> Gradients:
+    """dx by `OF_Y`."""
+    return (b.fit(OF_Y[type(op)](b, b.wide(dy), b.wide(op.result)), op.operands[0]),)
+
+
 @vjp(ops.Neg)
 def neg(op: ops.Neg, b: Backward, dy: Value) -> Gradients:
     """dx = -dy."""
@@ -37,66 +74,6 @@ def abs(op: ops.Abs, b: Backward, dy: Value) -> Gradients:
     zero = b.number(0.0, op.x)
     negative = _where(b, b.emit(ops.Lt(op.x, zero)).result, b.neg(dy), b.number(0.0, dy))
     return (b.fit(_where(b, b.emit(ops.Gt(op.x, zero)).result, dy, negative), op.x),)
-
-
-@vjp(ops.Exp)
-def exp(op: ops.Exp, b: Backward, dy: Value) -> Gradients:
-    """dx = dy y."""
-    return (b.fit(b.mul(b.wide(dy), b.wide(op.result)), op.x),)
-
-
-@vjp(ops.Log)
-def log(op: ops.Log, b: Backward, dy: Value) -> Gradients:
-    """dx = dy / x."""
-    return (b.fit(b.div(b.wide(dy), b.wide(op.x)), op.x),)
-
-
-@vjp(ops.Sqrt)
-def sqrt_(op: ops.Sqrt, b: Backward, dy: Value) -> Gradients:
-    """dx = dy / (2 y)."""
-    y = b.wide(op.result)
-    return (b.fit(b.div(b.wide(dy), b.add(y, y)), op.x),)
-
-
-@vjp(ops.Rsqrt)
-def rsqrt(op: ops.Rsqrt, b: Backward, dy: Value) -> Gradients:
-    """dx = -dy y^3 / 2."""
-    y = b.wide(op.result)
-    return (b.fit(b.mul(b.mul(b.wide(dy), b.number(-0.5, y)), b.mul(y, y, y)), op.x),)
-
-
-@vjp(ops.Sin)
-def sin(op: ops.Sin, b: Backward, dy: Value) -> Gradients:
-    """dx = dy cos x."""
-    return (b.fit(b.mul(b.wide(dy), b.emit(ops.Cos(b.wide(op.x))).result), op.x),)
-
-
-@vjp(ops.Cos)
-def cos(op: ops.Cos, b: Backward, dy: Value) -> Gradients:
-    """dx = -dy sin x."""
-    return (b.fit(b.neg(b.mul(b.wide(dy), b.emit(ops.Sin(b.wide(op.x))).result)), op.x),)
-
-
-@vjp(ops.Tanh)
-def tanh(op: ops.Tanh, b: Backward, dy: Value) -> Gradients:
-    """dx = dy (1 - y^2)."""
-    y = b.wide(op.result)
-    return (b.fit(b.mul(b.wide(dy), b.complement(b.mul(y, y))), op.x),)
-
-
-@vjp(ops.Erf)
-def erf(op: ops.Erf, b: Backward, dy: Value) -> Gradients:
-    """dx = dy 2 / sqrt(pi) e^(-x^2)."""
-    x = b.wide(op.x)
-    bell = b.emit(ops.Exp(b.neg(b.mul(x, x)))).result
-    return (b.fit(b.mul(b.wide(dy), bell, b.number(2 / sqrt(pi), x)), op.x),)
-
-
-@vjp(ops.Sigmoid)
-def sigmoid(op: ops.Sigmoid, b: Backward, dy: Value) -> Gradients:
-    """dx = dy y (1 - y)."""
-    y = b.wide(op.result)
-    return (b.fit(b.mul(b.wide(dy), y, b.complement(y)), op.x),)
 
 
 @vjp(ops.Silu)
