@@ -15,12 +15,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..ir.core import Builder, Value
-from ..ir.ops.control import Param
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.moe import Redispatch
-from ..ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, ScaledMatmul
-from ..ir.ops.shape import Reshape, Transpose
-from ..ir.types import bound
+from ..ir.ops.quant import Dequantize, GroupedScaledMatmulWgrad, ScaledMatmul
+from ..ir.ops.shape import Transpose
 from .recipe import Quantization
 
 if TYPE_CHECKING:
@@ -36,59 +34,30 @@ def turned(chosen: Quantization) -> Quantization:
 
 def dgrad(rule: Rule, op: Matmul, b: Builder) -> Replacement:
     """dy W, in place of the gradient of a Linear's input."""
-    gradient, chosen = rule.recipe.gradient, rule.recipe.weight
-    if reason := _why_not(rule, op):
-        return rule.decline(op, reason)
-    assert gradient
-    assert chosen
-    assert isinstance(op.b.owner, Param)
-    dy = op.a if gradient.tile[0] == 1 else rule.rows(op.a, b)
-    codes, scales = rule.quantize(dy, gradient, b)
-    w, w_scales = (_transposed(x, b) for x in rule.weight(op.b.owner, chosen, b))
-    tiles = rule.tile(gradient, dy), rule.tile(chosen, op.b)[::-1]
-    product = b.emit(ScaledMatmul(codes, scales, w, w_scales, *tiles, rule.recipe.accumulation, op.result.dtype))
-    return product.results if dy is op.a else b.emit(Reshape(product.result, tuple(map(bound, op.result.shape)))).results
+    reason = _why_not(rule, op)
+    return rule.decline(op, reason) if reason else rule.linear(op, rule.recipe.gradient, b, backward=True)
 
 
-def wgrad(rule: Rule, op: Matmul, b: Builder) -> Replacement:
-    """dy^T x, in place of the gradient of a Linear's weight."""
+def grouped_dgrad(rule: Rule, op: GroupedMatmul, b: Builder) -> Replacement:
+    """dy W of each expert."""
+    reason = _why_not(rule, op)
+    return rule.decline(op, reason) if reason else rule.experts(op, rule.recipe.gradient, b, backward=True)
+
+
+def wgrad(rule: Rule, op: Matmul | GroupedMatmulWgrad, b: Builder) -> Replacement:
+    """dy^T x, in place of the gradient of a weight; of experts over the tokens of each."""
     if reason := _why_not(rule, op):
         return rule.decline(op, reason)
     assert rule.recipe.gradient
     assert rule.recipe.activation
     of_dy, of_x = turned(rule.recipe.gradient), turned(rule.recipe.activation)
+    how = rule.recipe.accumulation, op.result.dtype
+    if isinstance(op, GroupedMatmulWgrad):
+        operands = *rule.quantize(op.a, of_dy, b, op.counts), *rule.quantize(op.b, of_x, b, op.counts)
+        return b.emit(GroupedScaledMatmulWgrad(*operands, op.counts, rule.tile(of_dy, op.a), rule.tile(of_x, op.b), *how)).results
     dy = op.a.owner.x if isinstance(op.a.owner, Transpose) and op.a.owner.perm == (1, 0) else _transposed(op.a, b)
-    codes, scales = (_transposed(v, b) for v in rule.quantize(dy, of_dy, b))
-    x, x_scales = (_transposed(v, b) for v in rule.quantize(op.b, of_x, b))
-    tiles = rule.tile(of_dy, dy)[::-1], rule.tile(of_x, op.b)[::-1]
-    return b.emit(ScaledMatmul(codes, scales, x, x_scales, *tiles, rule.recipe.accumulation, op.result.dtype)).results
-
-
-def grouped_dgrad(rule: Rule, op: GroupedMatmul, b: Builder) -> Replacement:
-    """dy W of each expert. Tiles of several rows, as in the ablation of appendix B.2, restart at each expert."""
-    gradient, chosen = rule.recipe.gradient, rule.recipe.weight
-    if reason := _why_not(rule, op):
-        return rule.decline(op, reason)
-    assert gradient
-    assert chosen
-    assert isinstance(op.w.owner, Param)
-    (codes, scales), tile = rule.rows_of_experts(op.x, gradient, b, op.counts)
-    w, w_scales = (_transposed(x, b) for x in rule.weight(op.w.owner, chosen, b))
-    tiles = tile, rule.tile(chosen, op.w)[::-1]
-    product = GroupedScaledMatmul(codes, scales, w, w_scales, op.counts, *tiles, rule.recipe.accumulation, op.result.dtype)
-    return b.emit(product).results
-
-
-def grouped_wgrad(rule: Rule, op: GroupedMatmulWgrad, b: Builder) -> Replacement:
-    """dy^T x of each expert, over its own tokens."""
-    if reason := _why_not(rule, op):
-        return rule.decline(op, reason)
-    assert rule.recipe.gradient
-    assert rule.recipe.activation
-    of_a, of_b = turned(rule.recipe.gradient), turned(rule.recipe.activation)
-    operands = (*rule.quantize(op.a, of_a, b, op.counts), *rule.quantize(op.b, of_b, b, op.counts))
-    tiles = rule.tile(of_a, op.a), rule.tile(of_b, op.b)
-    return b.emit(GroupedScaledMatmulWgrad(*operands, op.counts, *tiles, rule.recipe.accumulation, op.result.dtype)).results
+    operands = *transposed(rule.quantize(dy, of_dy, b), b), *transposed(rule.quantize(op.b, of_x, b), b)
+    return b.emit(ScaledMatmul(*operands, rule.tile(of_dy, dy)[::-1], rule.tile(of_x, op.b)[::-1], *how)).results
 
 
 def redispatch(rule: Rule, op: Redispatch, x: Value, chosen: Quantization, b: Builder) -> Replacement:
@@ -111,6 +80,11 @@ def _why_not(rule: Rule, op: Matmul | GroupedMatmul | GroupedMatmulWgrad) -> str
     if rule.recipe.gradient is None:
         return f"recipe {rule.recipe.name} does not quantise gradients"
     return ""
+
+
+def transposed(quantized: tuple[Value, Value], b: Builder) -> tuple[Value, Value]:
+    """Codes and scales, the rows of each matrix as its columns."""
+    return _transposed(quantized[0], b), _transposed(quantized[1], b)
 
 
 def _transposed(x: Value, b: Builder) -> Value:

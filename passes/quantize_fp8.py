@@ -204,7 +204,7 @@ class Rule:
             case GroupedMatmul():
                 return quantize_backward.grouped_dgrad(self, op, b)
             case GroupedMatmulWgrad():
-                return quantize_backward.grouped_wgrad(self, op, b)
+                return quantize_backward.wgrad(self, op, b)
             case Redispatch(xs=(x,)) if self.recipe.dispatch and self.sends:
                 return quantize_backward.redispatch(self, op, x, self.recipe.dispatch, b)
         return None
@@ -216,37 +216,32 @@ class Rule:
         return self.reasons.get(id)
 
     def _matmul(self, op: Matmul, b: Builder) -> Sequence[Value] | None:
-        weight = op.b.owner
-        activation, chosen = self.recipe.activation, self.recipe.weight
-        reason = self.reasons[op.id] = self._why_not(weight, op.transpose_b, op.a.dtype)
-        if reason:
-            return self.decline(op, reason)
-        assert isinstance(weight, Param)
-        assert activation
+        reason = self.reasons[op.id] = self._why_not(op.b.owner, op.transpose_b, op.a.dtype)
+        return self.decline(op, reason) if reason else self.linear(op, self.recipe.activation, b)
+
+    def linear(self, op: Matmul, chosen: Quantization | None, b: Builder, backward: bool = False) -> Sequence[Value]:
+        """Rows, quantised as `chosen`, times a weight; `backward` its codes are transposed."""
         assert chosen
-        x = op.a if activation.tile[0] == 1 else self.rows(op.a, b)
-        a, a_scales = self.quantize(x, activation, b)
-        w, w_scales = self.weight(weight, chosen, b)
-        tiles = self.tile(activation, x), self.tile(chosen, op.b)
-        product = b.emit(ScaledMatmul(a, a_scales, w, w_scales, *tiles, self.recipe.accumulation, op.result.dtype))
+        x = op.a if chosen.tile[0] == 1 else self.rows(op.a, b)
+        codes = self.quantize(x, chosen, b)
+        weight, tile = self.weight(op.b, b, backward)
+        product = b.emit(ScaledMatmul(*codes, *weight, self.tile(chosen, x), tile, self.recipe.accumulation, op.result.dtype))
         return product.results if x is op.a else b.emit(Reshape(product.result, tuple(map(bound, op.result.shape)))).results
 
     def _grouped(self, op: GroupedMatmul, b: Builder) -> Sequence[Value] | None:
-        activation, chosen = self.recipe.activation, self.recipe.weight
+        activation = self.recipe.activation
         reason = self._why_not(op.w.owner, op.transpose_b, op.x.dtype)
         if not reason and activation and activation.tile[0] != 1 and activation.tile != WHOLE:
             reason = f"tiles of {activation.tile[0]} rows would mix tokens of different experts"
         self.reasons[op.id] = reason
-        if reason:
-            return self.decline(op, reason)
-        assert isinstance(op.w.owner, Param)
-        assert activation
+        return self.decline(op, reason) if reason else self.experts(op, activation, b)
+
+    def experts(self, op: GroupedMatmul, chosen: Quantization | None, b: Builder, backward: bool = False) -> Sequence[Value]:
+        """As `linear`, of experts. Backward tiles of several rows, as in the ablation of appendix B.2, restart at each expert."""
         assert chosen
-        (x, x_scales), x_tile = self.rows_of_experts(op.x, activation, b)
-        w, w_scales = self.weight(op.w.owner, chosen, b)
-        product = GroupedScaledMatmul(
-            x, x_scales, w, w_scales, op.counts, x_tile, self.tile(chosen, op.w), self.recipe.accumulation, op.result.dtype
-        )
+        codes, x_tile = self.rows_of_experts(op.x, chosen, b, op.counts if backward else None)
+        weight, tile = self.weight(op.w, b, backward)
+        product = GroupedScaledMatmul(*codes, *weight, op.counts, x_tile, tile, self.recipe.accumulation, op.result.dtype)
         return b.emit(product).results
 
     def _dispatch(self, op: Dispatch, x: Value, chosen: Quantization, b: Builder) -> Sequence[Value]:
@@ -314,17 +309,18 @@ class Rule:
             self.flat[x] = b.emit(Reshape(x, (x.tensor.size // columns, columns))).result
         return self.flat.get(x, x)
 
-    def weight(self, weight: Param, chosen: Quantization, b: Builder) -> Quantized:
-        """Codes and scales of a weight: made here, or parameters where they are stored."""
-        value = weight.result
-        if not self.options.stored:
-            return self.quantize(value, chosen, b)
-        if (value, chosen, None) not in self.done:
+    def weight(self, value: Value, b: Builder, backward: bool) -> tuple[Quantized, tuple[int, int]]:
+        """Codes, scales and tile of a weight, transposed `backward`: made here, or parameters where they are stored."""
+        chosen, owner = self.recipe.weight, value.owner
+        assert chosen
+        assert isinstance(owner, Param)
+        if self.options.stored and (value, chosen, None) not in self.done:
             scales = Tensor(DType.f32, scale_shape(value.shape, self.tile(chosen, value)))
-            codes = Param(weight.path, (Tensor(chosen.format, value.shape),), names=(f"{value.name}_q",))
-            factors = Param(weight.path + SCALE_SUFFIX, (scales,), names=(f"{value.name}_s",))
+            codes = Param(owner.path, (Tensor(chosen.format, value.shape),), names=(f"{value.name}_q",))
+            factors = Param(owner.path + SCALE_SUFFIX, (scales,), names=(f"{value.name}_s",))
             self.done[value, chosen, None] = b.emit(codes).result, b.emit(factors).result
-        return self.done[value, chosen, None]
+        found, tile = self.quantize(value, chosen, b), self.tile(chosen, value)
+        return (quantize_backward.transposed(found, b), tile[::-1]) if backward else (found, tile)
 
     @staticmethod
     def tile(chosen: Quantization, x: Value) -> tuple[int, int]:
