@@ -13,24 +13,21 @@ the MTP module, costed as one more layer with its projection and the head, propo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 from typing import Any, Literal
 
-from ..hardware.cost import Cost, Costs
 from ..hardware.figures import Figure, spoken
 from ..hardware.streams import Times, simulate
 from ..hardware.tables import product
-from ..ir.core import Module, Op, Trait, Value
+from ..ir.core import Module
 from ..ir.expected import expected_bytes
 from ..ir.mesh import Mesh
-from ..ir.ops.attention import AttentionDecode
 from ..ir.ops.collective import RowExchange
-from ..ir.ops.shape import Slice
 from ..ir.slots import slots_of
-from ..ir.types import DType, Tensor, bound
-from ..ir.walk import communicating, weights
+from ..ir.types import bound
+from ..ir.walk import weights
 from ..passes.overlap import overlapped
 from .plan_inputs import Inputs
 from .plan_layers import Program
@@ -94,42 +91,6 @@ _EXCHANGES: Mapping[Mode, Mapping[str, Figure]] = {
 
 
 @dataclass(frozen=True)
-class Clock:
-    """What ops take: beside communication in functions that communicate, alone in all others."""
-
-    beside: Costs
-    alone: Costs
-    inside: frozenset[int]
-    """Ops of functions that communicate, by identity."""
-    shared: int = 1
-    """How many queries of a sequence read its cache at once."""
-    known: dict[int, Cost] = field(default_factory=dict)
-
-    def cost(self, op: Op) -> Cost:
-        """Of one execution."""
-        if id(op) not in self.known:
-            read = _together(op, self.shared) if isinstance(op, AttentionDecode) and self.shared > 1 else op
-            self.known[id(op)] = (self.beside if id(op) in self.inside else self.alone).cost(read)
-        return self.known[id(op)]
-
-    def seconds(self, op: Op) -> float:
-        """Of one execution."""
-        return self.cost(op).seconds
-
-    def stream(self, op: Op) -> str:
-        """Where it runs."""
-        return self.beside.stream(op)
-
-
-def _together(op: AttentionDecode, queries: int) -> AttentionDecode:
-    """The same queries, each `queries` of them over one cache, which a page holds; values that are a part of the keys stay one."""
-    rows, width = bound(op.q.shape[0]), bound(op.v.shape[-1])
-    keys, values = (Value(Tensor(v.dtype, (rows // queries, *v.shape[1:])), v.name) for v in (op.k, op.v))
-    values = Slice(keys, 3, 0, width).result if isinstance(op.v.owner, Slice) else values
-    return op.copy(k=keys, v=values, pages=Value(Tensor(DType.i32, (rows, 1)), "pages"))
-
-
-@dataclass(frozen=True)
 class Serving:
     """Two micro-batches on each rank along dp, of `micro` sequences: `tokens` of each are read in prefill, are context in decoding."""
 
@@ -144,23 +105,18 @@ class Serving:
     accepted: float | None = None
 
     @cached_property
-    def clock(self) -> Clock:
-        """What the ops of both micro-batches take."""
-        return _clock(self.machine, self.both, 2 if self.accepted is not None else 1)
-
-    @cached_property
     def times(self) -> Times:
         """Both micro-batches through all layers."""
-        return simulate(self.both, self.clock)
+        return simulate(self.both, self.machine.costing)
 
     @cached_property
     def proposing(self) -> float:
         """Seconds of what the MTP module has beside its layer: a projection of two hidden states, and the head once more; of both."""
         if self.accepted is None:
             return 0.0
-        head = [op for op in self.both["head"].ops if Trait.SOURCE not in op.traits]
         rows, hidden = (bound(d) for d in self.both["head"].params[0].shape)
-        return 2 * (sum(map(self.clock.seconds, head)) + self.machine.costs[0].seconds(product("dense", rows, hidden, 2 * hidden, 1)))
+        head = simulate(self.both, self.machine.costing, self.both["head"])
+        return 2 * (head.total + self.machine.costs[0].seconds(product("dense", rows, hidden, 2 * hidden, 1)))
 
     @property
     def time(self) -> float:
@@ -204,13 +160,6 @@ class Serving:
         return {"weights": held, "inputs and caches": given, "workspace": replace(self.program, module=self.both).workspace}
 
 
-def _clock(machine: Machine, module: Module, shared: int) -> Clock:
-    sending = communicating(module)
-    inside = frozenset(id(op) for func in module.funcs if func.name in sending for op in func.ops)
-    alone, beside = machine.costs
-    return Clock(beside, alone, inside, shared)
-
-
 def serve(compiler: Compiler, inputs: Inputs, mode: Mode, mesh: Mesh) -> Serving:
     """A run of two micro-batches, in the order that `overlap` finds for them."""
     own = inputs.own
@@ -224,7 +173,8 @@ def serve(compiler: Compiler, inputs: Inputs, mode: Mode, mesh: Mesh) -> Serving
 
 
 def _machine(inputs: Inputs, mesh: Mesh, program: Program) -> Machine:
-    return Machine(inputs, mesh, program, {"repeats": inf})
+    """With speculation two queries of a sequence read its cache at once."""
+    return Machine(inputs, mesh, program, {"repeats": inf, "shared": 2 if ACCEPTED in inputs.own else 1})
 
 
 def changed(plan: Serving, compiler: Compiler, inputs: Inputs, key: str) -> Serving:

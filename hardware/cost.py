@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ..ir.core import Module, Op
+from ..ir.core import Module, Op, Value
 from ..ir.errors import require
 from ..ir.mesh import ATTRIBUTE, Mesh, mesh_of
+from ..ir.ops.attention import AttentionDecode
 from ..ir.ops.collective import AllReduce, AllToAll, AllToAllRows, Collective, OwnPart, ReduceScatter, RowExchange, Transfer
 from ..ir.ops.control import Param
 from ..ir.ops.internode import Internode, exchanges_of
-from ..ir.types import Ragged
+from ..ir.ops.shape import Slice
+from ..ir.types import DType, Ragged, Tensor, bound
 from .cluster import Cluster
 from .device import Device
 from .kernels import MATRIX, NOTHING, Compute, Cost, slower
@@ -42,6 +44,7 @@ class Costs:
     rows          how long ragged dimensions are expected to be; where nothing is said their bound counts
     repeats       how often the program runs before weights change: what depends on weights alone is run once, and costs its part;
                   inf where they never change
+    shared        how many queries of a sequence read its cache at once in decoding
     """
 
     cluster: Cluster
@@ -51,6 +54,7 @@ class Costs:
     imbalance: float = 1.0
     rows: Mapping[Ragged, float] = field(default_factory=dict)
     repeats: float = 1
+    shared: int = 1
 
     def __post_init__(self) -> None:
         units = self.cluster.device.units
@@ -96,7 +100,7 @@ class Costs:
             return NOTHING
         if isinstance(op, Collective):
             return self._communication(op)
-        cost = self._compute.cost(op)
+        cost = self._compute.cost(_together(op, self.shared) if isinstance(op, AttentionDecode) and self.shared > 1 else op)
         if cost is NOTHING:
             return cost
         factor = self.cluster.comm.compute_slowdown.mid if self.overlap else 1.0
@@ -154,6 +158,14 @@ class Costs:
         known = [d for d in sides if d in self.rows]
         number = static[0] * self.imbalance if static else self._compute.extent((known or sides)[0])
         return number * sum(self._compute.bytes(x.type) / max(1.0, self._compute.extent(x.shape[0])) for x in op.xs)
+
+
+def _together(op: AttentionDecode, queries: int) -> AttentionDecode:
+    """The same queries, each `queries` of them over one cache, which a page holds; values that are a part of the keys stay one."""
+    rows, width = bound(op.q.shape[0]), bound(op.v.shape[-1])
+    keys, values = (Value(Tensor(v.dtype, (rows // queries, *v.shape[1:])), v.name) for v in (op.k, op.v))
+    values = Slice(keys, 3, 0, width).result if isinstance(op.v.owner, Slice) else values
+    return op.copy(k=keys, v=values, pages=Value(Tensor(DType.i32, (rows, 1)), "pages"))
 
 
 def of_weights(op: Op, known: dict[Op, bool]) -> bool:

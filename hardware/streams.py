@@ -138,6 +138,8 @@ class _Run:
     free: dict[str, float] = field(default_factory=dict)
     """When each link is."""
     spans: list[Span] = field(default_factory=list)
+    known: dict[tuple[int, Op], tuple[float, str]] = field(default_factory=dict)
+    """What ops take, and where: many functions run more than once."""
 
     def through(self, func: Func, prefix: str) -> None:
         durations = self.given.within(func) if isinstance(self.given, Costing) else self.given
@@ -149,7 +151,10 @@ class _Run:
             if isinstance(op, Done):
                 self.now = max(self.now, ends.get(op.started, 0.0) if op.started else 0.0)
                 continue
-            seconds, stream = durations.seconds(op), durations.stream(op)
+            key = id(durations), op
+            if key not in self.known:
+                self.known[key] = durations.seconds(op), durations.stream(op)
+            seconds, stream = self.known[key]
             start = self.now if stream == COMPUTE else max(self.now, self.free.get(stream, 0.0))
             if stream != COMPUTE:
                 self.free[stream] = start + seconds

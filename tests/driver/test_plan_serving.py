@@ -47,8 +47,9 @@ def test_exchanges_of_decoding_by_hand() -> None:
     by_hand = sum(rows * width / network + 3.7e-6 + 25.67e-6 for width in (7168 + 56 * 4, 2 * 7168))
     assert plan.bound == pytest.approx(2 * (LAYERS - DENSE) * by_hand, rel=1e-6)
     assert products_of_the_head(plan) == [64, 64]
+    alone, beside = plan.machine.costs
     for span in plan.times.spans:
-        assert plan.clock.seconds(span.op) == plan.clock.alone.seconds(span.op)
+        assert span.end - span.start == pytest.approx(alone.seconds(span.op)) == pytest.approx(beside.seconds(span.op))
 
 
 def test_prefill_computes_the_head_for_last_tokens_alone() -> None:
@@ -56,13 +57,13 @@ def test_prefill_computes_the_head_for_last_tokens_alone() -> None:
     plan, _ = planned("prefill")
     assert products_of_the_head(plan) == [2, 2]
     assert plan.per_node == pytest.approx(8 * 2 * 2 * 4096 / plan.time)
-    assert plan.clock.beside.taken == 24
+    assert plan.machine.costs[1].taken == 24
     exchanged = [s.op for s in plan.times.spans if isinstance(s.op, RowExchange)]
     assert len(exchanged) == 2 * 3 * (LAYERS - DENSE)  # there, their weights after them, and back
     routing, first = routing_of(plan.both), exchanged[0]
     assert routing is not None
     sent = 2 * 4096 * plan.machine.inputs["run.imbalance"] * routing.distinct(16) * 15 / 16 * (7168 + 56 * 4 + 8 * 4)
-    assert plan.clock.beside._legs(first).inter == pytest.approx(sent, rel=1e-4)  # of whole rows
+    assert plan.machine.costs[1]._legs(first).inter == pytest.approx(sent, rel=1e-4)  # of whole rows
 
 
 def test_speculation_reads_a_cache_once_for_two_tokens() -> None:
@@ -70,10 +71,10 @@ def test_speculation_reads_a_cache_once_for_two_tokens() -> None:
     plan, _ = planned("decode", True)
     plain, _ = planned("decode")
     op, one = (next(op for _, _, op in walk(p.both) if isinstance(op, AttentionDecode)) for p in (plan, plain))
-    assert plan.clock.cost(op).flops == 2 * plain.clock.cost(one).flops == 2 * 2 * 64 * 128 * 4096 * (576 + 512)
+    assert plan.machine.costs[1].cost(op).flops == 2 * plain.machine.costs[1].cost(one).flops == 2 * 2 * 64 * 128 * 4096 * (576 + 512)
     cache = 64 * 4096 * 576 * 2
     others = 128 * (128 * (576 + 512) * 2 + 8 + 4)
-    assert plan.clock.cost(op).bytes == cache + others
+    assert plan.machine.costs[1].cost(op).bytes == cache + others
     assert plan.memory["inputs and caches"] == pytest.approx(plain.memory["inputs and caches"] * 5 / 4, rel=1e-3)
     assert plan.made == 1.875
     assert plan.per_token == plan.time / 1.875
