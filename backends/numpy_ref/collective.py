@@ -13,6 +13,7 @@ from ...ir.errors import DscError
 from ...ir.ops import collective as ops
 from ...ir.types import DType, bound
 from ..arrays import Array, rounded, widen
+from .elementwise import larger
 from .registry import collective, reference
 
 Wide = np.dtype[Any]
@@ -48,17 +49,12 @@ def all_reduce(op: ops.AllReduce, wide: Wide, x: Array) -> Program[Array]:
 def _reduced(op: ops.ReduceScatter | ops.AllReduce, parts: Sequence[Array], wide: Wide) -> Program[Array]:
     """The sum, or the largest, of what all ranks have in this rank's place, not yet rounded."""
     found = yield Exchange(op.axis, op.size, tuple((part,) for part in parts), ((parts[0].shape,),) * op.size)
-    together = _larger if isinstance(op, ops.AllReduce) and op.kind == "max" else np.add
+    together = larger if isinstance(op, ops.AllReduce) and op.kind == "max" else np.add
     terms = (widen(x, wide) if op.x.dtype.is_float else x for (x,) in found)
     total = next(terms)
     for x in terms:
         total = together(total, x)
     return total
-
-
-def _larger(x: Array, y: Array) -> Array:
-    """`np.maximum` gives either of 0 and -0; their sum is 0."""
-    return np.add(x, y, out=np.maximum(x, y), where=(x == 0) & (y == 0))
 
 
 def _narrowed(x: Array, dtype: DType) -> Array:

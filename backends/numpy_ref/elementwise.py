@@ -14,6 +14,17 @@ from ...ir.types import DType
 from ..arrays import STORAGE, Array, rounded, widen
 from .registry import reference
 
+
+def larger(x: Array, y: Array) -> Array:
+    """`np.maximum` gives either of 0 and -0; their sum is 0."""
+    return np.add(x, y, out=np.asarray(np.maximum(x, y)), where=(x == 0) & (y == 0))
+
+
+def smaller(x: Array, y: Array) -> Array:
+    """Likewise -0."""
+    return -larger(-x, -y) if x.dtype.kind == "f" else np.minimum(x, y)
+
+
 UNARY: dict[type[Op], np.ufunc] = {
     ops.Neg: np.negative,
     ops.Abs: np.abs,
@@ -27,13 +38,13 @@ UNARY: dict[type[Op], np.ufunc] = {
     ops.Not: np.logical_not,
 }
 
-BINARY: dict[type[Op], np.ufunc] = {
+BINARY: dict[type[Op], Callable[[Array, Array], Array]] = {
     ops.Add: np.add,
     ops.Sub: np.subtract,
     ops.Mul: np.multiply,
     ops.Remainder: np.remainder,
-    ops.Maximum: np.maximum,
-    ops.Minimum: np.minimum,
+    ops.Maximum: larger,
+    ops.Minimum: smaller,
     ops.Eq: np.equal,
     ops.Ne: np.not_equal,
     ops.Lt: np.less,
@@ -49,14 +60,14 @@ def _unary(ufunc: np.ufunc) -> Callable[[Op, Array], Array]:
     return lambda op, x: ufunc(x)
 
 
-def _binary(ufunc: np.ufunc) -> Callable[[Op, Array, Array], Array]:
-    return lambda op, a, b: ufunc(*_same_kind(a, b))
+def _binary(function: Callable[[Array, Array], Array]) -> Callable[[Op, Array, Array], Array]:
+    return lambda op, a, b: function(*_same_kind(a, b))
 
 
 for _cls, _ufunc in UNARY.items():
     reference(_cls)(_unary(_ufunc))
-for _cls, _ufunc in BINARY.items():
-    reference(_cls)(_binary(_ufunc))
+for _cls, _function in BINARY.items():
+    reference(_cls)(_binary(_function))
 
 
 def _same_kind(a: Array, b: Array) -> tuple[Array, Array]:

@@ -33,7 +33,7 @@ BINARY: dict[type[Op], str] = {
     ops.Sub: "Sub",
     ops.Mul: "Mul",
     ops.Pow: "Pow",
-    ops.Maximum: "Max",
+    ops.Maximum: "Max",  # of 0 and -0 ONNX takes either; Where, which could choose, loses the sign of 0 in ONNX Runtime
     ops.Minimum: "Min",
     ops.Eq: "Equal",
     ops.Lt: "Less",

@@ -185,6 +185,12 @@ def silu(x):
 
 
 @device
+def larger(x, y):
+    """The larger of two; NaN if either is. Of 0 and -0, of which the interpreter's takes either, their sum."""
+    return tl.where((x == 0.0) & (y == 0.0), x + y, tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL))
+
+
+@device
 def rounded(x, FORMAT: tl.constexpr):
     """float32 x on the grid of FORMAT, as float32."""
     return widen(narrow(x, FORMAT), FORMAT)

@@ -42,7 +42,20 @@ AT = "first + at"
 """Where an element of the space lies in a tensor of its shape: 64 bits once per program, 32 for each element."""
 
 HELPERS = {
-    "arithmetic": ("exp", "narrow", "rms_norm", "rounded", "row_max", "row_sum", "sigmoid", "silu", "swiglu_backward", "tanh", "widen"),
+    "arithmetic": (
+        "exp",
+        "larger",
+        "narrow",
+        "rms_norm",
+        "rounded",
+        "row_max",
+        "row_sum",
+        "sigmoid",
+        "silu",
+        "swiglu_backward",
+        "tanh",
+        "widen",
+    ),
     "groups": ("extents", "rows_of_tile"),
     "kernels.quantize": ("quantize_columns", "quantize_rows"),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import dsc
 import dsc.testing
 from dsc import DscError, backends
 from dsc.backends.numpy_ref.run import FLOAT32
@@ -201,3 +202,25 @@ def test_torch_tensors_as_weights_and_inputs() -> None:
     expected = assert_backends_agree(LAYER, fetch, inputs())
     assert {str(value.dtype) for value in named.values()} == {"torch.bfloat16", "torch.float32"}
     assert assert_backends_agree(LAYER, named, [tensor(array) for array in inputs()]) == expected
+
+
+ZEROS = parse("""
+module { stage=traced }
+
+func @main(%a: f32[4], %b: f32[4]) {
+  %most: f32[4] = maximum(%a, %b)
+  %least: f32[4] = minimum(%a, %b)
+  %more: f32[4] = exp(%least)
+  return %most, %least, %more
+}
+""")
+SIGNS = np.array([0.0, 0.0, -0.0, -0.0], np.float32), np.array([0.0, -0.0, 0.0, -0.0], np.float32)
+
+
+@pytest.mark.parametrize("name", ["numpy", "numpy-f64", "triton"])
+@pytest.mark.parametrize("passes", ["", "fuse"])
+def test_zeros_have_an_order(name: str, passes: str) -> None:
+    """0 exceeds -0, whatever the libraries beneath give."""
+    most, least, _ = backends.get(name).run(dsc.apply(ZEROS, passes) if passes else ZEROS, weights, SIGNS)
+    assert np.signbit(most).tolist() == [False, False, False, True]
+    assert np.signbit(least).tolist() == [False, True, True, True]

@@ -17,6 +17,7 @@ from ....ir.ops import collective as ops
 from ....ir.ops.internode import Internode, InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ...eager import hop_by_hop
 from ..tensors import Held, plain, rounded, widen
+from .elementwise import larger
 from .registry import COLLECTIVES, collective, compute_dtype, run, torch_op
 
 Tensor = torch.Tensor
@@ -54,17 +55,12 @@ def _reduced(op: ops.ReduceScatter | ops.AllReduce, parts: Sequence[Tensor], dty
     """The sum, or the largest, of what all ranks have in this rank's place."""
     messages = tuple((part.contiguous().view(dtype),) for part in parts)
     found = yield Exchange(op.axis, op.size, messages, ((tuple(parts[0].shape),),) * op.size)
-    together = _larger if isinstance(op, ops.AllReduce) and op.kind == "max" else torch.add
+    together = larger if isinstance(op, ops.AllReduce) and op.kind == "max" else torch.add
     terms = [widen(x, compute_dtype(op)) if op.x.dtype.is_float else x for (x,) in found]
     total = terms[0]
     for x in terms[1:]:
         total = together(total, x)
     return rounded(total, op.x.dtype) if op.x.dtype.is_float else total
-
-
-def _larger(x: Tensor, y: Tensor) -> Tensor:
-    """`torch.maximum` gives either of 0 and -0; their sum is 0."""
-    return torch.where((x == 0) & (y == 0), x + y, torch.maximum(x, y))
 
 
 @collective(ops.OwnPart)

@@ -15,6 +15,17 @@ from .registry import torch_op
 
 Tensor = torch.Tensor
 
+
+def larger(x: Tensor, y: Tensor) -> Tensor:
+    """`torch.maximum` gives either of 0 and -0; their sum is 0."""
+    return torch.where((x == 0) & (y == 0), x + y, torch.maximum(x, y))
+
+
+def smaller(x: Tensor, y: Tensor) -> Tensor:
+    """Likewise -0."""
+    return -larger(-x, -y) if x.dtype.is_floating_point else torch.minimum(x, y)
+
+
 UNARY: dict[type[Op], Callable[[Tensor], Tensor]] = {
     ops.Neg: torch.neg,
     ops.Abs: torch.abs,
@@ -40,8 +51,8 @@ BINARY: dict[type[Op], Callable[[Tensor, Tensor], Tensor]] = {
     ops.Div: lambda a, b: a / b if a.dtype.is_floating_point else torch.div(a, b, rounding_mode="floor"),
     ops.Remainder: torch.remainder,
     ops.Pow: torch.pow,
-    ops.Maximum: torch.maximum,
-    ops.Minimum: torch.minimum,
+    ops.Maximum: larger,
+    ops.Minimum: smaller,
     ops.Eq: torch.eq,
     ops.Ne: torch.ne,
     ops.Lt: torch.lt,
