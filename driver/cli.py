@@ -113,10 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 141
     except click.ClickException as error:
-        _fail(error.format_message(), debug, hint=error.ctx if isinstance(error, click.UsageError) else None)
+        usage = isinstance(error, click.UsageError)
+        _fail(error.format_message(), debug, hint=shlex.join(["dsc", *_named(given)]) if usage else "")
     except (KeyboardInterrupt, click.Abort) as error:  # click makes the one the other, and ends the line that was begun
-        name = next((a for a in given if a in cli.commands), "")
-        print(f"dsc: interrupted; {RESUMED.get(name, 'nothing half-written was left behind')}", file=sys.stderr)
+        print(f"dsc: interrupted; {RESUMED.get(''.join(_named(given)), 'nothing half-written was left behind')}", file=sys.stderr)
         sys.exit(143 if isinstance(error.__cause__ or error, Terminated) else 130)
     except DscError as error:
         _fail(str(error), debug)
@@ -131,11 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, debug: bool, hint: click.Context | None = None) -> NoReturn:
+def _named(given: Sequence[str]) -> list[str]:
+    """The command that was given, if any was."""
+    return [a for a in given[:1] if a in cli.commands]
+
+
+def _fail(message: str, debug: bool, hint: str = "") -> NoReturn:
     if debug:
         traceback.print_exc()
     if hint:
-        message = f"{' '.join(message.split()).rstrip('.')} (see {hint.command_path} --help)"
+        message = f"{' '.join(message.split()).rstrip('.')} (see {hint} --help)"
     for line in message.splitlines():  # one for each thing that is wrong; what is indented belongs to the line before
         print(line if line.startswith(" ") else f"dsc: error: {line}", file=sys.stderr)
     sys.exit(2)

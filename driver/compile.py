@@ -19,6 +19,7 @@ from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, parse_mesh
 from ..ir.stages import is_staged
 from ..ir.types import DType
+from ..models.json_file import present
 from ..schedule.actions import Schedule
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
@@ -51,8 +52,7 @@ def resolve(source: str | Path) -> Source:
     """Tell a shipped name, a config.json, a checkpoint folder, `file.py:factory` and a .dsc file apart."""
     text, path = str(source), Path(source)
     if path.suffix == ".dsc":
-        require(path.is_file(), f"{path}: no such file")
-        return Source(text, "dsc", path)
+        return Source(text, "dsc", present(path, "IR as text"))
     file, separator, _ = text.rpartition(":")
     if separator and file.endswith(".py"):
         return Source(text, "factory", Path(file))

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..ir.errors import DscError, require
+from ..models.json_file import present
 from .tokens import Tokenizer
 
 LONGEST = 8192
@@ -64,8 +65,7 @@ class TextFile:
 
 def open_text(path: str | Path) -> TextFile:
     """Find the documents of a file. Raises `DscError` if it cannot be read, is not UTF-8, or holds nothing but blanks."""
-    path = Path(path)
-    require(path.is_file(), f"{path}: no such file" if not path.exists() else f"{path}: not a file, expected text")
+    path = present(Path(path), "text")
     documents: list[tuple[int, int]] = []
     digest, at, start, end = hashlib.sha256(), 0, -1, -1
     try:

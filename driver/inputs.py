@@ -20,6 +20,7 @@ from ..ir.ops.shape import CacheAppend, Concat, Gather, Take
 from ..ir.sharding import input_splits, whole
 from ..ir.stages import cut_inputs
 from ..ir.types import DType, Tensor, bound
+from ..models.json_file import present
 from ..models.state_dict import as_array
 from ..models.weights import NUMPY_DTYPES
 from ..numerics.formats import FORMATS, round_to
@@ -107,11 +108,11 @@ def _limits(module: Module, func: Func, value: Value) -> Iterator[int]:
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:
-    require(file.is_file(), f"{file}: no such file")
-    with file.open("rb") as stream:
+    wanted = "an .npz file with an array for each input"
+    with present(file, wanted).open("rb") as stream:
         start = stream.read(6)
         found = "one bare array" if start == b"\x93NUMPY" else "something else"
-        require(start[:2] == b"PK", f"{file}: expected an .npz file with an array for each input, found {found}")
+        require(start[:2] == b"PK", f"{file}: expected {wanted}, found {found}")
         stream.seek(0)
         try:
             loaded = np.load(stream, allow_pickle=False)

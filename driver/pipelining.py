@@ -8,6 +8,7 @@ from ..ir.core import Module
 from ..ir.errors import require
 from ..ir.mesh import Mesh, mesh_of
 from ..ir.stages import stages_of
+from ..models.json_file import present
 from ..schedule.actions import Kind, Schedule, parse
 from ..schedule.generate import NAMES, SIMPLE, generate
 from ..schedule.search import search
@@ -52,8 +53,7 @@ def schedule_for(module: Module, name: str | None = None, microbatches: int | No
 
 def read_schedule(file: Path) -> Schedule:
     """The schedule in a file, checked."""
-    require(file.is_file(), f"{file}: no such file")
-    found = parse(file.read_text(encoding="utf-8", errors="replace"), str(file))
+    found = parse(present(file, "the CSV of a schedule").read_text(encoding="utf-8", errors="replace"), str(file))
     check(found)
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..ir.errors import require
+from ..models.json_file import present
 from .cli import PATH, cli, json_option
 from .ui import emit_json, progress
 
@@ -39,7 +40,8 @@ def report(out: Path, file: Path | None, other: Path | None, numerics: Path | No
     target = file or program.path / REPORT
     require(target.suffix in (".html", ".htm"), f"{target}: expected a name that ends in .html")
     check_writable(target)
-    require(timeline is None or timeline.is_file(), f"{timeline}: no such file")
+    if timeline:
+        present(timeline, "a trace as JSON")
     found = _compared(program, other) if other else None
     if numerics:
         from .report.numerics import read

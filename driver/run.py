@@ -51,6 +51,7 @@ def run(
     from .. import backends
     from ..models.checkpoint import open_weights as weights_source
 
+    require(timeout > 0, f"--timeout is {timeout:g}, expected more than 0")
     runner = backends.get(backend)
     if isinstance(program, Artifact) and (with_kernels := getattr(runner, "with_kernels", None)):
         runner = with_kernels(program.path / KERNELS)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..ir.errors import DscError, require
+from ..models.json_file import present
 
 MARKS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>", "<|eos_token|>")
 _RELEASED = (
@@ -83,9 +84,8 @@ class FileTokenizer:
             from tokenizers import Tokenizer as Library
         except ImportError:
             raise DscError(f"--tokenizer {path} needs the package tokenizers: pip install tokenizers") from None
-        require(self.path.is_file(), f"{self.path}: no such file, expected a tokenizer.json")
         try:
-            self._text = self.path.read_text(encoding="utf-8")
+            self._text = present(self.path, "a tokenizer.json").read_text(encoding="utf-8")
             self._library: Any = Library.from_str(self._text)
         except OSError as error:
             raise DscError(f"{self.path}: cannot be read: {error.strerror}") from None

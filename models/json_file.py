@@ -9,6 +9,13 @@ from typing import Any
 from ..ir.errors import DscError, require
 
 
+def present(path: Path, wanted: str) -> Path:
+    """The file, if it is one. `DscError` where it is not there, or a folder and no file of the kind that is `wanted`."""
+    require(path.exists(), f"{path}: no such file")
+    require(not path.is_dir(), f"{path}: found a folder, expected {wanted}")
+    return path
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """The JSON object in `path`, or what else of `kind`. Raises `DscError` if the file cannot be read or holds something else."""
     try:

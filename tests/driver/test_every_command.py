@@ -190,6 +190,71 @@ def test_a_wrong_call_is_one_line_and_code_2(refused: Any, name: str) -> None:
         assert line.startswith("Missing ")
 
 
+def test_an_option_without_its_value_says_where_help_is(refused: Any) -> None:
+    """Of every command, also where click forgets whose option it is."""
+    for name, command in COMMANDS.items():
+        for param in command.params:
+            if isinstance(param, click.Option) and not param.is_flag and not param.count:
+                (line,) = refused(name, param.opts[-1])
+                assert line.endswith(f"(see dsc {name} --help)"), line
+
+
+WRONG: dict[str, bytes | None] = {
+    "folder": None,
+    "folder.toml": None,
+    "folder.npz": None,
+    "folder.csv": None,
+    "empty": b"",
+    "noise": bytes(range(255, 0, -3)),
+    "half.json": b'{"a": [1, ',
+    "list.json": b"[]",
+    "nan.json": b'{"format": NaN}',
+    "half.toml": b'name = "x\n[',
+    "half.csv": b"0F0,1F\n,,",
+    "half.npz": b"PK\x03\x04abc",
+    "half.safetensors": b'\x10\0\0\0\0\0\0\0{"a"',
+    "half.dsc": b"func @main(%x: f32[2, 4]) {\n  %y",
+    "missing": None,
+}
+"""What is not what any command reads: folders (None), files of another kind, and files that end in the middle."""
+
+READ = """
+compile ? -o new | compile scale.dsc --weights ? -o new | compile deepseek-v3-tiny --recipe ? -o new | run ? | run out --inputs ?
+run out --weights ? | run out --routing-stats ? | inspect ? | opt ? -p simplify | diff ? out | diff out ? | diff out --inputs ?
+diff out --weights ? | golden --check ? folder | export ? --onnx new.onnx | report ? | devices ? | plan ? --gpus 2
+plan deepseek-v3-tiny --gpus 2 --cluster ? | place ? --gpus 2 --replicas 4 | schedule ? | convert ? new --to fp8
+train ? --data noise -o new --steps 1
+train deepseek-v3-tiny --data noise --tokenizer ? -o new --steps 1
+""".strip().replace("\n", " | ")
+"""Every place of a command line that names something to read."""
+
+
+@pytest.mark.parametrize("line", READ.split(" | "))
+def test_what_cannot_be_read_is_told_in_a_line(command: Any, made: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.chdir(made)
+    for name, content in WRONG.items():
+        if content is not None:
+            Path(name).write_bytes(content)
+        elif name != "missing":
+            Path(name).mkdir(exist_ok=True)
+    before = sorted(made.iterdir())
+    for name in WRONG:
+        done = command(*shlex.split(line.replace("?", name)))
+        assert (done.code, done.out) == (2, ""), (name, done.err)
+        first, *more = done.err.splitlines()
+        assert first.startswith("dsc: error: "), name
+        assert "internal error" not in first, first
+        assert all(other.startswith((" ", "dsc: error: ")) for other in more), done.err
+        assert sorted(made.iterdir()) == before, name
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "nan", "-inf"])
+def test_seconds_to_wait_are_more_than_none(refused: Any, made: Path, number: str) -> None:
+    for line in ("run out", "train deepseek-v3-tiny --data scale.dsc -o new --steps 1"):
+        (message,) = refused(*line.replace("out", str(made / "out")).split(), "--timeout", number)
+        assert message.startswith("--timeout is ")
+
+
 def test_an_unknown_command_is_one_line(refused: Any) -> None:
     (line,) = refused("compil")
     assert "compil" in line
