@@ -187,7 +187,8 @@ def silu(x):
 @device
 def larger(x, y):
     """The larger of two; NaN if either is. Of 0 and -0, of which the interpreter's takes either, their sum."""
-    return tl.where((x == 0.0) & (y == 0.0), x + y, tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL))
+    most, least = tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL), tl.minimum(x, y)
+    return tl.where((most == 0.0) & (least == 0.0), x + y, most)  # either may be a number, so neither is looked at alone
 
 
 @device

@@ -210,7 +210,9 @@ module { stage=traced }
 func @main(%a: f32[4], %b: f32[4]) {
   %most: f32[4] = maximum(%a, %b)
   %least: f32[4] = minimum(%a, %b)
-  %more: f32[4] = exp(%least)
+  %zero: f32[] = literal([-0.0], [], f32)
+  %same: f32[4] = maximum(%least, %zero)
+  %more: f32[4] = exp(%same)
   return %most, %least, %more
 }
 """)
