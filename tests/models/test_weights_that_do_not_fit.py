@@ -217,12 +217,12 @@ class TestBrokenFolders:
     @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}', "\xff", "[" * 100_000])
     def test_bad_index(self, folder: Path, text: str) -> None:
         (folder / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
-        assert message(lambda: CheckpointFolder(folder)).startswith(f"{folder / 'model.safetensors.index.json'}: ")
+        assert message(lambda: CheckpointFolder(folder)).startswith(f"{folder / 'model.safetensors.index.json'}:")
 
     @pytest.mark.parametrize("text", ["", "{", "[]"])
     def test_bad_config(self, folder: Path, text: str) -> None:
         (folder / "config.json").write_text(text)
-        assert message(lambda: CheckpointFolder(folder)).startswith(f"{folder / 'config.json'}: ")
+        assert message(lambda: CheckpointFolder(folder)).startswith(f"{folder / 'config.json'}:")
 
     def test_the_given_config_overrides_the_folders(self, folder: Path) -> None:
         items = [item for name, item in wanted().items() if not name.startswith("model.layers.1")]
