@@ -14,8 +14,8 @@ home on the stage, and the `read` of those that it reads besides (passes/optimiz
 What calls hand on, a law of the verifier: F takes inputs of main and what the stage before returns, B and I what the stage's own F and the
 B or I of the stage after return, W what I does (or what I would take, where the stage has none). So ranks talk to neighbours only, until
 the micro-batches are over: what is done once takes anything. Over micro-batches, floats that ends take are averaged and whole numbers
-added; what main returns of anything but an end is joined along dimension 0. The attribute `cut` says of each input whether a micro-batch
-takes its own part of it, along dimension 0.
+added; what main returns of anything but an end is joined along dimension 0. The attribute `cut` counts up the inputs of which a
+micro-batch takes its own part, along dimension 0: cut=[0, 1].
 
 A function that runs the forward pass of one stage and the backward pass of another as one, their communication under each other's
 computation, stands in the attribute `overlapped`: [{forward=@stage0_fwd, backward=@stage1_bwd, as=@both}] with the parameters of the
@@ -122,7 +122,9 @@ def is_staged(module: Module) -> bool:
 
 def cut_inputs(module: Module) -> tuple[bool, ...]:
     """Of each input, whether a micro-batch has its own part."""
-    return tuple(module.attributes.get(CUT, (True,) * len(module.main.params)))
+    every = range(len(module.main.params))
+    own = module.attributes.get(CUT, every)
+    return tuple(i in own for i in every)
 
 
 def merged(module: Module) -> Mapping[tuple[str, ...], str]:
@@ -140,9 +142,9 @@ def law(module: Module, func: Func) -> Iterator[tuple[Func | Op, str]]:
     except DscError as error:
         yield func, str(error)
         return
-    flags = module.attributes.get(CUT, ())
-    if len(flags) != len(func.params) or not all(isinstance(flag, bool) for flag in flags):
-        yield func, f"cut is {flags}, expected true or false for each of {len(func.params)} inputs"
+    own, count = module.attributes.get(CUT), len(func.params)
+    if not isinstance(own, tuple) or not all(type(i) is int and 0 <= i < count for i in own) or list(own) != sorted(set(own)):
+        yield func, f"cut is {own}, expected numbers of inputs, each below {count}, in their order"
     for call, (stage, role) in stages.at.items():
         for value in call.operands:
             if value.owner is not None and not _may_take(role, stage, *stages.home(value), stages):

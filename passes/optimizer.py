@@ -111,7 +111,7 @@ def update_module(
         updates[given[before[name]]] = len(results)
         results.append(made.have[name])
     results += [made.have[f"{name}.stage{at}"] for at, stage in enumerate(stages) for name in stage.reads]
-    cut = {STAGES: made.records, CUT: (False,) * len(b.params)} if stages else {}
+    cut = {STAGES: made.records, CUT: ()} if stages else {}
     funcs = (b.finish(results, updates), *made.funcs, *made.library.funcs.values())
     return verify(Module(funcs, stage="differentiated", attributes=cut))
 

@@ -47,7 +47,7 @@ class SplitStages(Pass):
 
     after:
 
-        module { stage=traced, stages=[{F="stage0.F#1"}, {F="stage1.F#1"}], cut=[true] }
+        module { stage=traced, stages=[{F="stage0.F#1"}, {F="stage1.F#1"}], cut=[0] }
 
         func @main(%x: f32[4, 8]) {
           %h: f32[4, 8] = call(@stage0_fwd, [%x])                                 @ stage0.F#1 F
@@ -193,7 +193,7 @@ class _Split:
             **self.before.attributes,
             **({GRADIENTS: gradients} if gradients else {}),
             ATTRIBUTE: tuple(main.records[stage] for stage in stages),
-            CUT: tuple(_has_batch(param, batch) for param in self.main.params),
+            CUT: tuple(i for i, param in enumerate(self.main.params) if _has_batch(param, batch)),
         }
         results = [main.have.get(("end", v)) or main.have["returned", v] for v in self.results]
         returned = [main.have["end", stage] for stage, names in enumerate(self.owned) if names]

@@ -27,7 +27,7 @@ def function(name: str, ops: tuple[str, ...]) -> str:
 def staged(**asked: tuple[str, ...]) -> Module:
     """Two stages on two ranks each, with the collectives that are asked in the forward passes and ends of each."""
     text = """
-module { stage=sharded, mesh={pp=2, dp=2}, stages=[{F="main#1", end="main#3"}, {F="main#2", end="main#4"}], cut=[true] }
+module { stage=sharded, mesh={pp=2, dp=2}, stages=[{F="main#1", end="main#3"}, {F="main#2", end="main#4"}], cut=[0] }
 
 func @main(%x: f32[2]) {
   %a: f32[2] = call(@first, [%x])  @ main#1 F

@@ -209,7 +209,7 @@ def test_what_cannot_be_cut_is_said(passes: str, message: str, tiny: Any) -> Non
 
 
 STAGED = """
-module { stage=traced, stages=[{F="stage0.F#1"}, {F="stage1.F#1"}, {F="stage2.F#1"}], cut=[true] }
+module { stage=traced, stages=[{F="stage0.F#1"}, {F="stage1.F#1"}, {F="stage2.F#1"}], cut=[0] }
 
 func @main(%x: f32[4]) {
   %a: f32[4] = call(@twice, [%x])  @ stage0.F#1 F
@@ -232,9 +232,12 @@ func @twice(%x: f32[4]) {
         ('{F="stage1.F#1"}, ', "", "stage1.F#1 of @main belong to no stage"),
         ("stage1.F#1", "stage2.F#1", "stage 2 has a call stage2.F#1, which @main lacks, or has for another stage"),
         ('{F="stage0.F#1"}', "{G=1}", "stage 0 is {'G': 1}, expected the ids of calls for some of F, B, I, W, end, "),
-        ("cut=[true]", "cut=[true, true]", "expected true or false for each of 1 inputs"),
+        *(
+            ("cut=[0]", f"cut={found}", "expected numbers of inputs, each below 1, in their order")
+            for found in ("[0, 0]", "[1]", "[true]", "0")
+        ),
         ("return %c", "%d: f32[4] = neg(%c)  @ main#1 F\n  return %d", "@main calls the functions of its stages and does nothing else"),
-        ("cut=[true]", "cut=[true], overlapped=[{forward=@twice, backward=@twice, as=@g}]", "no function @g, which overlapped names"),
+        ("cut=[0]", "cut=[0], overlapped=[{forward=@twice, backward=@twice, as=@g}]", "no function @g, which overlapped names"),
     ],
 )
 def test_a_law_holds_main_to_its_stages(old: str, new: str, message: str) -> None:
