@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..ir.core import Func, Module, Phase, Value
+from ..ir.core import Func, Module, Op, Phase, Value
 from ..ir.errors import DscError, require
 from ..ir.gradients import bundles
 from ..ir.mesh import ATTRIBUTE, Mesh, parse_mesh
@@ -22,13 +22,17 @@ from ..ir.slots import slots_of
 from ..ir.stages import is_staged, stages_of
 from ..ir.types import Bundle, Type, bound
 from ..ir.walk import communicating
-from .manager import Pass, register
+from .manager import Declined, Pass, register
 from .rewrite import unused
 from .sharding import experts, losses, products, rules  # noqa: F401 - they fill RULES
 from .sharding.body import RULES, Body, Dispatch
 from .sharding.layout import Layout, Placement, from_split, placed, settled, to_split
+from .sharding.tiles import told
 from .sharding.zero import Handout
 from .simplify import drop_unused
+
+TILES = "tiles"
+"""What the note is on that says where tiles are others than on one rank."""
 
 
 @register
@@ -43,7 +47,8 @@ class ShardExperts(Pass):
     the way back. `dispatch=two-hop` does the same by an exchange for each hop. With `dispatch=direct` a token goes once for each expert.
     Sums over what is split, gradients and losses among them, are added up where they are read: gradients and metrics at the end of main,
     or in the `end` of a pipeline's stage, which a rank runs once for all micro-batches; every stage is sharded alike. The module carries
-    its mesh, and says how its weights, inputs and results are split (ir/sharding.py).
+    its mesh, and says how its weights, inputs and results are split (ir/sharding.py). Tiles of quantised values begin anew on each rank,
+    and a note says where that gives others than on one rank; weights that are stored so keep their scales (sharding/tiles.py).
 
     With `zero=1` the sums of gradients end scattered: each of the ranks that hold a weight together gets an equal part of its gradient,
     and keeps the optimiser's state for that part alone (ZeRO-1, arXiv 1910.02054, section 5.1). Those are the ranks of dp, for experts
@@ -102,8 +107,13 @@ class ShardExperts(Pass):
             require(mesh.pp == 1, f"mesh {mesh}: the program is not cut into stages, as split-stages{{stages={mesh.pp}}} does")
         _check(module, mesh)
         handout = Handout(module, mesh, bool(self.zero))
-        made = _Sharding(module, mesh, self._dispatch(module, mesh)).module([_input(module, p, mesh) for p in module.main.params], handout)
+        sharding = _Sharding(module, mesh, self._dispatch(module, mesh))
+        made = sharding.module([_input(module, p, mesh) for p in module.main.params], handout)
         self.declined.extend(handout.declined)
+        if where := told({op: sharding.restarts[op] for func in made.funcs for op in func.ops if op in sharding.restarts}):
+            self.declined.append(
+                Declined(made.main.name, TILES, f"of FP8 begin anew on each rank {where}: their scales are not those of one rank")
+            )
         return made
 
     def _dispatch(self, module: Module, mesh: Mesh) -> Dispatch:
@@ -139,6 +149,7 @@ class _Sharding:
         self.made: dict[tuple[str, tuple[Placement, ...]], tuple[str, tuple[Placement, ...]]] = {}
         self.funcs: dict[str, list[Func]] = {func.name: [] for func in module.funcs}
         self.names = set(self.funcs)
+        self.restarts: dict[Op, list[tuple[str, str]]] = {}
         self.settle: Callable[[int, Placement], Placement] = lambda i, have: settled(have)
         returned = enumerate(module.main.results) if is_staged(module) else ()
         self.returned = {(str(v.owner.callee), v.index): i for i, v in returned if isinstance(v.owner, Call)}
@@ -177,6 +188,7 @@ class _Sharding:
     def body(self, func: Func, given: Sequence[Placement]) -> Body:
         body = Body(func, self.mesh, self.lower, _experts(func), self.dispatch)
         body.run(given, RULES, rules.default)
+        self.restarts |= body.restarts
         return body
 
     def lower(self, name: str, given: tuple[Placement, ...]) -> tuple[str, tuple[Placement, ...]]:

@@ -18,7 +18,8 @@ from ...ir.ops.quant import Quantize
 from ...ir.ops.shape import Broadcast, Reshape, Transpose
 from ...ir.types import DType
 from ..rewrite import inherit
-from .layout import Dim, Factor, Layout, Placement, coarse, factors, local_type, reshaped, spread, whole
+from .layout import Dim, Factor, Layout, Placement, Rows, factors, local_type, reshaped, spread, whole
+from .tiles import Tile, cut, finer, scale_layout
 
 if TYPE_CHECKING:
     from .hops import Way
@@ -44,7 +45,9 @@ class Body:
     ops: list[Op] = field(default_factory=list)
     forms: dict[Value, dict[Placement, Value]] = field(default_factory=dict)
     layouts: dict[Value, Placement] = field(default_factory=dict)
-    pairs: dict[tuple[Value, Layout], tuple[Value, Value]] = field(default_factory=dict)
+    pairs: dict[tuple[Value, Layout], tuple[Value, Value, Tile]] = field(default_factory=dict)
+    restarts: dict[Op, list[tuple[str, str]]] = field(default_factory=dict)
+    """Of a quantisation whose tiles are not those of the whole: along which axes, and what lies together on a rank."""
     handles: dict[Value, tuple[Value, ...]] = field(default_factory=dict)
     ways: dict[Value, Way] = field(default_factory=dict)
     """Of a handle of a dispatch over nodes what it carries, once it was unpacked (hops.py)."""
@@ -212,32 +215,45 @@ class Body:
         brought = tuple(self.bring(v, h, w) for v, h, w in zip(fields, have, want, strict=True))
         return self.emit(Pack(brought, names=(made.name,))).result
 
-    def quantized(self, codes: Value, scales: Value, want: Layout, tile: tuple[int, int]) -> tuple[Value, Value]:
-        """Codes and their scales where they are wanted. What is quantised along a dimension that has to be gathered is quantised there."""
+    def quantize(self, op: Quantize, have: Layout) -> Quantize:
+        """`op` on what each rank has of its operand where it lies so."""
+        made = self.emit(op.copy(x=self.get(op.x, have), counts=op.counts and self.form(op.counts), id=""))
+        found = [(along, f"{together} {('rows', 'columns')[i]}") for i, along, together in cut(have, op.tile)]
+        if isinstance(have.dims[-2], Rows) and op.tile[0] > 1 and self.size("edp") > 1:
+            found.append(("edp", "the rows of an expert"))
+        if found:
+            self.restarts[made] = found
+        return made
+
+    def quantized(self, codes: Value, scales: Value, want: Layout, tile: Tile) -> tuple[Value, Value, Tile]:
+        """Codes and their scales where they are wanted, and the tiles that these are for.
+
+        What is quantised along a dimension that has to be gathered is quantised there.
+        """
         key = codes, want
         if key not in self.pairs:
             self.pairs[key] = self._quantized(codes, scales, want, tile)
         return self.pairs[key]
 
-    def _quantized(self, codes: Value, scales: Value, want: Layout, tile: tuple[int, int]) -> tuple[Value, Value]:
+    def _quantized(self, codes: Value, scales: Value, want: Layout, tile: Tile) -> tuple[Value, Value, Tile]:
         have = self.layout(codes)
         if have == want:
-            return self.form(codes), self.form(scales)
+            return self.form(codes), *finer(self, scales, have, tile)
         changed = [i for i, (a, b) in enumerate(zip(have.dims, want.dims, strict=True)) if a != b]
         rank = len(have.dims)
         if all(i < rank - 2 or tile[i - rank] == 1 for i in changed):
-            return self.get(codes, want), self.get(scales, scale_layout(want, tile))
+            return self.get(codes, want), self.get(scales, scale_layout(want, tile)), tile
         match codes.owner, scales.owner:
             case Transpose(x=inner, perm=perm) as first, Transpose(x=inner_scales) as second if perm == second.perm:
                 dims: list[Dim] = [()] * rank
                 for to, source in enumerate(perm):
                     dims[source] = want.dims[to]
                 found = self.quantized(inner, inner_scales, Layout(tuple(dims)), tile[::-1])
-                return self.emit(first.copy(x=found[0], id="")).result, self.emit(second.copy(x=found[1], id="")).result
-            case Quantize(x=x) as op, _ if op is scales.owner:
-                made = self.emit(op.copy(x=self.get(x, want), id="")).results
-                return made[0], made[1]
-        return self.get(codes, want), self.get(scales, scale_layout(want, tile))
+                return self.emit(first.copy(x=found[0], id="")).result, self.emit(second.copy(x=found[1], id="")).result, found[2][::-1]
+            case Quantize() as op, _ if op is scales.owner:
+                made = self.quantize(op, want).results
+                return made[0], made[1], tile
+        return self.get(codes, want), self.get(scales, scale_layout(want, tile)), tile
 
     def is_weight(self, value: Value) -> bool:
         """Whether a value is a weight, quantised and turned as it may be."""
@@ -265,12 +281,6 @@ def sharding(*classes: type[Op]) -> Callable[[RuleT], RuleT]:
         return rule
 
     return attach
-
-
-def scale_layout(codes: Layout, tile: tuple[int, int]) -> Layout:
-    """Where the scales of codes are."""
-    *outer, rows, columns = codes.dims
-    return Layout((*outer, coarse(rows, tile[0]), coarse(columns, tile[1])))
 
 
 def _static(layout: Layout) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from ...ir.core import Op, Value
 from ...ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ...ir.ops.quant import Dequantize, GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
-from .body import Body, scale_layout, sharding
+from .body import Body, sharding
 from .layout import Dim, Factor, Layout, Rows, axes, canonical, gathered, whole
 from .rules import joined, keep, stretched
+from .tiles import finer, scale_layout
 
 
 @sharding(Matmul)
@@ -23,9 +24,9 @@ def matmul(body: Body, op: Matmul) -> None:
 @sharding(ScaledMatmul)
 def scaled_matmul(body: Body, op: ScaledMatmul) -> None:
     a, b, result = _operands(body, op.a, op.b, True)
-    codes, scales = body.quantized(op.a, op.a_scales, a, op.a_tile)
-    w, w_scales = body.quantized(op.b, op.b_scales, b, op.b_tile)
-    keep(body, op, body.emit(op.copy(a=codes, a_scales=scales, b=w, b_scales=w_scales)), result)
+    codes, scales, a_tile = body.quantized(op.a, op.a_scales, a, op.a_tile)
+    w, w_scales, b_tile = body.quantized(op.b, op.b_scales, b, op.b_tile)
+    keep(body, op, body.emit(op.copy(a=codes, a_scales=scales, b=w, b_scales=w_scales, a_tile=a_tile, b_tile=b_tile)), result)
 
 
 def _operands(body: Body, a: Value, b: Value, transposed: bool) -> tuple[Layout, Layout, Layout]:
@@ -70,7 +71,7 @@ def _stacks(a: Value, b: Value) -> tuple[object, ...]:
 def quantize(body: Body, op: Quantize) -> None:
     """Tiles restart at each rank, as those of experts restart at each expert."""
     have = body.layout(op.x).summed()
-    made = body.emit(op.copy(x=body.get(op.x, have), counts=op.counts and body.form(op.counts)))
+    made = body.quantize(op, have)
     body.set(op.results[0], have, made.results[0])
     if isinstance(have.dims[-2], Rows):
         extent = made.results[1].shape[-2]
@@ -83,7 +84,8 @@ def quantize(body: Body, op: Quantize) -> None:
 @sharding(Dequantize)
 def dequantize(body: Body, op: Dequantize) -> None:
     have = body.layout(op.codes)
-    made = op.with_operands(body.form)
+    scales, tile = finer(body, op.scales, have, op.tile)
+    made = op.copy(codes=body.form(op.codes), scales=scales, counts=op.counts and body.form(op.counts), tile=tile)
     keep(body, op, body.emit(made), have)
 
 

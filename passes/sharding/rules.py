@@ -17,6 +17,7 @@ from ...ir.ops.shape import Broadcast, CacheAppend, Concat, Gather, IndexAdd, Pa
 from ...ir.types import bound
 from .body import Body, Rule, sharding
 from .layout import Dim, Factor, Layout, Rows, axes, canonical, factors, gathered, local_type, reshaped, whole
+from .tiles import cuts_blocks
 
 Dims: TypeAlias = tuple[Dim, ...]
 
@@ -100,7 +101,7 @@ def param(body: Body, op: Param) -> None:
     shape, shard, dims = op.result.shape, [""] * op.result.tensor.rank, list(whole(op.result.shape).dims)
     name = next((part for part in op.path.split(".")[::-1] if part in HEADS), "")
     dim, axis = (0, "ep") if op.path in body.experts else (HEADS.get(name, 0), "tp" if name and op.result.tensor.rank > HEADS[name] else "")
-    if axis and (size := body.size(axis)) > 1:
+    if axis and (size := body.size(axis)) > 1 and not cuts_blocks(body, op, dim, axis):
         extent = bound(shape[dim])
         require(extent % size == 0, f"{op.path} is {op.result.type}: dimension {dim} does not make {size} equal parts along {axis}")
         shard[dim], dims[dim] = axis, canonical([Factor(size, axis), Factor(extent // size)])
