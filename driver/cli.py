@@ -80,6 +80,20 @@ def pipeline_options(command: Callable[..., int]) -> Callable[..., int]:
     return command
 
 
+def recompute_option(default: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Whether backward runs again what the report's does."""
+    shown = f"In training: run again in backward what the DeepSeek-V3 report does, or nothing. Default: {default}."
+    return click.option("--recompute", type=click.Choice(["deepseek", "none"]), default=default, help=shown)
+
+
+budget_option = click.option(
+    "--budget-gb",
+    type=float,
+    metavar="GB",
+    help="In training: run again what lets residuals and workspace of a rank fit.",
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import require
-from .cli import PATH, cli, inputs_option, json_option, pipeline_options, resumed, weights_option
+from .cli import PATH, budget_option, cli, inputs_option, json_option, pipeline_options, recompute_option, resumed, weights_option
 from .ui import count, emit_json, note, plural, progress, size, table
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ PASSES_HELP = 'Pipeline, e.g. "simplify,recompute{budget-gb=60}" (see dsc passes
     "hop or forwarded by one kernel. Default: auto, forwarded where ep spans nodes, direct in decode mode.",
 )
 @pipeline_options
+@recompute_option("none")
+@budget_option
 @click.option("--replicas", type=int, metavar="N", help="Slots for experts in all, more than experts: evenly popular ones, over ep.")
 @click.option("--placement", metavar="FILE.json", help="Slots for experts as dsc place -o wrote them.")
 @click.option(
@@ -80,6 +82,7 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
     dsc compile path/to/config.json -o out --set num_hidden_layers=4 --seq 512
     """
     from .compile import compile as build
+    from .compile import tiles_of
     from .kernels import compile_kernels, parse_targets
 
     targets = parse_targets(target, allow_dequant) if target else ()  # first: a wrong name should not cost a compilation
@@ -130,6 +133,8 @@ def compile(source: str, out: Path, as_json: bool, target: str | None, allow_deq
         notes = [(p.name, line) for p in made.manifest.passes for line in p.notes]
         print(f"\n{describe_quantization(made.module, made.manifest.reasons)[1]}\n")
         print("".join(f"{name}: {line}\n" for name, line in notes if name != "quantize-fp8"), end="")
+    for line in tiles_of(line for p in made.manifest.passes for line in p.notes):
+        note(f"dsc: {line}")
     print(f"{out}: compiled in {seconds:.1f} s")
     return 0
 

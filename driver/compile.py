@@ -6,9 +6,10 @@ import difflib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,7 @@ from ..ir.mesh import ATTRIBUTE, parse_mesh
 from ..ir.stages import is_staged
 from ..ir.types import DType
 from ..models.json_file import present
-from ..schedule.actions import Schedule
+from ..schedule.actions import Kind, Schedule
 from . import artifact
 from .artifact import Artifact, Manifest, PassRecord
 from .memory import memory
@@ -119,6 +120,8 @@ def compile(
     schedule: str | None = None,
     microbatches: int | None = None,
     chunks: int | None = None,
+    recompute: str = "none",
+    budget_gb: float | None = None,
     replicas: int | None = None,
     placement: str | Path | None = None,
     shared: str = "apart",
@@ -139,6 +142,8 @@ def compile(
     decoding `direct`. With pp in the mesh the program is cut into the stages of a `schedule`, a name (1f1b in training unless said) or a
     file, with `chunks` of them on a rank where the schedule leaves that open; `batch` is that of one of its `microbatches`, of which there
     are two for each stage unless said.
+
+    In training `recompute="deepseek"` keeps fewer residuals, by the report's list, and `budget_gb` as few as fit (`recompute_pass`).
 
     With `replicas`, how many slots there are for experts, or a `placement` that `dsc place` wrote, ranks hold redundant experts
     (`place-experts`); with `shared="routed"` the shared expert is one of those that have slots.
@@ -161,10 +166,12 @@ def compile(
     require(passes is None or mesh is None, '--mesh belongs to the default pipeline; in --passes write shard-experts{mesh="..."}')
     require(dispatch == "auto" or bool(mesh), "--dispatch says how tokens go to other ranks: it needs --mesh")
     order = order_of(mesh, mode, schedule, microbatches, chunks) if passes is None else None
+    again = recompute_pass(recompute, budget_gb, mode, order)
+    require(passes is None or not again, "--recompute and --budget-gb belong to the default pipeline; in --passes write recompute{...}")
     placing = placing_pass(mesh, replicas, placement, shared)
     require(passes is None or not placing, "redundant experts belong to the default pipeline; in --passes write place-experts{...}")
     if passes is None:
-        chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch, schedule=order, placing=placing)
+        chosen = default_pipeline(recipe, None, fuse=fuse, mesh=mesh, dispatch=dispatch, schedule=order, placing=placing, again=again)
     else:
         chosen = passes
     pipeline = parse_pipeline(chosen)  # what is wrong is said before any work
@@ -175,7 +182,7 @@ def compile(
     seconds = time.perf_counter() - start
     on_step("traced")
     if passes is None:
-        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh, dispatch, order, placing))
+        pipeline = parse_pipeline(default_pipeline(recipe, config, mode, fuse, mesh, dispatch, order, placing, again))
     with artifact.beside(target) as folder:
         (folder / "ir").mkdir()
         writer = _Snapshots(folder)
@@ -220,6 +227,14 @@ def compile(
     return Artifact(target, artifact.load(target).manifest, module)
 
 
+def tiles_of(notes: Iterable[str]) -> list[str]:
+    """Those notes of passes that say where quantised values have other tiles than on one rank: it changes numbers, and nobody asked."""
+    from ..passes.shard_experts import TILES
+
+    marked = (line.partition(f" {TILES}: ") for line in notes)
+    return [f"{TILES} {text}" for where, found, text in marked if found and " " not in where]
+
+
 def default_pipeline(
     recipe: str | None,
     config: dict[str, Any] | None,
@@ -229,11 +244,12 @@ def default_pipeline(
     dispatch: str = "auto",
     schedule: Schedule | None = None,
     placing: str = "",
+    again: str = "",
 ) -> str:
     """The passes that run where none are given.
 
     After `placing` of experts and, in training, differentiation, before which a recipe may want routing weights inside SwiGLU, come
-    quantisation by `recipe`, sharding over `mesh`, and `fuse`.
+    quantisation by `recipe`, sharding over `mesh`, what backward is to run `again`, and `fuse`.
 
     For a `schedule` the program is cut into its stages first, and its backward pass in two where the schedule wants that.
 
@@ -250,7 +266,7 @@ def default_pipeline(
         first = f"{first},autodiff{split},{DEFAULT_PASSES}"
     hops = f",dispatch={dispatch}" if dispatch != "auto" else ""
     stages = f",split-stages{{stages={schedule.stages}}}" if schedule else ""
-    last = stages + (f',shard-experts{{mesh="{mesh}"{hops}}}' if mesh else "") + (",fuse" if fuse else "")
+    last = stages + (f',shard-experts{{mesh="{mesh}"{hops}}}' if mesh else "") + (f",{again}" if again else "") + (",fuse" if fuse else "")
     if chosen is None:
         return first + last
     weight = chosen.weight
@@ -264,7 +280,22 @@ def order_of(mesh: str | None, mode: str, schedule: str | None, microbatches: in
     asked = schedule is not None or microbatches is not None or chunks is not None
     require(not asked or mesh is not None, "--schedule, --microbatches and --chunks are for a pipeline: they need --mesh pp=2 or more")
     over = parse_mesh(mesh) if mesh else None
-    return schedule_of(over, mode, schedule, microbatches, chunks) if over and (asked or over.pp > 1) else None
+    found = schedule_of(over, mode, schedule, microbatches, chunks) if over and (asked or over.pp > 1) else None
+    backward = found is None or any(action.kind is not Kind.F for _, _, action in found.actions())
+    require(mode != "train" or backward, f"schedule {schedule} has no backward pass, but training has: 1f1b is one that does")
+    return found
+
+
+def recompute_pass(policy: str, budget_gb: float | None, mode: str, order: Schedule | None) -> str:
+    """The pass that keeps fewer residuals: by the list of a `policy`, or as few as fit into a budget; "" where none is asked for."""
+    if policy == "none" and budget_gb is None:
+        return ""
+    require(mode == "train", "--recompute and --budget-gb are for the backward pass: they need --mode train")
+    require(policy == "none" or budget_gb is None, "--recompute deepseek is a list, --budget-gb chooses by itself: expected one of them")
+    require(budget_gb is None or 0 < budget_gb < inf, f"--budget-gb is {budget_gb}, expected more than 0")
+    several = "--budget-gb bounds one micro-batch, but a rank of a pipeline holds several: --recompute deepseek would fit"
+    require(budget_gb is None or order is None, several)
+    return "recompute" if budget_gb is None else f"recompute{{budget-gb={budget_gb}}}"
 
 
 def placing_pass(mesh: str | None, replicas: int | None, placement: str | Path | None, shared: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..ir.errors import require
-from .cli import cli, json_option
+from .cli import cli, json_option, recompute_option
 from .ui import emit_json, progress
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ SHOWN = 4
 )
 @click.option("--speculate", is_flag=True, help="In decode: the MTP module proposes a second token (serve.accepted of them are right).")
 @click.option("--recipe", metavar="NAME|none", default="deepseek-v3", help="How products are quantised. Default: deepseek-v3.")
-@click.option("--recompute", metavar="PASS", default="recompute", help="The pass that says what runs again, or none. Default: recompute.")
+@recompute_option("deepseek")
 @click.option(
     "--dispatch",
     type=click.Choice(["auto", "direct", "two-hop", "forwarded"]),
@@ -106,7 +106,6 @@ def plan(
     dsc plan deepseek-v3 --gpus 32 --mode prefill --replicas 288
     """
     from ..hardware.cluster import cluster, clusters
-    from ..passes.manager import parse_pipeline
     from ..schedule.generate import NAMES
     from .artifact import check_target
     from .plan_flops import model_flops
@@ -138,9 +137,8 @@ def plan(
     inputs, micro = inputs.assume(assume), micro or 1
     seq = seq or min(4096, config["max_position_embeddings"])
     batch = batch or BATCH.get(source) or 8 * gpus * micro
-    recompute = "" if recompute == "none" else recompute
-    parse_pipeline(recompute)  # a wrong name is said before meshes are tried
-    compiler = Compiler(source, None if recipe == "none" else recipe, seq, recompute, overrides, dispatch=dispatch)
+    again = "recompute" if recompute == "deepseek" else ""
+    compiler = Compiler(source, None if recipe == "none" else recipe, seq, again, overrides, dispatch=dispatch)
     planner = Planner(compiler, inputs)
     names = NAMES if schedule == "auto" else (schedule,)
     best, *rest = _found(planner, config, gpus, mesh, names, batch, seq, micro)

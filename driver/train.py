@@ -82,6 +82,8 @@ def train(
     schedule: str | None = None,
     microbatches: int | None = None,
     chunks: int | None = None,
+    recompute: str = "none",
+    budget_gb: float | None = None,
     ranks: Ranks | None = None,
     timeout: float = TIMEOUT,
     on_step: Callable[[int, curve.Row], None] = lambda step, row: None,
@@ -98,7 +100,8 @@ def train(
     is filled from their number if it is left out, and a rank waits `timeout` seconds for the others. `batch` counts the sequences of all
     ranks, by default one for each along dp. A run may go on with another mesh, or on one rank; `on_note` is told of such a change. Under
     torchrun rank 0 alone has rows, and calls. With pp in the mesh a step is that of a pipeline, `schedule`, `microbatches` and `chunks` are
-    as in `compile`, and `batch` is that of all micro-batches. Without pp, `microbatches` accumulate gradients.
+    as in `compile`, and `batch` is that of all micro-batches. Without pp, `microbatches` accumulate gradients. What `recompute` and
+    `budget_gb` keep from backward, as in `compile`, changes no bit of the curve: a run may go on with another choice.
 
     Raises `DscError` for a fault of the user's; where the run had begun, its state is saved first, and the message says where. Where ranks
     are lost, what they had is lost since the last checkpoint.
@@ -121,11 +124,14 @@ def train(
             batch = _recorded(run).get("batch")
         files = [open_text(path) for path in data]
         order = {"schedule": schedule, "microbatches": microbatches, "chunks": chunks}
-        order = {name: given for name, given in order.items() if given is not None}
-        on_mesh = str(over) if over.world > 1 or order else None
-        made = programs(source, batch=batch, seq=seq, recipe=recipe, overrides=overrides, mesh=on_mesh, **order)  # type: ignore[arg-type]
-        chosen = open_tokenizer(tokenizer, int(made.config["vocab_size"]), fim)
-        batches = Batches(files, chosen, made.batch, made.seq, seed, fim)
+        chosen = {**order, "recompute": recompute, "budget_gb": budget_gb}
+        given: dict[str, Any] = {name: value for name, value in chosen.items() if value not in (None, "none")}
+        on_mesh = str(over) if over.world > 1 or order.keys() & given.keys() else None
+        made = programs(source, batch=batch, seq=seq, recipe=recipe, overrides=overrides, mesh=on_mesh, **given)
+        reader = open_tokenizer(tokenizer, int(made.config["vocab_size"]), fim)
+        batches = Batches(files, reader, made.batch, made.seq, seed, fim)
+        for line in made.notes if ranks != "torchrun" or is_first() else ():
+            on_note(f"dsc: {line}")
     settings = {
         "steps": steps,
         "batch": made.batch,
@@ -136,7 +142,7 @@ def train(
         "ema": ema,
         "fim": fim,
         "data": [file.sha256 for file in files],
-        "tokenizer": _digest("".join(chosen.files().values()).encode()),
+        "tokenizer": _digest("".join(reader.files().values()).encode()),
         "backend": backend,
     }
     with open_team(over, ranks, timeout) as team, _claimed(run, settings, made, on_note) if leads(team) else nullcontext():

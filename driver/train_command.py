@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .cli import cli, json_option, pipeline_options, resumed
+from .cli import budget_option, cli, json_option, pipeline_options, recompute_option, resumed
 from .curve import Row
 from .ui import emit_json, note, plural
 
@@ -40,6 +40,8 @@ EVERY = 10.0
 @click.option("--backend", default="numpy", help="Who runs it. Default: numpy.")
 @click.option("--mesh", metavar="pp=N,dp=N,ep=N,...", help="Train on this mesh of ranks. Default: none; under torchrun dp is their number.")
 @pipeline_options
+@recompute_option("none")
+@budget_option
 @click.option("--ranks", type=click.Choice(["local", "torchrun"]), help="Where they run. Default: torchrun where it started us.")
 @click.option("--timeout", type=float, default=600.0, metavar="SECONDS", help="How long a rank waits for others. Default: 600.")
 @json_option

@@ -46,6 +46,8 @@ class Programs:
     stages: tuple[Stage, ...] = ()
     """What each stage of a pipeline updates."""
     schedule: Schedule | None = None
+    notes: tuple[str, ...] = ()
+    """What changes numbers without anybody having asked for it."""
 
     @property
     def batch(self) -> int:
@@ -145,6 +147,8 @@ def programs(
     schedule: str | None = None,
     microbatches: int | None = None,
     chunks: int | None = None,
+    recompute: str = "none",
+    budget_gb: float | None = None,
 ) -> Programs:
     """Compile `source`, a model's configuration, for training, on a `mesh` if one is given: then `batch` is that of all its ranks.
 
@@ -152,8 +156,8 @@ def programs(
 
     Raises `DscError` as `compile` does, and for a source without a configuration.
     """
-    from ..passes.manager import apply
-    from .compile import default_pipeline, read
+    from ..passes.manager import parse_pipeline, run_pipeline
+    from .compile import default_pipeline, read, recompute_pass, tiles_of
 
     default_pipeline(recipe, None, "train", mesh=mesh)  # an unknown recipe is said before any work
     order, count = None, 1
@@ -164,11 +168,14 @@ def programs(
         batch, each = batch or count * dp, f"{count} micro-batches over dp={dp}" if order else f"dp={dp}"
         fits = -(-batch // (count * dp)) * count * dp
         require(batch == fits, f"a batch of {batch} does not divide over {each}; a batch of {fits} would fit")
+    again = recompute_pass(recompute, budget_gb, "train", order)
     _, module, config = read(source, mode="train", batch=batch and batch // count, seq=seq, overrides=overrides)
     if config is None:
         raise DscError(f"{source} is no model configuration; expected a shipped name (dsc models), a config.json or a checkpoint folder")
-    passes = default_pipeline(recipe, config, "train", mesh=mesh, schedule=order)
-    return replace(assemble(apply(module, passes), config, adamw), schedule=order)
+    passes = default_pipeline(recipe, config, "train", mesh=mesh, schedule=order, again=again)
+    done = run_pipeline(module, parse_pipeline(passes))
+    notes = tiles_of(str(line) for record in done.records for line in record.declined)
+    return replace(assemble(done.module, config, adamw), schedule=order, notes=tuple(notes))
 
 
 def _order(mesh: str, batch: int | None, schedule: str | None, microbatches: int | None, chunks: int | None) -> Schedule | None:

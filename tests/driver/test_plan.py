@@ -185,7 +185,7 @@ def test_the_best_of_all_candidates_is_found_without_simulating_each() -> None:
         ((*TINY, "--cluster", "h900"), "unknown cluster h900; expected a .toml file or one of: h"),
         ((*TINY, "--plot", "plan.pdf"), "plan.pdf: expected a name that ends in .svg or .png"),
         ((*TINY, "--batch", 0), "--batch is 0, expected 1 or more"),
-        ((*TINY, "--recompute", "recomputes"), "unknown pass recomputes"),
+        ((*TINY, "--recompute", "some"), "'some' is not one of 'deepseek', 'none'"),
         ((*TINY, "--mesh", "pp=2,ep=2", "--batch", 6), "no schedule of 1f1b"),
         (("tests/driver/test_plan.py:nothing", "--gpus", 8), "is no model configuration"),
     ],

@@ -21,8 +21,9 @@ import pytest
 import dsc
 from dsc import DscError
 from dsc.backends.numpy_ref.run import FLOAT64
-from dsc.driver import train_program
+from dsc.driver import compile, train_program
 from dsc.driver.curve import read
+from dsc.driver.memory import training
 from dsc.driver.train import Outcome, train
 from dsc.driver.train_program import Programs
 from dsc.driver.train_ranks import Lockstep
@@ -45,8 +46,16 @@ Train = Callable[..., Outcome]
 
 @pytest.fixture(scope="session")
 def compiled() -> Callable[..., Programs]:
-    """`train_program.programs`, each program made once."""
-    return cache(lambda source, **options: train_program.programs(source, **options))
+    """`train_program.programs`, each program made once, and each model traced once."""
+    traced = cache(compile.read)
+
+    @cache
+    def made(source: str | Path, **options: Any) -> Programs:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compile, "read", traced)
+            return train_program.programs(source, **options)
+
+    return made
 
 
 @pytest.fixture
@@ -204,10 +213,44 @@ ONE = {"schedule": "gpipe", "microbatches": 1}
 """One micro-batch: then every sum is made in the order of a mesh without pp."""
 
 
-def test_a_pipeline_updates_as_a_mesh_without_it(short: Train) -> None:
-    """Bit for bit: gradients of what both stages read, the norm of all, gates, weights, state and averages."""
-    whole = short("dp", "dp=2,ep=2", steps=3, ema=0.5)
-    assert differing(short("piped", "pp=2,dp=2,ep=2", steps=3, ema=0.5, **ONE), whole) == []
+@pytest.mark.parametrize(
+    ("mesh", "options", "piped"),
+    [
+        ("dp=2,ep=2", {"steps": 3, "ema": 0.5}, {}),
+        pytest.param("dp=2,tp=2,ep=2", {"steps": 2, "recipe": "deepseek-v3"}, {"recompute": "deepseek"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_pipeline_updates_as_a_mesh_without_it(short: Train, mesh: str, options: dict[str, Any], piped: dict[str, Any]) -> None:
+    """Bit for bit: gradients of what both stages read, the norm of all, gates, weights, state and averages, and what is run again."""
+    whole = short("dp", mesh, **options)
+    assert differing(short("piped", f"pp=2,{mesh}", **options, **piped, **ONE), whole) == []
+
+
+@pytest.mark.slow
+def test_micro_batches_in_fp8(short: Train) -> None:
+    """Of a V of four stages on two ranks and of one rank that accumulates: their tiles are the same, and those of a whole batch are others.
+
+    The loss is a mean of four numbers; of the gradients those of the embedding, which two stages read, are added up in another order.
+    """
+    orders: tuple[tuple[str, dict[str, Any]], ...] = (("dp=1", {}), ("pp=2", {"schedule": "dualpipev"}), ("dp=1", {"microbatches": 1}))
+    fp8 = {"steps": 1, "recipe": "deepseek-v3"}
+    one, piped, whole = (curve(short(f"{i}", mesh, **fp8, **{"microbatches": 4, **order}).run)[0] for i, (mesh, order) in enumerate(orders))
+    assert (np.abs(piped - one) <= [4 * ULP * one[0], 16 * ULP * one[1]]).all()
+    assert abs(whole[1] - one[1]) > 64 * ULP * one[1], "if batches in other tiles were as near, this would say nothing"
+
+
+def test_running_again_takes_memory_and_no_bit(short: Train, compiled: Callable[..., Programs]) -> None:
+    """By the report's list, and within a budget between what that leaves and the least that there is."""
+
+    def most(**options: Any) -> int:
+        step = compiled("deepseek-v3-tiny", batch=4, seq=8, recipe=None, overrides=SMALL, mesh=None, **options).step
+        return int(training(step)["activation_peak_bytes"])
+
+    everything, whole = most(), short("whole", steps=2)
+    limit = int(0.8 * everything)
+    for bound, option in {everything - 1: {"recompute": "deepseek"}, limit: {"budget_gb": limit / 1e9}}.items():
+        assert differing(short(f"{bound}", steps=2, **option), whole) == []
+        assert most(**option) <= bound
 
 
 def test_a_pipeline_goes_on_without_one_and_back(short: Train, tmp_path: Path) -> None:
@@ -283,6 +326,16 @@ def test_an_update_that_lacks_something_is_found(short: Train, compiled: Any, mo
         ({"mesh": "pp=2", "ranks": "local", "schedule": "dualpipe", "microbatches": 2}, "--microbatches is 2, but dualpipe takes"),
         ({"mesh": "dp=4,ep=3", "ranks": "local"}, "mesh pp=1,dp=4,ep=3,tp=1: ep=3 does not divide dp x tp"),
         ({"mesh": "dp=2", "ranks": "local", "timeout": 0.0}, "--timeout is 0.0, expected more than 0"),
+        (
+            {"mesh": "pp=2", "ranks": "local", "budget_gb": 1.0},
+            "--budget-gb bounds one micro-batch, but a rank of a pipeline holds several",
+        ),
+        ({"mesh": "pp=2", "ranks": "local", "schedule": "forward"}, "schedule forward has no backward pass, but training has"),
+        ({"budget_gb": 0.0}, "--budget-gb is 0.0, expected more than 0"),
+        (
+            {"budget_gb": 1.0, "recompute": "deepseek"},
+            "--recompute deepseek is a list, --budget-gb chooses by itself: expected one of them",
+        ),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
