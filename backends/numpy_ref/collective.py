@@ -77,27 +77,40 @@ def all_to_all(op: ops.AllToAll, wide: Wide, x: Array) -> Program[Array]:
 @collective(ops.AllToAllRows)
 def all_to_all_rows(op: ops.AllToAllRows, wide: Wide, *operands: Array) -> Program[Any]:
     *xs, send, recv = operands
-    sent, received = send.ravel().tolist(), recv.ravel().tolist()
-    if min(*sent, *received) < 0:
+    leaving, coming = int(send.sum()), int(recv.sum())
+    if min(send.min(initial=0), recv.min(initial=0)) < 0:
         raise DscError(f"send is {send.tolist()} and recv {recv.tolist()}, expected no negative number")
-    if sum(sent) > len(xs[0]):
-        raise DscError(f"send is {send.tolist()}, {sum(sent)} rows in all, but there are {len(xs[0])}")
-    if sum(received) > bound(op.rows):
-        raise DscError(f"{sum(received)} rows arrive, but there is room for {bound(op.rows)}: {op.rows}")
-    leave, come = ops.rows_of_ranks(send.tolist()), ops.rows_of_ranks(recv.tolist())
-    messages = tuple([tuple([_joined([x[rows] for rows in places]) for x in xs]) for places in leave])
-    lengths = [[rows.stop - rows.start for rows in places] for places in come]
-    shapes = tuple([tuple([(sum(own), *x.shape[1:]) for x in xs]) for own in lengths])
-    found = yield Exchange(op.axis, op.size, messages, shapes)
-    results = []
-    for parts in zip(*found, strict=True):
-        pieces = [_cut(part, own) for part, own in zip(parts, lengths, strict=True)]  # of each rank, block by block
-        results.append(np.concatenate([piece for block in zip(*pieces, strict=True) for piece in block]))
+    if leaving > len(xs[0]):
+        raise DscError(f"send is {send.tolist()}, {leaving} rows in all, but there are {len(xs[0])}")
+    if coming > bound(op.rows):
+        raise DscError(f"{coming} rows arrive, but there is room for {bound(op.rows)}: {op.rows}")
+    sorting, given, taken = _by_rank(send), _of_each(send), _of_each(recv)
+    messages = zip(*[_cut(x if sorting is None else x.take(sorting, axis=0), given) for x in xs], strict=True)
+    shapes = tuple([tuple([(count, *x.shape[1:]) for x in xs]) for count in taken])
+    found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
+    results = [np.concatenate(parts) for parts in zip(*found, strict=True)]
+    if (sorting := _by_rank(recv)) is not None:
+        for i, x in enumerate(results):
+            results[i] = np.empty_like(x)
+            results[i][sorting] = x
     return tuple(results) if len(results) > 1 else results[0]
 
 
-def _joined(parts: Sequence[Array]) -> Array:
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+def _of_each(counts: Array) -> list[int]:
+    """How many rows go to each rank, or come from it."""
+    found: list[int] = (counts.sum(1) if counts.ndim > 1 else counts).tolist()
+    return found
+
+
+def _by_rank(counts: Array) -> Array | None:
+    """Which rows lie where, told rank by rank: `counts` [size, J] of them lie in J blocks. None where that is their order."""
+    if counts.ndim < 2 or counts.shape[1] < 2:
+        return None
+    blocks = counts.T
+    starts = (blocks.cumsum().reshape(blocks.shape) - blocks).T.ravel()
+    flat = counts.ravel()
+    ends = flat.cumsum()
+    return np.repeat(starts - ends + flat, flat) + np.arange(ends[-1])
 
 
 def _cut(x: Array, counts: Sequence[int]) -> list[Array]:

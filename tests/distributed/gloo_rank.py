@@ -40,6 +40,13 @@ def bits(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(x)[..., None].view(np.uint8).copy())
 
 
+def by_rank(counts: np.ndarray) -> np.ndarray:
+    """The rows of rank 0, then those of rank 1, ...: counts [size, J] say how many lie in each of J blocks, and so for every rank."""
+    blocks = counts.reshape(len(counts), -1).T
+    ranks = np.repeat(np.tile(np.arange(len(counts)), len(blocks)), blocks.ravel())
+    return np.argsort(ranks, kind="stable")
+
+
 def verdict(op: Collective, group: Any, operands: list[np.ndarray], results: tuple[np.ndarray, ...]) -> str:
     """What torch.distributed, asked for the same, says otherwise; empty where it agrees."""
     axis, size = op.along()
@@ -55,11 +62,11 @@ def verdict(op: Collective, group: Any, operands: list[np.ndarray], results: tup
             same = torch.equal(expected, bits(results[0]))
         case AllToAllRows():
             *xs, send, recv = operands
-            same = True
+            same, (out, into) = True, (counts.reshape(size, -1).sum(1).tolist() for counts in (send, recv))
             for given, result in zip(xs, results, strict=True):
-                expected = torch.empty((int(recv.sum()), *bits(given).shape[1:]), dtype=torch.uint8)
-                dist.all_to_all_single(expected, bits(given)[: send.sum()].contiguous(), recv.tolist(), send.tolist(), group=group)
-                same &= torch.equal(expected, bits(result))
+                expected = torch.empty((sum(into), *bits(given).shape[1:]), dtype=torch.uint8)
+                dist.all_to_all_single(expected, bits(given[by_rank(send)]), into, out, group=group)
+                same &= torch.equal(expected, bits(result[by_rank(recv)]))
         case AllReduce(kind="max"):
             wide = torch.from_numpy(widen(x, np.float64).copy())
             dist.all_reduce(wide, dist.ReduceOp.MAX, group=group)

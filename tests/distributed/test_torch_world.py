@@ -118,15 +118,20 @@ def cases(draw: st.DrawFn) -> tuple[str, list[tuple[np.ndarray, ...]]]:
 
     if kind == "all_to_all_rows":
         width = draw(st.integers(1, 5))
-        counts = rng.integers(0, 4, (mesh.world, mesh.world)) * (rng.random((mesh.world, mesh.world)) < draw(st.sampled_from((0.3, 1.0))))
+        blocks = draw(st.integers(1, 3))  # of the counts on either side
+        counts = rng.integers(0, 4, (mesh.world, mesh.world, blocks))
+        counts *= rng.random(counts.shape) < draw(st.sampled_from((0.3, 1.0)))
+        grouped = draw(st.tuples(st.booleans(), st.booleans()))
         inputs, most = [], 0
         for rank in range(mesh.world):
             group = mesh.group(axis, rank)
-            send, recv = (np.array(c, np.int32) for c in ([counts[rank, r] for r in group], [counts[r, rank] for r in group]))
+            both = [counts[rank, r] for r in group], [counts[r, rank] for r in group]
+            send, recv = (np.array(c if blocked else np.sum(c, 1), np.int32) for c, blocked in zip(both, grouped, strict=True))
             rows = int(send.sum()) + rank % 2  # one that stays behind
             most = max(most, rows, int(recv.sum()))
             inputs.append((numbers(rng, dtype, (rows, width)), numbers(rng, "f32", (rows, 1)), send, recv))
-        params = {"x": f"{dtype}[rows<={most}, {width}]", "s": f"f32[rows<={most}, 1]", "n": f"i32[{size}]", "m": f"i32[{size}]"}
+        sides = [f"i32[{size}, {blocks}]" if blocked else f"i32[{size}]" for blocked in grouped]
+        params = {"x": f"{dtype}[rows<={most}, {width}]", "s": f"f32[rows<={most}, 1]", "n": sides[0], "m": sides[1]}
         results = [f"{dtype}[got<={most}, {width}]", f"f32[got<={most}, 1]"]
         return module(mesh, params, results, f'{kind}([%x, %s], %n, %m, {along}, rows={{name="got", bound={most}}})', started), inputs
     shape = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
