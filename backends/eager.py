@@ -15,9 +15,9 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, TypeAlias, cast
 
-from ..distributed.world import Program, alone
+from ..distributed.world import Abreast, Joint, Program, T, alone
 from ..ir.core import Func, Module, Op, Value
-from ..ir.errors import DscError, require
+from ..ir.errors import DscError, of_rank, require
 from ..ir.liveness import last_uses
 from ..ir.ops.collective import Collective, Done, Transfer
 from ..ir.ops.control import Call, Constant, Param
@@ -33,6 +33,9 @@ Held: TypeAlias = Any
 
 Compute: TypeAlias = Callable[[tuple[Held, ...]], tuple[Held, ...]]
 """What one op does: operands in, results out."""
+
+Results: TypeAlias = Sequence[tuple[Held, ...]]
+"""What an op or a function gives on each rank."""
 
 
 class Eager(ABC):
@@ -97,8 +100,19 @@ class Eager(ABC):
         main = module.main
         check_inputs(main, inputs)
         given = tuple(_each(self.hold, x, v.type) for x, v in zip(inputs, main.params, strict=True))
-        results = yield from _Run(self, module, weights, observe).call(main, "", given)
-        return self.given(main.results, results)
+        rank, together = Rank(weights, given, observe), partial(self.abreast, module)
+        found = yield Abreast((id(self), id(module)), rank, together)
+        if found is None:
+            (found,) = yield from together([rank])
+        return self.given(main.results, found)
+
+    def abreast(self, module: Module, ranks: Sequence[Rank]) -> Joint[Results]:
+        """What the main function gives on each of `ranks`, which run it op by op, each op on all of them."""
+        run = _Run(self, module, ranks)
+        try:
+            return (yield from run.call(module.main, "", [rank.inputs for rank in ranks]))
+        except OpError as error:
+            raise (of_rank(run.rank, error) if len(ranks) > 1 else error) from None
 
     def given(self, values: Sequence[Value], held: Sequence[Held]) -> tuple[Data, ...]:
         """The arrays of `held`, which are of `values`."""
@@ -118,6 +132,15 @@ def hop_by_hop(
         values.update(zip(inner.results, found if several else (found,), strict=True))
     results = tuple(values[v] for v in op.meaning.results)
     return results if len(results) > 1 else results[0]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Rank:
+    """What one rank has of its own where a module runs."""
+
+    weights: Weights
+    inputs: tuple[Held, ...]
+    observe: Observer | None = None
 
 
 def _each(change: Any, x: Any, type: Type) -> Any:
@@ -153,11 +176,16 @@ class Step:
     op: Op
     take: Callable[[list[Held]], tuple[Held, ...]]
     """The operands, out of all values."""
-    gives: tuple[int, ...]
+    count: int
+    """How many results there are."""
+    gives: slice
+    """Where they belong among all values."""
     dies: tuple[int, ...]
     """What nothing reads afterwards."""
     compute: Compute | None
     """What a rank does alone; None of an op that needs the module, its weights or other ranks."""
+    shared: bool
+    """Whether it depends on nothing but its function, so that all ranks have the same results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +208,16 @@ def plan_of(backend: Eager, func: Func) -> Plan:
 def _plan(backend: Eager, func: Func) -> Plan:
     made = tuple(result for op in func.ops for result in op.results)
     number = {value: i for i, value in enumerate((*func.params, *made))}
+    shared: set[Value] = set()
 
     def step(op: Op, dying: Sequence[Value]) -> Step:
-        takes, gives, dies = (tuple(number[v] for v in values) for values in (op.operands, op.results, dying))
+        takes, dies = (tuple(number[v] for v in values) for values in (op.operands, dying))
+        count = len(op.results)
+        first = number[op.results[0]] if count else 0
         compute = None if isinstance(op, Param | Constant | Call | Collective | Done) else backend.prepare(op)
-        return Step(op, _taking(takes), gives, dies, compute)
+        alike = compute is not None and shared.issuperset(op.operands)
+        shared.update(op.results if alike else ())
+        return Step(op, _taking(takes), count, slice(first, first + count), dies, compute, alike)
 
     return Plan(tuple(map(step, func.ops, last_uses(func))), tuple(number[v] for v in func.results), len(made))
 
@@ -196,72 +229,108 @@ def _taking(numbers: tuple[int, ...]) -> Callable[[list[Held]], tuple[Held, ...]
     return (lambda values: (values[numbers[0]],)) if numbers else (lambda values: ())
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """One execution of a module."""
+    """One execution of a module, on one rank or on all of a world: what each has is listed in the order of the ranks."""
 
     backend: Eager
     module: Module
-    weights: Weights
-    observe: Observer | None
+    ranks: Sequence[Rank]
     runs: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often each function has been entered with each prefix."""
+    rank: int = 0
+    """Whose turn it is."""
 
-    def call(self, func: Func, prefix: str, inputs: Sequence[Held]) -> Program[tuple[Held, ...]]:
+    def call(self, func: Func, prefix: str, inputs: Sequence[Sequence[Held]]) -> Joint[Results]:
         """The results of `func`, the names of its weights under `prefix`."""
         self.runs[func.name, prefix] += 1
         return (yield from self.steps(func, Site(func.name, prefix, "", self.runs[func.name, prefix]), inputs))
 
-    def steps(self, func: Func, within: Site, inputs: Sequence[Held]) -> Program[tuple[Held, ...]]:
+    def steps(self, func: Func, within: Site, inputs: Sequence[Sequence[Held]]) -> Joint[Results]:
         """The results of `func`, whose ops are seen in the function, prefix and run of `within`."""
         plan = plan_of(self.backend, func)
-        values: list[Held] = [*inputs, *(None,) * plan.count]
+        every = [[*given, *(None,) * plan.count] for given in inputs]
+        watched = any([rank.observe is not None for rank in self.ranks])
         for step in plan.steps:
-            op, operands = step.op, step.take(values)
+            op, take, compute, found = step.op, step.take, step.compute, None
+            results: tuple[Held, ...] = ()
             try:
-                if step.compute is not None:
-                    results = step.compute(operands)
-                elif isinstance(op, Param):
-                    name, type = join(within.weights, op.path), cast(Tensor, op.result_types[0])
-                    results = (self.source("weight", name, self.weights(name, type), type),)
-                else:
-                    results = yield from self.special(within, op, operands)
-                if self.observe is not None:
-                    results = self.observed(self.observe, at(within, op), op, operands, results)
+                if compute is None:
+                    found = yield from self.special(within, op, [take(values) for values in every])
+                for rank, values in enumerate(every):
+                    self.rank = rank
+                    if found is not None:
+                        results = found[rank]
+                    elif compute is not None and (not rank or watched or not step.shared):
+                        results = compute(take(values))
+                    if watched:
+                        results = self.observed(within, op, take(values), results)
+                    if len(results) != step.count:
+                        raise ValueError(f"{op.name} gives {len(results)} results, expected {step.count}")
+                    values[step.gives] = results
             except OpError:
                 raise
             except DscError as error:
                 raise OpError(f"{at(within, op)}: {op.name}: {error}") from None
-            for i, result in zip(step.gives, results, strict=True):
-                values[i] = result
-            for i in step.dies:
-                values[i] = None
-        return tuple(values[i] for i in plan.results)
+            if step.dies:
+                for values in every:
+                    for i in step.dies:
+                        values[i] = None
+        return [tuple([values[i] for i in plan.results]) for values in every]
 
-    def special(self, within: Site, op: Op, operands: tuple[Held, ...]) -> Program[tuple[Held, ...]]:
-        """The results of an op that needs the module or other ranks."""
+    def special(self, within: Site, op: Op, operands: Sequence[tuple[Held, ...]]) -> Joint[Results]:
+        """The results of an op that needs the module, its weights or other ranks."""
+        backend = self.backend
         match op:
+            case Param():
+                return self.param(op, join(within.weights, op.path))
             case Fused():  # its ops keep the ids that they had here, and are seen before the whole
                 return (yield from self.steps(self.module[op.callee], within, operands))
             case Call():
                 return (yield from self.call(self.module[op.callee], join(within.weights, op.weights), operands))
             case Transfer(start=True):
-                flight = yield from self.backend.begin(at(within, op), op, operands)
-                return (flight,) * len(op.results)
+                flights = yield from self.together([backend.begin(at(within, op), op, given) for given in operands])
+                return [(flight,) * len(op.results) for flight in flights]
             case Done():
-                return (yield from self.backend.land(at(within, op), operands[0]))
+                return (yield from self.together([backend.land(at(within, op), flight) for flight, *_ in operands]))
             case Collective():
-                return (yield from self.backend.together(at(within, op), op, operands))
+                return (yield from self.together([backend.together(at(within, op), op, given) for given in operands]))
         assert isinstance(op, Constant)
         require(op.path in self.module.constants, f"the module has no constant {op.path!r}")
-        return (self.source("constant", op.path, self.module.constants[op.path], op.result.tensor),)
+        return [(self.source("constant", op.path, self.module.constants[op.path], op.result.tensor),)] * len(operands)
 
-    def observed(self, observe: Observer, site: Site, op: Op, operands: tuple[Held, ...], results: tuple[Held, ...]) -> tuple[Held, ...]:
+    def param(self, op: Param, name: str) -> Results:
+        """A weight, on each rank its own."""
+        type, found = cast(Tensor, op.result_types[0]), list[tuple[Held, ...]]()
+        for rank in self.ranks:
+            self.rank = len(found)
+            found.append((self.source("weight", name, rank.weights(name, type), type),))
+        return found
+
+    def together(self, programs: Sequence[Program[T]]) -> Joint[list[T]]:
+        """The results of programs that ask at the same times: what they all are programs of is one op."""
+        if len(programs) == 1:
+            return [(yield from programs[0])]
+        answers: Sequence[Any] = (None,) * len(programs)
+        while True:
+            asked, found = [], []
+            for self.rank, program in enumerate(programs):
+                try:
+                    asked.append(program.send(answers[self.rank]))
+                except StopIteration as done:
+                    found.append(done.value)
+            if found:
+                assert not asked
+                return found
+            answers = yield tuple(asked)
+
+    def observed(self, within: Site, op: Op, operands: tuple[Held, ...], results: tuple[Held, ...]) -> tuple[Held, ...]:
         """`results` as the observer leaves them. It sees no calls, and of a started collective the end."""
-        if (isinstance(op, Call) and not isinstance(op, Fused)) or (isinstance(op, Transfer) and op.start):
+        observe = self.ranks[self.rank].observe
+        if observe is None or (isinstance(op, Call) and not isinstance(op, Fused)) or (isinstance(op, Transfer) and op.start):
             return results
         backend, taken = self.backend, results if isinstance(op, Done) else operands
-        replaced = observe(site, op, backend.given(op.operands, taken), backend.given(op.results, results))
+        replaced = observe(at(within, op), op, backend.given(op.operands, taken), backend.given(op.results, results))
         if replaced is None:
             return results
         return tuple(_each(backend.hold, x, v.type) for x, v in zip(checked(op, tuple(replaced)), op.results, strict=True))

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .world import Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Settle, Start, T, Ticket, Wait
+from .world import Abreast, Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Settle, Start, T, Ticket, Wait
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class _Delayed:
             return (yield asked)
         if isinstance(asked, Wait):
             return (yield from self.landed(asked.ticket))
+        if isinstance(asked, Abreast):  # each rank has a clock of its own
+            return None
         flight = yield from self.begun(asked.request if isinstance(asked, Start) else asked)
         return flight if isinstance(asked, Start) else (yield from self.landed(flight))
 

@@ -1,20 +1,22 @@
-"""All ranks of a mesh in one process, in lockstep: a rank runs until it needs others, and goes on when they have come to the same op.
+"""All ranks of a mesh in one process, in lockstep: who needs others goes on when they have come to the same op.
 
-Nothing is copied but what is only lent, and the order is the same in every run. A request that was only started is answered when everybody
-has come to it; until somebody waits for it ranks go on. Where ranks wait for each other for ever, or meet with different ops, the error is
-a table of who waits for what.
+Where all of them are about to run the same program they run it abreast: an op on every rank, then the next one, so that its code is at hand
+for all ranks but the first. Else a rank runs until it has to wait. Nothing is copied but what is only lent, and the order is the same in
+every run. A request that was only started is answered when everybody has come to it; until somebody waits for it ranks go on. Where ranks
+wait for each other for ever, or meet with different ops, the error is a table of who waits for what.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..ir.errors import DscError, require
+from ..ir.errors import DscError, of_rank, require
 from ..ir.mesh import Mesh
-from .world import Exchange, Gather, Index, Placed, Receive, Request, Send, Settle, Start, T, Wait, ranks_text, where
+from .world import Abreast, Asked, Exchange, Gather, Index, Placed, Receive, Request, Send, Settle, Start, T, Wait, ranks_text, where
 
 
 @dataclass(eq=False)
@@ -39,21 +41,28 @@ def run(mesh: Mesh, program: Placed[T]) -> list[T]:
     programs = [program(rank) for rank in range(mesh.world)]
     results: dict[int, T] = {}
     waiting: dict[int, _Posted] = {}
+    abreast: dict[int, Abreast] = {}
     board = _Board()
     ready: deque[tuple[int, Any]] = deque((rank, None) for rank in range(mesh.world))
     try:
-        while ready:
+        while ready or abreast:
+            if not ready:
+                ready.extend(_run_abreast(mesh, board, abreast))
+                abreast.clear()
             rank, answer = ready.popleft()
             try:
                 asked = programs[rank].send(answer)
                 while isinstance(asked, Settle):
                     asked = programs[rank].send(None)
+                if isinstance(asked, Abreast):
+                    abreast[rank] = asked
+                    continue
                 posted = _posted(mesh, rank, asked)
             except StopIteration as done:
                 results[rank] = done.value
                 continue
             except DscError as error:
-                raise DscError("\n".join(f"rank {rank}: {line}" for line in str(error).split("\n"))) from None
+                raise of_rank(rank, error) from None
             if isinstance(posted.request, Index):
                 ready.append((rank, mesh.index(posted.request.axis, rank)))
                 continue
@@ -66,12 +75,46 @@ def run(mesh: Mesh, program: Placed[T]) -> list[T]:
                 if one.answered and waiting.get(one.rank) is one:
                     del waiting[one.rank]
                     ready.append((one.rank, one.answer))
-        if waiting:
-            raise DscError(f"{len(waiting)} of {mesh.world} ranks wait for ever:\n{_table(mesh, board, waiting)}")
+        _require_none(mesh, board, waiting)
     finally:
         for each in programs:
             each.close()
     return [results[rank] for rank in range(mesh.world)]
+
+
+def _run_abreast(mesh: Mesh, board: _Board, asked: dict[int, Abreast]) -> Iterable[tuple[int, Any]]:
+    """The answer to each rank that would run with others: they do if these are all ranks, and run the same. Nobody is waited for."""
+    if mesh.world == 1 or len(asked) < mesh.world or len({one.what for one in asked.values()}) > 1:
+        return [(rank, None) for rank in asked]
+    program, answers = asked[0].together([asked[rank].mine for rank in range(mesh.world)]), None
+    with closing(program):
+        while True:
+            try:
+                answers = _answered(mesh, board, program.send(answers))
+            except StopIteration as done:
+                return enumerate(done.value)
+
+
+def _answered(mesh: Mesh, board: _Board, asked: Sequence[Asked]) -> tuple[Any, ...]:
+    """What every rank gets of what it asks at the same time as all others."""
+    if isinstance(asked[0], Settle):
+        return (None,) * len(asked)
+    posted = [_posted(mesh, rank, one) for rank, one in enumerate(asked)]  # type: ignore[arg-type]
+    if isinstance(posted[0].request, Index):
+        return tuple([mesh.index(one.request.axis, one.rank) for one in posted])
+    if not isinstance(asked[0], Wait):
+        for one in posted:
+            board.post(one)
+    if isinstance(asked[0], Start):
+        return tuple(posted)
+    _require_none(mesh, board, {one.rank: one for one in posted if not one.answered})
+    return tuple([one.answer for one in posted])
+
+
+def _require_none(mesh: Mesh, board: _Board, waiting: dict[int, _Posted]) -> None:
+    """`DscError` with a table of who waits for what, if anybody does."""
+    if waiting:
+        raise DscError(f"{len(waiting)} of {mesh.world} ranks wait for ever:\n{_table(mesh, board, waiting)}")
 
 
 def _posted(mesh: Mesh, rank: int, asked: Request | Start | Wait) -> _Posted:

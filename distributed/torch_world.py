@@ -26,9 +26,26 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ..ir.errors import DscError
+from ..ir.errors import DscError, of_rank
 from ..ir.mesh import Mesh
-from .world import Array, Asked, Exchange, Gather, Index, Program, Receive, Request, Send, Settle, Start, T, Wait, ranks_text, where
+from .world import (
+    Abreast,
+    Array,
+    Asked,
+    Exchange,
+    Gather,
+    Index,
+    Program,
+    Receive,
+    Request,
+    Send,
+    Settle,
+    Start,
+    T,
+    Wait,
+    ranks_text,
+    where,
+)
 
 CONNECT = 300.0
 """Seconds within which all ranks have to be there: on a busy machine one may import for long. A longer `timeout` holds here, too."""
@@ -111,7 +128,7 @@ class TorchWorld:
         except DscError as error:
             self._waiting = True
             self._say("failed")
-            raise DscError("\n".join(f"rank {self.rank}: {line}" for line in str(error).split("\n"))) from None
+            raise of_rank(self.rank, error) from None
         except _Ended:
             raise DscError("") from None
 
@@ -134,6 +151,8 @@ class TorchWorld:
             return self._settle()
         if isinstance(asked, Wait):
             return self._ended(asked.ticket)
+        if isinstance(asked, Abreast):
+            return None
         request = asked.request if isinstance(asked, Start) else asked
         size = self.mesh.size(request.axis)
         if request.size != size:

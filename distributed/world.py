@@ -11,13 +11,16 @@ order of the ranks: a library's own reduction would add in the order of its ring
 A rank that has something to compute meanwhile yields a request in `Start`, is given a ticket at once, and yields `Wait` with it later. What
 the ranks of an axis do together they do in the order in which each of them began it; so it is with what one rank sends to another.
 
+A program that has nothing to ask may say what it is about to run, in `Abreast`: a world that has all ranks in one process then runs it for
+all of them at once, op by op.
+
 An answer on a GPU may be a promise: the stream that was current where it was asked for keeps it, and the host goes on. Who reads values on
 the host yields `Settle` before, so that a rank whose partner is gone finds out, and does not hang in a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -107,12 +110,28 @@ class Settle:
     """The answer is None, once all that was answered before is there. `DscError` where it does not come in time."""
 
 
-Asked: TypeAlias = Request | Start | Wait | Settle
+@dataclass(frozen=True, eq=False)
+class Abreast:
+    """The answer is what `together` gives this rank, where all ranks of the world are about to run `what`; None where it runs by itself.
+
+    `together` takes everyone's `mine` in the order of the ranks and is a program of all of them: what it yields is a tuple, of what each of
+    them asks, and it goes on with the tuple of their answers.
+    """
+
+    what: Hashable
+    mine: Any
+    together: Callable[[Sequence[Any]], Joint[Sequence[Any]]]
+
+
+Asked: TypeAlias = Request | Start | Wait | Settle | Abreast
 """What a program yields."""
 
 T = TypeVar("T")
 Program: TypeAlias = Generator[Asked, Any, T]
 """One rank's part of a computation, with its result."""
+
+Joint: TypeAlias = Generator[Any, Any, T]
+"""All ranks' parts of a computation at once: it yields a tuple of what each asks."""
 
 Placed: TypeAlias = Callable[[int], Program[T]]
 """The program of each rank."""
@@ -143,7 +162,7 @@ def alone(program: Program[T]) -> T:
                 answer = _answer_of_one(request)
             case Wait(ticket):
                 answer = ticket
-            case Settle():
+            case Settle() | Abreast():
                 answer = None
             case _:
                 answer = _answer_of_one(asked)

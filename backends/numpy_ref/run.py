@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ...distributed.world import Program, Request, Start, Ticket, Wait
+from ...distributed.world import Joint, Program, Request, Start, Ticket, Wait
 from ...ir.core import Module, Op, Value
 from ...ir.errors import require
 from ...ir.ops.collective import Collective, Transfer
@@ -22,7 +22,7 @@ from ...ir.ops.internode import Internode, InternodeCombine, InternodeDispatch, 
 from ...ir.types import Bundle, DType, Tensor, landed
 from .. import Observer, Site, Weights
 from ..arrays import STORAGE, Data, rounded, widen
-from ..eager import Compute, Eager, fitted, hop_by_hop
+from ..eager import Compute, Eager, Rank, Results, fitted, hop_by_hop
 from . import attention, collective, control, elementwise, linalg, loss, moe, norm, quant, reduce, shape  # noqa: F401 - they fill REFERENCES
 from .registry import COLLECTIVES, OPERANDS, REFERENCES, reference
 from .registry import collective as communicates
@@ -40,14 +40,14 @@ class Interpreter(Eager):
         """`run` on one rank of many: a program that asks the others where a collective stands."""
         return self.steps(module, weights, inputs, observe)
 
-    def steps(self, module: Module, weights: Weights, inputs: Sequence[Data], observe: Observer | None = None) -> Program[tuple[Data, ...]]:
-        program, answer = super().steps(module, weights, inputs, observe), None
+    def abreast(self, module: Module, ranks: Sequence[Rank]) -> Joint[Results]:
+        program, answer = super().abreast(module, ranks), None
         while True:
             with np.errstate(all="ignore"):  # not around the yield: what NumPy warns of is up to whoever computes meanwhile
                 try:
                     request = program.send(answer)
                 except StopIteration as done:
-                    return cast(tuple[Data, ...], done.value)
+                    return cast(Results, done.value)
             answer = yield request
 
     def evaluate(self, op: Op, operands: Sequence[Data]) -> tuple[Data, ...]:
