@@ -300,11 +300,13 @@ class _Run:
         return [(self.source("constant", op.path, self.module.constants[op.path], op.result.tensor),)] * len(operands)
 
     def param(self, op: Param, name: str) -> Results:
-        """A weight, on each rank its own."""
-        type, found = cast(Tensor, op.result_types[0]), list[tuple[Held, ...]]()
+        """A weight, on each rank its own; what ranks have in common is looked at and held once."""
+        type, found, before = cast(Tensor, op.result_types[0]), list[tuple[Held, ...]](), None
         for rank in self.ranks:
             self.rank = len(found)
-            found.append((self.source("weight", name, rank.weights(name, type), type),))
+            given = rank.weights(name, type)
+            found.append(found[-1] if given is before else (self.source("weight", name, given, type),))
+            before = given
         return found
 
     def together(self, programs: Sequence[Program[T]]) -> Joint[list[T]]:

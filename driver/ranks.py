@@ -176,6 +176,8 @@ class RankWeights:
         self.keep = keep
         self.whole: dict[str, np.ndarray] = {}
         self.parts: dict[tuple[int, str], np.ndarray] = {}
+        self.cuts: dict[tuple[str | int, ...], np.ndarray] = {}
+        """Parts of wholes by where they begin: ranks that hold the same one hold one array."""
         self.wanted = {name: Wanted.of(name, whole(tensor, self.splits[name], self.mesh)) for name, tensor in weights_of(module).items()}
         source.check(list(self.wanted.values()))
 
@@ -194,7 +196,7 @@ class RankWeights:
             return read_part(self.source, self.wanted[name], index)
         if name not in self.whole:
             self.whole[name] = self.source.get(self.wanted[name])
-        return self.whole[name][index]
+        return self.cuts.setdefault((name, *(s.start for s in index)), self.whole[name][index])
 
 
 def cut(x: Data, split: Split, mesh: Mesh, rank: int) -> Data:
