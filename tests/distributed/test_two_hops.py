@@ -18,7 +18,7 @@ import dsc
 from dsc.backends.arrays import rounded
 from dsc.backends.numpy_ref.run import FLOAT32, FLOAT64
 from dsc.distributed import local
-from dsc.distributed.world import Exchange, Program
+from dsc.distributed.world import Abreast, Exchange, Program
 from dsc.driver.inputs import prepare
 from dsc.driver.ranks import RankWeights, cut
 from dsc.ir.core import Builder, Module, Op, Value
@@ -178,6 +178,9 @@ class Counted:
                 asked = program.send(answer)
             except StopIteration as done:
                 return done.value
+            if isinstance(asked, Abreast):  # with others it would ask unseen
+                answer = None
+                continue
             if isinstance(asked, Exchange) and asked.axis in ("ep.node", "ep.local") and asked.messages[0][0].ndim == 2:
                 counted = self.rows.setdefault((asked.site, asked.axis), Counter())
                 for to, message in zip(self.mesh.group(asked.axis, rank), asked.messages, strict=True):
