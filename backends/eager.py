@@ -15,9 +15,9 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, TypeAlias, cast
 
-from ..distributed.world import Abreast, Joint, Program, T, alone
+from ..distributed.world import Abreast, Joint, Program, T, alone, of_rank
 from ..ir.core import Func, Module, Op, Value
-from ..ir.errors import DscError, of_rank, require
+from ..ir.errors import DscError, require
 from ..ir.liveness import last_uses
 from ..ir.ops.collective import Collective, Done, Transfer
 from ..ir.ops.control import Call, Constant, Param

@@ -14,9 +14,26 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..ir.errors import DscError, of_rank, require
+from ..ir.errors import DscError, require
 from ..ir.mesh import Mesh
-from .world import Abreast, Asked, Exchange, Gather, Index, Placed, Receive, Request, Send, Settle, Start, T, Wait, ranks_text, where
+from .world import (
+    Abreast,
+    Asked,
+    Exchange,
+    Gather,
+    Index,
+    Placed,
+    Receive,
+    Request,
+    Send,
+    Settle,
+    Start,
+    T,
+    Wait,
+    of_rank,
+    ranks_text,
+    where,
+)
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from ..ir.errors import DscError, of_rank
+from ..ir.errors import DscError
 from ..ir.mesh import Mesh
 from .world import (
     Abreast,
@@ -43,6 +43,7 @@ from .world import (
     Start,
     T,
     Wait,
+    of_rank,
     ranks_text,
     where,
 )

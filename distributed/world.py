@@ -181,6 +181,11 @@ def _answer_of_one(request: Request) -> Any:
     raise DscError(f"{where(request)}: a rank does not send to itself")
 
 
+def of_rank(rank: int, error: DscError) -> DscError:
+    """An error that a rank met: each line says which."""
+    return DscError("\n".join(f"rank {rank}: {line}" for line in str(error).split("\n")))
+
+
 def where(request: Request) -> str:
     """What a rank asks and where, for messages."""
     what = request.op or f"{type(request).__name__.lower()} along {request.axis}"

@@ -22,11 +22,6 @@ def require(condition: bool, message: str) -> None:
         raise DscError(message)
 
 
-def of_rank(rank: int, error: DscError) -> DscError:
-    """An error that a rank met: each line says which."""
-    return DscError("\n".join(f"rank {rank}: {line}" for line in str(error).split("\n")))
-
-
 def faults(errors: Sequence[Mapping[str, Any]]) -> str:
     """In one line what pydantic's `errors()` say of a record: each field, what stands there, and what was expected."""
     return "; ".join([*map(_fault, errors[:4]), *([f"and {len(errors) - 4} more"] if len(errors) > 4 else [])])
