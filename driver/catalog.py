@@ -35,7 +35,7 @@ def triton_facets() -> dict[str, Mapping[str, Any]]:
     from ..backends.triton.torch_ops import TORCH
 
     generated = {cls.name: launch_of for cls in EXPRESSIONS | ALONG_ROWS}
-    kernels = generated | {cls.name: found.launcher for cls, found in KERNELS.items()}
+    kernels = generated | {cls.name: launcher for cls, launcher in KERNELS.items()}
     return {"kernel": kernels, "torch": {cls.name: function for cls, function in TORCH.items()}}
 
 

@@ -6,8 +6,8 @@ attention         FLOPs, of the tiles on and below the diagonal where causal, at
                   of the peak, and bytes at the share `memory`, or `cache` where decoding
 all else          FLOPs at the peak of the vector units, bytes at the share `rows` of the bandwidth
 
-A view, a weight on its way to its reader and a bundle move nothing. FP8 codes that are turned before a product are copied, since tensor
-cores take FP8 operands along K alone (report, section 3.5.2): such a transpose is not a view here. An op reads what lies in memory: of a
+A weight on its way to its reader and a bundle move nothing, nor does a view that strides can say; others are copies, and what is read row
+by row but does not lie so is copied before (`ir/strides.py`, by which the Triton backend goes, too). An op reads what lies in memory: of a
 value that is stretched its original, of a value and a part of it the value, of a table the rows that are taken. A cache is
 extended where it lies, as `updates` of a program allow.
 """
@@ -25,8 +25,9 @@ from ..ir.ops.control import Call
 from ..ir.ops.fused import Fused
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.quant import GroupedScaledMatmul, GroupedScaledMatmulWgrad, Quantize, ScaledMatmul
-from ..ir.ops.shape import Broadcast, CacheAppend, Gather, Reshape, Slice, Take, Transpose
-from ..ir.types import Bundle, DType, Ragged, Tensor, Type, bound, landed
+from ..ir.ops.shape import CacheAppend, Gather, Take
+from ..ir.strides import FP8, VIEWS, strides, uneven, viewed
+from ..ir.types import Bundle, Ragged, Tensor, Type, bound, landed
 from .device import Device
 from .products import Product, loop_seconds
 
@@ -43,7 +44,6 @@ MATRIX = (
     AttentionDecode,
 )
 """Ops that run on matrix units; all others on vector units."""
-FP8 = (DType.f8e4m3, DType.f8e5m2)
 TILE = 128
 """Queries and keys of a tile of attention: of those on the diagonal half is computed in vain."""
 
@@ -95,14 +95,14 @@ class Compute:
 
     def free(self, op: Op) -> bool:
         """Whether nothing runs for it."""
-        if isinstance(op, Transpose):
-            return not self._turned(op)
+        if isinstance(op, VIEWS):
+            return viewed(op, strides(op.x, turned=self._turned), turned=self._turned) is not None
         called = isinstance(op, Call) and not isinstance(op, Fused)  # what a call runs is the caller's to add up; a fused op is one kernel
         return Trait.VIEW in op.traits or Trait.SOURCE in op.traits or called
 
-    def _turned(self, op: Transpose) -> bool:
-        codes = op.x.dtype in FP8 and op.x.tensor.rank >= 2 and op.perm[-1] != op.x.tensor.rank - 1
-        return codes and "transposed-reads" not in self.features
+    @property
+    def _turned(self) -> bool:
+        return "transposed-reads" in self.features
 
     def moved(self, op: Op) -> float:
         """Bytes read and written."""
@@ -116,12 +116,13 @@ class Compute:
                 return 2 * self._stored(op.new) + self._stored(op.positions)
         read = dict.fromkeys(map(self._all_of, op.operands))
         apart = (v for v in read if read.keys().isdisjoint(self._behind(v)[1:]))
-        return sum(map(self._stored, apart)) + sum(self.bytes(r.type) for r in op.results)
+        copied = sum(2 * self.bytes(v.type) for v in uneven(op, turned=self._turned))
+        return copied + sum(map(self._stored, apart)) + sum(self.bytes(r.type) for r in op.results)
 
     def _behind(self, value: Value) -> list[Value]:
         """The value, and what it is a view of, up to what lies in memory."""
         found = [value]
-        while isinstance(owner := found[-1].owner, Reshape | Transpose | Broadcast | Slice) and self.free(owner):
+        while isinstance(owner := found[-1].owner, VIEWS) and self.free(owner):
             found.append(owner.x)
         return found
 

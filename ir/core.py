@@ -33,6 +33,7 @@ class Trait(Enum):
 
     ELEMENTWISE = "each result element depends on the same element of the (broadcast) operands"
     VIEW = "moves no data: the result may share the operand's memory"
+    STRIDED = "reads operands and writes results where they lie, whatever the strides of their axes but the last"
     CHEAP = "cheap to run again in backward"
     ROUTING = "decides where tokens go: never run twice, lest the second run decide otherwise"
     SOURCE = "reads no operand: a weight or a constant"

@@ -162,7 +162,7 @@ class Execution:
         if Trait.SOURCE in op.traits:
             return [None]
         if Trait.VIEW in op.traits:
-            return operands
+            return operands if len(operands) == len(op.results) else [Fields(tuple(operands))]
         return [self.make(r.type, func.name, r.name, len(self.points) - 1) for r in op.results]
 
     def make(self, type: Type, func: str, name: str, now: int) -> Data:

@@ -13,6 +13,7 @@ from ..ir.ops.fused import SUMS, Fused
 from ..ir.ops.shape import Reshape
 from ..ir.region import downward, free, member, region_of
 from ..ir.types import Dim
+from .in_place import in_place
 from .manager import Pass, register
 from .rewrite import fresh, unused
 from .stashes import quantized_stashes
@@ -106,7 +107,7 @@ class Fuse(Pass):
         names = {func.name for func in module.funcs}
         funcs: list[Func] = []
         regions: list[Func] = []
-        module = quantized_stashes(module)
+        module = quantized_stashes(in_place(module))
         for func in module.funcs:
             fusion = _Fusion(self, _summed(func), names)
             funcs.append(fusion.rebuilt())

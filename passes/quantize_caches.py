@@ -2,7 +2,8 @@
 
 A residual that only quantised products read again is kept as FP8 codes and scales, and backward tiles it anew along tokens. Of SwiGLU the
 inputs are kept, in FP8, and backward computes its result from them again. The result of attention, which both the Wgrad of the next
-Linear and the backward of attention read, is kept in a format of its own.
+Linear and the backward of attention read, is kept in a format of its own, in the rows that this Linear reads, and so one kernel casts it
+for both.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from ..ir.ops.attention import Attention, AttentionBackward
 from ..ir.ops.control import Pack, Unpack
 from ..ir.ops.elementwise import SwiGLU, SwiGLUBackward
 from ..ir.ops.quant import Dequantize, Quantize, scale_shape
+from ..ir.ops.rules import static
+from ..ir.ops.shape import Reshape, Transpose
 from ..ir.types import Bundle, DType, Tensor, Type
 from .bundles import Link, links, packed, retyped, unpacked
 from .outline import is_free
@@ -34,6 +37,8 @@ class _Form:
     tile: tuple[int, int]
     made: Quantization | None
     """How forward makes it; None where the value was sent in this form already."""
+    heads: tuple[int, ...] = ()
+    """The shape [..., heads, tokens, width] of a result of attention, which is kept as rows [..., tokens, heads * width]."""
 
 
 @dataclass
@@ -122,9 +127,19 @@ def _form(value: Value, readers: list[Op], recipe: Recipe) -> _Form | str | None
         return f"its residual stays in {value.dtype}: {others.name} {others.id} reads it too" if products and others else None
     if chosen is None:
         return None
-    tile = value.shape[-2:] if chosen.tile == (0, 0) else chosen.tile
-    scales = Tensor(DType.f32, scale_shape(value.shape, tile, 0))  # type: ignore[arg-type]
-    return _Form(Tensor(chosen.format, value.shape), scales, tile, chosen)  # type: ignore[arg-type]
+    shape, heads = value.shape, tuple[int, ...]()
+    if isinstance(value.owner, Attention):
+        *batch, number, tokens, width = heads = static(value, "attention")
+        shape = (*batch, tokens, number * width)
+    tile = shape[-2:] if chosen.tile == (0, 0) else chosen.tile
+    scales = Tensor(DType.f32, scale_shape(shape, tile, 0))  # type: ignore[arg-type]
+    return _Form(Tensor(chosen.format, shape), scales, tile, chosen, heads)  # type: ignore[arg-type]
+
+
+def _swapped(heads: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation between [..., heads, tokens, width] and [..., tokens, heads, width]."""
+    *batch, number, tokens, width = range(len(heads))
+    return *batch, tokens, number, width
 
 
 def _rewritten(func: Func, edits: _Edits) -> Func:
@@ -150,6 +165,9 @@ def _rewritten(func: Func, edits: _Edits) -> Func:
         same = again.get((value, form.tile, form.made.format, form.made.rule))
         if same is None:
             x = values[value]
+            if form.heads:
+                (turned,) = emit(Transpose(x, _swapped(form.heads)), like)
+                (x,) = emit(Reshape(turned, form.codes.shape), like)  # type: ignore[arg-type]
             names = (f"{value.name}_c", f"{value.name}_cs")
             q, s = emit(Quantize(x, tile=form.tile, dtype=form.made.format, rule=form.made.rule, names=names), like)
             codes[value] = q, s
@@ -181,7 +199,12 @@ def _rewritten(func: Func, edits: _Edits) -> Func:
             for v in old.operands:
                 if v in wide and v not in values:
                     form = wide[v]
-                    (values[v],) = emit(Dequantize(*codes[v], tile=form.tile, dtype=v.dtype, names=(v.name,)), old)
+                    (x,) = emit(Dequantize(*codes[v], tile=form.tile, dtype=v.dtype, names=(v.name,)), old)
+                    if form.heads:
+                        swapped = _swapped(form.heads)
+                        (rows,) = emit(Reshape(x, tuple(form.heads[axis] for axis in swapped)), old)
+                        (x,) = emit(Transpose(rows, swapped), old)
+                    values[v] = x
             ops.append(old.with_operands(values.__getitem__))
         values.update(zip(old.results, ops[-1].results, strict=True))
         for r in old.results:

@@ -101,7 +101,7 @@ def bound(
         return tuple(0.0 for value in op.results for _ in tensors(value.type))
     precision = FLOAT64 if any(t.dtype is DType.f64 for v in (*op.operands, *op.results) for t in tensors(v.type)) else precision
     with np.errstate(all="ignore"):
-        if isinstance(op, fused.Fused | fused.WithSum | internode.InternodeCombine) and (func := fused.expansion(op, module)):
+        if isinstance(op, (fused.Fused, *fused.NAMED, internode.InternodeCombine)) and (func := fused.expansion(op, module)):
             return enclosed(func, operands, precision)
         wide = [exact(x) for x in operands]
         if isinstance(op, moe.Route):

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from ..ir.core import OPS, Op, Symbol
+from ..ir.ops import fused
 from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ..ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
@@ -42,12 +43,6 @@ from ..ir.ops.elementwise import (
     SwiGLUBackward,
     Tanh,
     Where,
-)
-from ..ir.ops.fused import (
-    Fused,
-    GroupedScaledMatmulAdd,
-    RmsNormBackwardAdd,
-    ScaledMatmulAdd,
 )
 from ..ir.ops.internode import InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
@@ -407,15 +402,22 @@ IN_FLIGHT = [
 ]
 
 FUSED = [
-    sample(Fused, "f32[2, 3]", callee=Symbol("doubled"), result_types=result("f32[2, 3]")),
-    *(sample(ScaledMatmulAdd, "f8e4m3[2, 5, 200]", ("f32[2, 5, 2]", positive), "f8e4m3[9, 200]", ("f32[1, 2]", positive),
+    sample(fused.Fused, "f32[2, 3]", callee=Symbol("doubled"), result_types=result("f32[2, 3]")),
+    *(sample(fused.ScaledMatmulAdd, "f8e4m3[2, 5, 200]", ("f32[2, 5, 2]", positive), "f8e4m3[9, 200]", ("f32[1, 2]", positive),
              f"{out.name}[2, 5, 9]", out=out) for out in (DType.bf16, DType.f32)),
-    sample(GroupedScaledMatmulAdd, "f8e4m3[23, 200]", ("f32[23, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
+    sample(fused.GroupedScaledMatmulAdd, "f8e4m3[23, 200]", ("f32[23, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
            ("i32[3]", counts(20)), "bf16[23, 9]", tag="with spare rows"),
-    sample(GroupedScaledMatmulAdd, "f8e4m3[3, 7, 200]", ("f32[3, 7, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
+    sample(fused.GroupedScaledMatmulAdd, "f8e4m3[3, 7, 200]", ("f32[3, 7, 2]", positive), "f8e4m3[3, 9, 200]", ("f32[3, 1, 2]", positive),
            ("i32[3]", integers(0, 8)), "bf16[3, 7, 9]", tag="with rows of its own for each group"),
-    *(sample(RmsNormBackwardAdd, f"{dtype}[2, 3, 193]", f"{dtype}[193]", f"{dtype}[2, 3, 193]", f"{dtype}[2, 3, 193]", eps=1e-6)
+    *(sample(fused.RmsNormBackwardAdd, f"{dtype}[2, 3, 193]", f"{dtype}[193]", f"{dtype}[2, 3, 193]", f"{dtype}[2, 3, 193]", eps=1e-6)
       for dtype in ("f32", "bf16")),
+    *(sample(fused.MlaAttention, *_attention(dtype, 4, 2, 5, 9), f"{dtype}[2, 4, 5, 6]", f"{dtype}[2, 2, 9, 6]", mask=None,
+             scale=0.3) for dtype in ("f32", "bf16")),
+    *(sample(fused.MlaAttentionBackward, *_backward(dtype, 4, 2, 9, 9), f"{dtype}[2, 4, 9, 6]", f"{dtype}[2, 2, 9, 6]", mask=None,
+             scale=0.3, causal=True) for dtype in ("f32", "bf16")),
+    *(sample(fused.MlaDecode, f"{dtype}[3, 4, 11]", f"{dtype}[3, 9, 2, 17]", f"{dtype}[3, 9, 2, 7]", ("i64[3]", integers(0, 9)),
+             f"{dtype}[3, 4, 6]", pages=None, scale=0.3) for dtype in ("f32", "bf16")),
+    sample(fused.Joined, "f32[2, 3, 5]", "f32[2, 4, 5]", axis=1),
 ]  # fmt: skip
 
 SAMPLES: tuple[Sample, ...] = (

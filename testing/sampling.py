@@ -55,12 +55,14 @@ class Sample:
     cls: type[Op]
     operands: tuple[Operand, ...]
     attributes: dict[str, Any] = field(hash=False)
+    """Those of the op, and None for an optional operand that is absent before one that is not."""
     tag: str = ""
     """What is special about it."""
 
     @property
     def name(self) -> str:
-        attributes = (f"{key}={print_attribute(value)}" for key, value in self.attributes.items() if key != "result_types")
+        shown = ((key, value) for key, value in self.attributes.items() if value is not None and key != "result_types")
+        attributes = (f"{key}={print_attribute(value)}" for key, value in shown)
         given = ", ".join([*(str(o.type) for o in self.operands), *attributes])
         return f"{self.cls.name}({given}){f' {self.tag}' if self.tag else ''}"
 
@@ -93,7 +95,10 @@ def seeded(name: str, type: Tensor) -> Array:
 
 
 def make(cls: type[Op], values: tuple[Value, ...], attributes: dict[str, Any]) -> Op:
-    """An op of `cls` on `values`, shared out over its operand fields in order. `DscError` where its type rule refuses them."""
+    """An op of `cls` on `values`, shared out over its operand fields in order, but for those that `attributes` say are None.
+
+    `DscError` where its type rule refuses them.
+    """
     given: dict[str, Any] = {}
     rest = list(values)
     fields = [a for a in cls.arguments if a.role is not Role.ATTRIBUTE]
@@ -101,7 +106,7 @@ def make(cls: type[Op], values: tuple[Value, ...], attributes: dict[str, Any]) -
         if argument.role is Role.OPERANDS:
             count = len(rest) - sum(a.required for a in fields[i + 1 :])
             given[argument.name], rest = tuple(rest[:count]), rest[count:]
-        elif rest:
+        elif rest and argument.name not in attributes:
             given[argument.name] = rest.pop(0)
     return cls(**given, **attributes)
 

@@ -7,7 +7,15 @@ from ..ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from ..ir.ops.collective import AllGather, AllReduce, AllToAll, AllToAllRows, Done, OwnPart, ReduceScatter
 from ..ir.ops.control import Constant, Iota, Literal, Param, Unpack
 from ..ir.ops.elementwise import Abs, Arithmetic, Comparison, Logical, Neg, Not, SwiGLU, SwiGLUBackward, Unary, Where
-from ..ir.ops.fused import GroupedScaledMatmulAdd, RmsNormBackwardAdd, ScaledMatmulAdd
+from ..ir.ops.fused import (
+    GroupedScaledMatmulAdd,
+    Joined,
+    MlaAttention,
+    MlaAttentionBackward,
+    MlaDecode,
+    RmsNormBackwardAdd,
+    ScaledMatmulAdd,
+)
 from ..ir.ops.internode import InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ..ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from ..ir.ops.loss import BalanceLoss, BalanceLossBackward, CrossEntropy, CrossEntropyBackward
@@ -224,6 +232,20 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         *("f8e4m3[6, 20]", "f32[6, 1]", "f8e4m3[2, 5, 20]", "f32[2, 1, 1]", "i32[2]"),
         message="grouped_scaled_matmul_add needs what is added",
     ),
+    wrong(
+        MlaAttention,
+        *("f32[2, 5, 4]", "f32[2, 5, 4]", "f32[2, 5, 3]", "f32[2, 5, 2]", "f32[2, 5, 3]"),
+        mask=None,
+        message="widths differ: q is f32[2, 5, 6], but k is f32[2, 5, 7]",
+    ),
+    wrong(MlaAttentionBackward, *["f32[2, 5, 4]"] * 5, message="mla_attention_backward needs q_pe and k_pe"),
+    wrong(
+        MlaDecode,
+        *("f32[2, 4, 3]", "f32[2, 9, 1, 3]", "f32[2, 9, 1, 3]", "i64[2]"),
+        scale=1.0,
+        message="mla_decode needs q_pe, and its keys are whole",
+    ),
+    wrong(Joined, "f32[2, 3]", "f32[3, 3]", axis=1, message="operands differ outside axis 1: f32[2, 3] and f32[3, 3]"),
     # collectives
     wrong(AllGather, "f32[3, 4]", axis="tp", size=0, message="size is 0, expected the number of ranks along tp, 1 or more"),
     wrong(AllGather, "f32[rows<=3, 4]", axis="tp", size=2, message="all_gather needs a static shape, found f32[rows<=3, 4]"),

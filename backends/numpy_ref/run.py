@@ -17,7 +17,7 @@ from ...distributed.world import Joint, Program, Request, Start, Ticket, Wait
 from ...ir.core import Module, Op, Value
 from ...ir.errors import require
 from ...ir.ops.collective import Collective, Transfer
-from ...ir.ops.fused import SUMS
+from ...ir.ops.fused import NAMED
 from ...ir.ops.internode import Internode, InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ...ir.types import Bundle, DType, Tensor, landed
 from .. import Observer, Site, Weights
@@ -127,7 +127,7 @@ def by_expansion(op: Op, wide: np.dtype[Any], *operands: Data) -> Any:
     return found if len(found) > 1 else found[0]
 
 
-for _cls in SUMS.values():
+for _cls in NAMED:
     reference(_cls, operands="blocks")(by_expansion)
 
 

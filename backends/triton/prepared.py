@@ -27,7 +27,7 @@ from .. import Observer, Site, Weights
 from ..arrays import Data, describe, fits
 from . import torch_ops
 from .launch import Action, Load, Scratch, bind
-from .program import Buffer, FunctionPlan, Step, flat
+from .program import Buffer, FunctionPlan, Planned, Step, flat
 from .registry import Slot
 from .streams import Streams
 from .targets import Target
@@ -171,7 +171,7 @@ class Walk:
             operands = tuple(values[v] for v in step.op.operands)
             if step.callee is not None:
                 inside = join(prefix, step.op.attributes["weights"])
-                space, *given = (_offset(buffers[i]) for i in (*step.workspace, *step.results))
+                space, *given = (_offset(buffers[i]) for i in step.workspace)
                 results = yield from self.call(step.callee, inside, operands, space, tuple(given))
             else:
                 results = yield from self.step(Site(plan.func.name, prefix, step.op.id, run), step, operands, buffers)
@@ -221,9 +221,11 @@ class Walk:
             assert isinstance(step.op, Done)
             started = step.op.started  # None where it stands by itself
             return operands, [Ask(self.flights.pop(started).done)] if started else []
-        if step.how == "view":
+        if step.how == "view" and not step.results:
             return torch_ops.run(step.op, operands), []
-        places = [buffers[i] for i in step.results]
+        places = [_placed(planned, buffers) for planned in step.results]
+        if step.how == "view" and self.observe is None:  # made in its place; an observer's value lies elsewhere
+            return tuple(places), []
         actions: list[Action | Ask] = []
         if step.how == "kernel":
             tensors = list(flat(operands))
@@ -271,6 +273,13 @@ class Walk:
             else:
                 self.constants[op] = torch_ops.run(op, ())[0].to(self.device)
         return self.constants[op]
+
+
+def _placed(planned: Planned, buffers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A result in its buffer."""
+    there = planned.meta
+    assert isinstance(planned.root, int)
+    return buffers[planned.root].as_strided(there.shape, there.stride(), buffers[planned.root].storage_offset() + there.storage_offset())
 
 
 def _operand_slots(step: Step) -> Iterator[Slot]:

@@ -14,18 +14,18 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ...ir.core import Func, Module, Op, Value
+from ...ir.core import Func, Module, Op, Trait, Value
 from ...ir.ops.collective import Collective, Done, reads
 from ...ir.ops.control import Call, Constant, Iota, Literal, Pack, Param, Unpack
-from ...ir.ops.fused import Fused
-from ...ir.ops.shape import Reshape
-from ...ir.types import Bundle, DType, Ragged, Tensor, Type, landed, tensors
+from ...ir.ops.fused import Fused, Joined
+from ...ir.ops.shape import Transpose
+from ...ir.strides import VIEWS, made, viewed
+from ...ir.types import Bundle, DType, Ragged, Tensor, Type, bound, landed, tensors
 from . import codegen, kernels, torch_ops
 from .memory import Lifetime, aligned, place
 from .registry import Declined, Launch, Slot, Slots, plan
 from .targets import Target
 from .tensors import DTYPES, meta
-from .torch_ops.shape import VIEWS
 
 __all__ = ["Buffer", "FunctionPlan", "Step", "kernels", "plan_function"]
 
@@ -73,17 +73,18 @@ class Step:
     """How one op runs.
 
     how         "view" | "source" (weights and constants) | "call" | "kernel" | "torch" | "together" (with other ranks) | "done"
-    results     the buffer of each result tensor, bundles field by field; for a call those of what the callee returns
+    results     where each result tensor lies, bundles field by field; none of a call, and none of a view of an operand
     launches    of a kernel
     copies      operand tensors (by number) that the kernel wants contiguous, and the buffers for them
-    workspace   the buffers of the launches' workspace; for a call the one in which the callee's arena lies
+    workspace   the buffers of the launches' workspace; for a call the one in which the callee's arena lies, and
+                those of what it returns
     callee      of a call
     declined    why no kernel runs the op, where it has one
     """
 
     op: Op
     how: str
-    results: tuple[int, ...] = ()
+    results: tuple[Planned, ...] = ()
     launches: tuple[Launch, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
     workspace: tuple[int, ...] = ()
@@ -158,8 +159,11 @@ class _Planner:
     buffers: list[Buffer] = field(default_factory=list)
     values: dict[Value, Layout] = field(default_factory=dict)
     extents: dict[str, int] = field(default_factory=dict)
+    joins: dict[Joined, Planned] = field(default_factory=dict)
+    """What is made in parts, from the first part on."""
 
     def plan(self, arguments: Sequence[Layout]) -> FunctionPlan:
+        self.parts = dict(part for op in self.func.ops if isinstance(op, Joined) for part in _parts(op))
         number = 0
         for param, given in zip(self.func.params, arguments, strict=True):
             self.bind(param.type, given)
@@ -202,13 +206,25 @@ class _Planner:
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
         return tuple(self.extents.get(d.name, d.bound) if isinstance(d, Ragged) else d for d in tensor.shape)
 
-    def results(self, type: Type, index: int) -> Layout:
-        """A fresh buffer for each tensor of a result."""
+    def results(self, type: Type, index: int, op: Op | None = None) -> Layout:
+        """A fresh buffer for each tensor of a result, which lies as those of `op` do."""
         type = landed(type)
         if isinstance(type, Bundle):
             return tuple(self.results(part, index) for part in type.fields)
-        made = meta(type, self.shape(type))
-        return Planned(made, self.buffer(made.dtype, tuple(made.shape), index))
+        there = meta(type, self.shape(type))
+        shape = tuple(there.shape)
+        return Planned(there.as_strided(shape, made(op, shape)) if op else there, self.buffer(there.dtype, shape, index))
+
+    def part(self, value: Value, index: int) -> Planned:
+        """The place of a result in what it is a part of."""
+        whole, number, start, perms = self.parts[value]
+        if whole not in self.joins:
+            self.joins[whole] = self.results(whole.result.type, index)
+        there = self.joins[whole]
+        part = there.meta.narrow(whole.axis, start, bound(whole.xs[number].shape[whole.axis]))
+        for perm in perms:
+            part = part.permute([perm.index(axis) for axis in range(len(perm))])
+        return Planned(part, there.root)
 
     def step(self, op: Op, index: int) -> Step:
         operands = tuple(self.values[v] for v in op.operands)
@@ -221,16 +237,19 @@ class _Planner:
         if isinstance(op, Pack | Unpack):
             self.values.update(zip(op.results, (operands,) if isinstance(op, Pack) else operands[0], strict=True))
             return Step(op, "view")
+        if isinstance(op, Joined) and op in self.joins:
+            self.values[op.result] = self.joins[op]
+            return Step(op, "view", (self.joins[op],))
         if isinstance(op, VIEWS) and (viewed := _view(op, operands[0])) is not None:
             self.values[op.result] = viewed
             return Step(op, "view")
         if isinstance(op, Call) and not isinstance(op, Fused):
             return self.call(op, operands, index)
         known = len(self.buffers)
-        made = tuple(self.results(v.type, index) for v in op.results)
+        made = tuple(self.part(v, index) if v in self.parts else self.results(v.type, index, op) for v in op.results)
         self.values.update(zip(op.results, made, strict=True))
         if isinstance(op, Collective):
-            return Step(op, "together", tuple(planned.root for planned in flat(made)))
+            return Step(op, "together", tuple(flat(made)))
         step = self.compute(op, operands, made, index)
         if isinstance(op, Fused) and step.how != "kernel":
             del self.buffers[known:]
@@ -238,12 +257,12 @@ class _Planner:
         return step
 
     def compute(self, op: Op, operands: tuple[Layout, ...], made: tuple[Layout, ...], index: int) -> Step:
-        results = tuple(planned.root for planned in flat(made))
+        results = tuple(flat(made))
         found = kernels.KERNELS.get(type(op))
         region = self.module[op.callee] if isinstance(op, Fused) else codegen.lone(op) if found is None else None
         if found is None and region is None:
             return Step(op, "torch", results)
-        strided = found is not None and found.strided
+        strided = found is not None and Trait.STRIDED in op.traits
         types = [t for v in op.operands for t in tensors(v.type)]
         layouts = [planned.meta for planned in flat(operands)]
         uneven = [i for i, m in enumerate(layouts) if not strided and not m.is_contiguous()]
@@ -279,7 +298,7 @@ class _Planner:
 
         self.values.update(zip(op.results, map(translated, callee.results), strict=True))
         space = self.buffer(torch.uint8, (callee.bytes,), index)
-        return Step(op, "call", tuple(mine.values()), workspace=(space,), callee=callee)
+        return Step(op, "call", workspace=(space, *mine.values()), callee=callee)
 
 
 def _as_arguments(given: Any, number: int) -> tuple[Layout, int]:
@@ -305,14 +324,23 @@ def _like(layout: Layout, slots: Iterator[Slot]) -> Slots:
 
 
 def _view(op: Op, x: Planned) -> Planned | None:
-    """The result of a view op that torch can make a view; None where the elements have to be copied."""
-    if isinstance(op, Reshape):
-        try:
-            return Planned(x.meta.view(op.shape), x.root)
-        except RuntimeError:
-            return None
-    (viewed,) = torch_ops.run(op, (x.meta,))
-    return Planned(viewed, x.root)
+    """The result of a view op as a view; None where the elements have to be copied."""
+    if viewed(op, x.meta.stride()) is None:
+        return None
+    (found,) = torch_ops.run(op, (x.meta,))
+    return Planned(found, x.root)
+
+
+def _parts(op: Joined) -> Iterator[tuple[Value, tuple[Joined, int, int, list[tuple[int, ...]]]]]:
+    """The results that `op` joins: its number, where its part begins, and the transposes that make the part of it, the last first."""
+    start = 0
+    for number, x in enumerate(op.xs):
+        made, perms = x, list[tuple[int, ...]]()
+        while isinstance(made.owner, Transpose):
+            perms.append(made.owner.perm)
+            made = made.owner.x
+        yield made, (op, number, start, perms)
+        start += bound(x.shape[op.axis])
 
 
 def total_bytes(plan: FunctionPlan) -> int:

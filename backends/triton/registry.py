@@ -114,19 +114,14 @@ Launcher = Callable[..., "Launch | tuple[Launch, ...] | Declined"]
 LauncherT = TypeVar("LauncherT", bound=Launcher)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """An op's launcher. `strided`: its operands may be views of any strides; others are made contiguous for it."""
+KERNELS: dict[type[Op], Launcher] = {}
+"""The launcher of each op that has a kernel. `kernels/__init__.py` imports every file, which fills it.
 
-    launcher: Launcher
-    strided: bool
-
-
-KERNELS: dict[type[Op], Kernel] = {}
-"""The launcher of each op that has a kernel. `kernels/__init__.py` imports every file, which fills it."""
+Operands and results of an op with the trait STRIDED have any strides but for the last axis; those of others are contiguous.
+"""
 
 
-def kernel(cls: type[Op], *, strided: bool = False) -> Callable[[LauncherT], LauncherT]:
+def kernel(cls: type[Op]) -> Callable[[LauncherT], LauncherT]:
     """Attach the launcher below to the op `cls`. A second one raises TypeError.
 
     It is called as `launcher(op, target, *operands, *results)` with one `Slots` per declared operand field (None where an optional one is
@@ -135,8 +130,8 @@ def kernel(cls: type[Op], *, strided: bool = False) -> Callable[[LauncherT], Lau
 
     def attach(launcher: LauncherT) -> LauncherT:
         if cls in KERNELS:
-            raise TypeError(f"op {cls.name!r} has two kernels: {KERNELS[cls].launcher.__qualname__} and {launcher.__qualname__}")
-        KERNELS[cls] = Kernel(launcher, strided)
+            raise TypeError(f"op {cls.name!r} has two kernels: {KERNELS[cls].__qualname__} and {launcher.__qualname__}")
+        KERNELS[cls] = launcher
         return launcher
 
     return attach
@@ -149,7 +144,7 @@ def plan(op: Op, target: Target, operands: tuple[Slots, ...], results: tuple[Slo
     every = [t for v in (*op.operands, *op.results) for t in tensors(v.type)]
     if any(t.dtype is DType.f64 for t in every):
         return Declined("f64, but kernels compute in float32")
-    found = KERNELS[type(op)].launcher(op, target, *_by_field(op, operands), *results)
+    found = KERNELS[type(op)](op, target, *_by_field(op, operands), *results)
     return (found,) if isinstance(found, Launch) else found
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..core import Op, Value, op
+from ..core import Op, Trait, Value, op
 from ..errors import require
 from ..types import DType, Tensor, Type, bound
 from .rules import broadcast, require_float, require_int
 
 
-@op("attention")
+@op("attention", Trait.STRIDED)
 class Attention(Op):
     """softmax(q k^T * scale + mask) v, scores and probabilities in float32, rounded once.
 
@@ -50,7 +50,7 @@ class Attention(Op):
         return full // 2 if self.causal else full
 
 
-@op("attention_backward")
+@op("attention_backward", Trait.STRIDED)
 class AttentionBackward(Op):
     """The gradients of `attention` by q, k and v, given its result `out` and the gradient `dout`. Probabilities are computed again.
 
@@ -81,7 +81,7 @@ class AttentionBackward(Op):
         return full // 2 if self.causal else full
 
 
-@op("attention_decode")
+@op("attention_decode", Trait.STRIDED)
 class AttentionDecode(Op):
     """Attention of one token per sequence over a cache: key j of sequence b is seen where j <= positions[b].
 

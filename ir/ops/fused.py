@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from ..core import Builder, Func, Module, Op, Value, family, op
+from ..core import Builder, Func, Module, Op, Trait, Value, family, op
 from ..errors import require
 from ..types import Type
+from .attention import Attention, AttentionBackward, AttentionDecode
 from .control import Call
 from .elementwise import Add
 from .norm import RmsNormBackward
 from .quant import GroupedScaledMatmul, ScaledMatmul
+from .shape import Concat, Slice
 
 
 @op("fused")
@@ -64,6 +66,81 @@ SUMS: dict[type[Op], type[Op]] = {
     RmsNormBackward: RmsNormBackwardAdd,
 }
 """What stands for an op whose first result something is added to."""
+
+
+@family
+class ApartHeads(Op):
+    """The op that a class derives from besides, on heads of two parts: `q_pe` follows q, and `k_pe` follows k, along the last axis.
+
+    MLA makes them apart, and k_pe once for all heads (DeepSeek-V2 report, section 2.1.3): nothing has to join them in memory.
+    """
+
+    q_pe: Value | None = field(default=None, kw_only=True)
+    k_pe: Value | None = field(default=None, kw_only=True)
+
+    def infer(self) -> tuple[Type, ...]:
+        return tuple(v.type for v in self.expand(Builder("types")))
+
+    def flops(self) -> int:
+        b = Builder("flops")
+        self.expand(b)
+        return sum(op.flops() for op in b.ops)
+
+    def joined(self, b: Builder) -> Op:
+        """The op on whole heads."""
+        base = next(base for base, cls in HALVES.items() if isinstance(self, cls))
+        given = {a.name: getattr(self, a.name) for a in base.arguments}
+        for name, rest in (("q", self.q_pe), ("k", self.k_pe)):
+            if rest is not None:
+                given[name] = b.emit(Concat((given[name], rest), given[name].tensor.rank - 1)).result
+        return b.emit(base(**given))
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        require(self.q_pe is not None and self.k_pe is not None, f"{self.name} needs q_pe and k_pe")
+        return self.joined(b).results
+
+
+@op("mla_attention", Trait.STRIDED)
+class MlaAttention(ApartHeads, Attention):
+    """`attention` of heads of two parts, q before q_pe and k before k_pe."""
+
+
+@op("mla_attention_backward", Trait.STRIDED)
+class MlaAttentionBackward(ApartHeads, AttentionBackward):
+    """`attention_backward` of heads of two parts, q before q_pe and k before k_pe: dq, dk and dv, then dq_pe and dk_pe."""
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        dq, dk, dv = super().expand(b)
+        apart = ((dq, self.q), (dk, self.k))
+        cuts = [(d, x.shape[-1], d.shape[-1]) for d, x in apart]
+        first = [b.emit(Slice(d, d.tensor.rank - 1, 0, cut)).result for d, cut, _ in cuts]  # type: ignore[arg-type]
+        rest = [b.emit(Slice(d, d.tensor.rank - 1, cut, end)).result for d, cut, end in cuts]  # type: ignore[arg-type]
+        return (*first, dv, *rest)
+
+
+@op("mla_decode", Trait.STRIDED)
+class MlaDecode(ApartHeads, AttentionDecode):
+    """`attention_decode` of queries of two parts, q before q_pe, as absorbed MLA makes them; the cache has keys in one piece."""
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        require(self.q_pe is not None and self.k_pe is None, f"{self.name} needs q_pe, and its keys are whole")
+        return self.joined(b).results
+
+
+HALVES: dict[type[Op], type[Op]] = {Attention: MlaAttention, AttentionBackward: MlaAttentionBackward, AttentionDecode: MlaDecode}
+"""What stands for attention of heads that lie in two parts."""
+
+
+@op("joined", Trait.VIEW)
+class Joined(Concat):
+    """`concat` of what is made in its place: each operand is written where it lies in the result, and nothing is copied."""
+
+    def expand(self, b: Builder) -> tuple[Value, ...]:
+        return b.emit(Concat(self.xs, self.axis)).results
+
+
+NAMED = (*SUMS.values(), *HALVES.values(), Joined)
+"""Every op with a meaning of its own here."""
 
 
 def expansion(op: Op, module: Module | None = None) -> Func | None:

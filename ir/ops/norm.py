@@ -63,7 +63,7 @@ class RmsNormBackward(Op):
         return b.emit(Cast(dx, self.x.dtype)).result, b.emit(Cast(dweight, self.results[1].dtype)).result
 
 
-@op("rope", Trait.CHEAP, work=3)
+@op("rope", Trait.CHEAP, Trait.STRIDED, work=3)
 class Rope(Op):
     """Pairs of the last axis turned by their position's angle: (a, b) -> (a cos - b sin, b cos + a sin), rounded once.
 

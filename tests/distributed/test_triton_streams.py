@@ -129,7 +129,8 @@ class Watched(Walk):
     def prepare(self, site: Any, step: Step, operands: Any, buffers: Any) -> Any:
         results, actions = super().prepare(site, step, operands, buffers)
         recorder: Any = self.streams
-        writes = [buffers[i] for i in (*step.results, *(copy for _, copy in step.copies), *step.workspace)]
+        roots = [planned.root for planned in step.results]
+        writes = [buffers[i] for i in (*roots, *(copy for _, copy in step.copies), *step.workspace)]
         touch = partial(recorder.touch, str(site), list(flat(operands)), writes)
         if step.how in ("kernel", "torch"):
             return results, [touch, *actions]

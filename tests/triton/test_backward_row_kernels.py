@@ -17,7 +17,7 @@ from dsc import backends
 from dsc.backends.arrays import rounded, widen
 from dsc.backends.triton import registry
 from dsc.backends.triton.program import layout_of, plan_function
-from dsc.backends.triton.registry import Kernel, Launch
+from dsc.backends.triton.registry import Launch
 from dsc.backends.triton.run import Executor, machine
 from dsc.driver.measure import same_bits
 from dsc.ir.core import Func, Module, Op, Value
@@ -225,11 +225,11 @@ FAULTS: dict[str, tuple[tuple[Op, tuple[Any, ...]], Callable[[Launch], Launch]]]
 def test_the_bound_notices_a_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (op, operands), change = FAULTS[fault]
     assert not any(excess(op, *operands))
-    launcher = registry.KERNELS[type(op)].launcher
+    launcher = registry.KERNELS[type(op)]
 
     def faulty(*given: Any) -> tuple[Launch, ...]:
         found = launcher(*given)
         return tuple(map(change, (found,) if isinstance(found, Launch) else found))  # type: ignore[arg-type]
 
-    monkeypatch.setitem(registry.KERNELS, type(op), Kernel(faulty, False))
+    monkeypatch.setitem(registry.KERNELS, type(op), faulty)
     assert any(over > 0 for over in excess(op, *operands))

@@ -31,7 +31,7 @@ from dsc.backends.triton import torch_ops
 from dsc.backends.triton.launch import Scratch
 from dsc.backends.triton.prepared import Prepared
 from dsc.backends.triton.program import layout_of, plan_function
-from dsc.backends.triton.registry import KERNELS, Kernel, Launch, Slot
+from dsc.backends.triton.registry import KERNELS, Launch, Slot
 from dsc.backends.triton.run import Executor
 from dsc.backends.triton.targets import TARGETS
 from dsc.backends.triton.torch_ops.registry import INTO, WAITS
@@ -239,7 +239,7 @@ def test_the_workspace_of_a_launch_without_programs_is_planned(monkeypatch: pyte
     def launcher(op: Op, target: Any, x: Slot, w: Slot, y: Slot) -> tuple[Launch, Launch]:
         return Launch(None, (0,), {"X": x, "S": space}, workspace=(space,)), Launch(None, (1,), {"S": space, "Y": y})
 
-    monkeypatch.setitem(KERNELS, RmsNorm, Kernel(launcher, False))
+    monkeypatch.setitem(KERNELS, RmsNorm, launcher)
     module = mlp()
     plan = plan_function(module, module.main, [layout_of(p.type) for p in module.main.params], TARGETS["sm_90"], {})
     (step,) = (s for s in plan.steps if isinstance(s.op, RmsNorm))

@@ -6,8 +6,9 @@ Formula       with P = softmax(q k^T * scale) and D the sum of dout * out over D
               q   per block of queries over the keys that they see. dq is linear in P, so the online softmax of the forward pass serves,
                   dq being rescaled as its result is; it leaves log2 of the sum of 2^scores, and D. Nothing is kept from the forward pass
               kv  per block of keys over the queries that see them, of all query heads that share them; products are of [keys, queries]
-Layout        q [B, Hq, S, Dk], k [B, Hkv, L, Dk], v [B, Hkv, L, Dv], out and dout [B, Hq, S, Dv] of any strides but the last, which is 1;
-              dq, dk and dv row-major; the workspace holds two float32 for each query, and of packed documents where each token's lies
+Layout        q [B, Hq, S, Dk], k [B, Hkv, L, Dk], v [B, Hkv, L, Dv], out and dout [B, Hq, S, Dv] and all results of any strides but the
+              last, which is 1. Parts of heads that lie apart (MLA) are products of their own, and so are those of a width that is no power
+              of two where that is less. The workspace holds two float32 for each query, and of packed documents where each token's lies
 Accumulation  as in attention: float32, P and dS multiplied as BF16 parts (`flash.py`); results are rounded once
 Compared to   numpy_ref within the bound of `testing.bounds_backward`; floor: seven products of the lower triangle at the matrix rate
 """
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ....ir.ops.attention import AttentionBackward
+from ....ir.ops.fused import MlaAttentionBackward
 from ....ir.types import DType
 from ..arithmetic import narrow
 from ..jit import device
@@ -29,11 +31,11 @@ from .flash import (
     LOG2_E,
     backward_tile,
     documents,
+    heads_of,
     multiplicand,
     parts_of,
     product,
     product_of_parts,
-    split_width,
     strides_of,
     unmasked,
     unsupported,
@@ -41,28 +43,28 @@ from .flash import (
 
 
 @device
-def rows_of(base, token, stride, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
-    """COUNT elements from FIRST on of the rows `token`, as multiplicands; 0 past WIDTH and in rows that are not inside."""
-    column = FIRST + tl.arange(0, COUNT)
+def rows_of(base, token, stride, inside, COUNT: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
+    """COUNT elements of the rows `token`, as multiplicands; 0 past WIDTH and in rows that are not inside."""
+    column = tl.arange(0, COUNT)
     at = base + token.to(tl.int64)[:, None] * stride + column[None, :]
     return multiplicand(tl.load(at, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0), FORMAT)
 
 
 @device
-def visit_keys(start, end, q_head, q_tail, dout, delta, k_base, v_base, largest, total, dq_head, dq_tail, query, first_key, stop_key, keys,
-               k_token, v_token, c, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
-               MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def visit_keys(start, end, q_head, q_tail, dout, delta, k_base, pe_base, v_base, largest, total, dq_head, dq_tail, query, first_key,
+               stop_key, keys, k_token, pe_token, v_token, c, DK: tl.constexpr, PE: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr,
+               TAIL: tl.constexpr, VALUE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
+               FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Running maximum, sum and dq (unnormalised, unscaled) with keys `start` up to `end`; where MASKED, some may be hidden."""
     for first in range(start, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         known = key < keys
-        k_head = rows_of(k_base, key, k_token, known, 0, HEAD, DK, FORMAT)
-        v = rows_of(v_base, key, v_token, known, 0, VALUE, DV, FORMAT)
+        k_head = rows_of(k_base, key, k_token, known, HEAD, DK, FORMAT)
+        v = rows_of(v_base, key, v_token, known, VALUE, DV, FORMAT)
         scores = product(q_head, tl.trans(k_head), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         k_tail = k_head
         if TAIL:
-            k_tail = rows_of(k_base, key, k_token, known, HEAD, TAIL, DK, FORMAT)
+            k_tail = rows_of(pe_base, key, pe_token, known, TAIL, PE, FORMAT)
             scores = product(q_tail, tl.trans(k_tail), scores)
         if MASKED:
             seen = known[None, :] & (key[None, :] <= query[:, None]) if CAUSAL else known[None, :]
@@ -84,9 +86,11 @@ def visit_keys(start, end, q_head, q_tail, dout, delta, k_base, v_base, largest,
 
 
 @triton.jit
-def attention_backward_q_kernel(Q, K, V, OUT, DOUT, DQ, FIRST, STOP, LOG_OF, DELTA_OF, queries, keys, q_batch, q_head, q_token, k_batch,
-                                k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token, dout_batch, dout_head,
-                                dout_token, c, scale, HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+def attention_backward_q_kernel(Q, K, V, OUT, DOUT, DQ, Q_PE, K_PE, DQ_PE, FIRST, STOP, LOG_OF, DELTA_OF, queries, keys, q_batch, q_head,
+                                q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, out_batch, out_head, out_token, dout_batch,
+                                dout_head, dout_token, q_pe_batch, q_pe_head, q_pe_token, k_pe_batch, k_pe_head, k_pe_token, dq_batch,
+                                dq_head, dq_token, dq_pe_batch, dq_pe_head, dq_pe_token, c, scale, HEADS: tl.constexpr,
+                                SHARED: tl.constexpr, DK: tl.constexpr, PE: tl.constexpr, FROM: tl.constexpr, DV: tl.constexpr,
                                 HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
                                 FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -96,56 +100,59 @@ def attention_backward_q_kernel(Q, K, V, OUT, DOUT, DQ, FIRST, STOP, LOG_OF, DEL
     inside = query < queries
     q_base = Q + batch * q_batch + head * q_head
     k_base, v_base = K + batch * k_batch + head // SHARED * k_head, V + batch * v_batch + head // SHARED * v_head
-    q = rows_of(q_base, query, q_token, inside, 0, HEAD, DK, FORMAT)
+    pe_base = K_PE + FROM + batch * k_pe_batch + head // SHARED * k_pe_head
+    q = rows_of(q_base, query, q_token, inside, HEAD, DK, FORMAT)
     dq = tl.zeros((BLOCK_M, HEAD), tl.float32)
     rest, dq_rest = q, dq
     if TAIL:
-        rest = rows_of(q_base, query, q_token, inside, HEAD, TAIL, DK, FORMAT)
+        rest = rows_of(Q_PE + FROM + batch * q_pe_batch + head * q_pe_head, query, q_pe_token, inside, TAIL, PE, FORMAT)
         dq_rest = tl.zeros((BLOCK_M, TAIL), tl.float32)
-    dout = rows_of(DOUT + batch * dout_batch + head * dout_head, query, dout_token, inside, 0, VALUE, DV, FORMAT)
-    out = rows_of(OUT + batch * out_batch + head * out_head, query, out_token, inside, 0, VALUE, DV, FORMAT)
+    dout = rows_of(DOUT + batch * dout_batch + head * dout_head, query, dout_token, inside, VALUE, DV, FORMAT)
+    out = rows_of(OUT + batch * out_batch + head * out_head, query, out_token, inside, VALUE, DV, FORMAT)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     first_key, stop_key, start, whole, end = seen_keys(FIRST, STOP, block, query, queries, keys, CAUSAL, DOCUMENTS, BLOCK_M, BLOCK_N)
-    largest, total, dq, dq_rest = visit_keys(start, whole, q, rest, dout, delta, k_base, v_base, largest, total, dq, dq_rest, query,
-                                             first_key, stop_key, keys, k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, False, CAUSAL,
-                                             DOCUMENTS, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
-    largest, total, dq, dq_rest = visit_keys(whole, end, q, rest, dout, delta, k_base, v_base, largest, total, dq, dq_rest, query,
-                                             first_key, stop_key, keys, k_token, v_token, c, DK, DV, HEAD, TAIL, VALUE, True, CAUSAL,
-                                             DOCUMENTS, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+    largest, total, dq, dq_rest = visit_keys(start, whole, q, rest, dout, delta, k_base, pe_base, v_base, largest, total, dq, dq_rest,
+                                             query, first_key, stop_key, keys, k_token, k_pe_token, v_token, c, DK, PE, DV, HEAD, TAIL,
+                                             VALUE, False, CAUSAL, DOCUMENTS, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+    largest, total, dq, dq_rest = visit_keys(whole, end, q, rest, dout, delta, k_base, pe_base, v_base, largest, total, dq, dq_rest,
+                                             query, first_key, stop_key, keys, k_token, k_pe_token, v_token, c, DK, PE, DV, HEAD, TAIL,
+                                             VALUE, True, CAUSAL, DOCUMENTS, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
     unseen = total == 0.0
     factor = tl.div_rn(scale, tl.where(unseen, 1.0, total))[:, None]
-    row = at_head * queries + query
-    store(DQ, row, inside, dq * factor, 0, HEAD, DK, FORMAT)
+    store(DQ + batch * dq_batch + head * dq_head, query, dq_token, inside, dq * factor, HEAD, DK, FORMAT)
     if TAIL:
-        store(DQ, row, inside, dq_rest * factor, HEAD, TAIL, DK, FORMAT)
+        dq_pe = DQ_PE + FROM + batch * dq_pe_batch + head * dq_pe_head
+        store(dq_pe, query, dq_pe_token, inside, dq_rest * factor, TAIL, PE, FORMAT)
+    row = at_head * queries + query
     tl.store(LOG_OF + row, tl.where(unseen, float("inf"), largest + tl.log2(total)), mask=inside)
     tl.store(DELTA_OF + row, delta, mask=inside)
 
 
 @device
-def store(base, row, inside, x, FIRST: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
-    """COUNT elements from FIRST on of each row of a row-major matrix of WIDTH columns, rounded."""
-    column = FIRST + tl.arange(0, COUNT)
-    tl.store(base + row[:, None] * WIDTH + column[None, :], narrow(x, FORMAT), mask=inside[:, None] & (column < WIDTH)[None, :])
+def store(base, token, stride, inside, x, COUNT: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
+    """WIDTH of the COUNT elements of x in each of the rows `token`, rounded."""
+    column = tl.arange(0, COUNT)
+    at = base + token.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(at, narrow(x, FORMAT), mask=inside[:, None] & (column < WIDTH)[None, :])
 
 
 @device
-def visit_queries(start, end, k_head, k_tail, v, dk_head, dk_tail, dv, q_base, dout_base, log_of, delta_of, FIRST, STOP, key, queries,
-                  q_token, dout_token, c, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr,
-                  CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):  # fmt: skip
+def visit_queries(start, end, k_head, k_tail, v, dk_head, dk_tail, dv, q_base, pe_base, dout_base, log_of, delta_of, FIRST, STOP, key,
+                  queries, q_token, pe_token, dout_token, c, DK: tl.constexpr, PE: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr,
+                  TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr,
+                  PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """dk (unscaled) and dv with queries `start` up to `end`."""
     for first in range(start, end, BLOCK_M):
         query = first + tl.arange(0, BLOCK_M)
         inside = query < queries
-        q_head = rows_of(q_base, query, q_token, inside, 0, HEAD, DK, FORMAT)
-        dout = rows_of(dout_base, query, dout_token, inside, 0, VALUE, DV, FORMAT)
+        q_head = rows_of(q_base, query, q_token, inside, HEAD, DK, FORMAT)
+        dout = rows_of(dout_base, query, dout_token, inside, VALUE, DV, FORMAT)
         scores = product(k_head, tl.trans(q_head), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
         q_tail = q_head
         if TAIL:
-            q_tail = rows_of(q_base, query, q_token, inside, HEAD, TAIL, DK, FORMAT)
+            q_tail = rows_of(pe_base, query, pe_token, inside, TAIL, PE, FORMAT)
             scores = product(k_tail, tl.trans(q_tail), scores)
         p = tl.exp2(tl.fma(scores, c, -tl.load(log_of + query, mask=inside, other=float("inf"))[None, :]))
         if CAUSAL:
@@ -164,23 +171,26 @@ def visit_queries(start, end, k_head, k_tail, v, dk_head, dk_tail, dv, q_base, d
 
 
 @triton.jit
-def attention_backward_kv_kernel(Q, K, V, DOUT, DK_OUT, DV_OUT, FIRST, STOP, LOG_OF, DELTA_OF, queries, keys, q_batch, q_head, q_token,
-                                 k_batch, k_head, k_token, v_batch, v_head, v_token, dout_batch, dout_head, dout_token, c, scale,
-                                 HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr,
-                                 TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
-                                 FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def attention_backward_kv_kernel(Q, K, V, DOUT, DK_OUT, DV_OUT, Q_PE, K_PE, DK_PE, FIRST, STOP, LOG_OF, DELTA_OF, queries, keys, q_batch,
+                                 q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, dout_batch, dout_head, dout_token,
+                                 q_pe_batch, q_pe_head, q_pe_token, k_pe_batch, k_pe_head, k_pe_token, dk_batch, dk_head, dk_token,
+                                 dk_pe_batch, dk_pe_head, dk_pe_token, dv_batch, dv_head, dv_token, c, scale,
+                                 HEADS: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, PE: tl.constexpr, FROM: tl.constexpr,
+                                 DV: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, CAUSAL: tl.constexpr,
+                                 DOCUMENTS: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+                                 BLOCK_N: tl.constexpr):  # fmt: skip
     block, at_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, kv_head = at_head // (HEADS // SHARED), at_head % (HEADS // SHARED)
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
     known = key < keys
     k_base = K + batch * k_batch + kv_head * k_head
-    k = rows_of(k_base, key, k_token, known, 0, HEAD, DK, FORMAT)
+    k = rows_of(k_base, key, k_token, known, HEAD, DK, FORMAT)
     dk = tl.zeros((BLOCK_N, HEAD), tl.float32)
     rest, dk_rest = k, dk
     if TAIL:
-        rest = rows_of(k_base, key, k_token, known, HEAD, TAIL, DK, FORMAT)
+        rest = rows_of(K_PE + FROM + batch * k_pe_batch + kv_head * k_pe_head, key, k_pe_token, known, TAIL, PE, FORMAT)
         dk_rest = tl.zeros((BLOCK_N, TAIL), tl.float32)
-    v = rows_of(V + batch * v_batch + kv_head * v_head, key, v_token, known, 0, VALUE, DV, FORMAT)
+    v = rows_of(V + batch * v_batch + kv_head * v_head, key, v_token, known, VALUE, DV, FORMAT)
     dv = tl.zeros((BLOCK_N, VALUE), tl.float32)
     start, end = block * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0, queries
     if DOCUMENTS:
@@ -190,21 +200,23 @@ def attention_backward_kv_kernel(Q, K, V, DOUT, DK_OUT, DV_OUT, FIRST, STOP, LOG
         head = kv_head * SHARED + i
         row = batch * HEADS + head
         q_base, dout_base = Q + batch * q_batch + head * q_head, DOUT + batch * dout_batch + head * dout_head
+        pe_base = Q_PE + FROM + batch * q_pe_batch + head * q_pe_head
         log_of, delta_of = LOG_OF + row * queries, DELTA_OF + row * queries
-        dk, dk_rest, dv = visit_queries(start, end, k, rest, v, dk, dk_rest, dv, q_base, dout_base, log_of, delta_of, FIRST, STOP, key,
-                                        queries, q_token, dout_token, c, DK, DV, HEAD, TAIL, VALUE, CAUSAL, DOCUMENTS, FORMAT, PARTS,
-                                        BLOCK_M, BLOCK_N)  # fmt: skip
-    row = at_head * keys + key
-    store(DK_OUT, row, known, dk * scale, 0, HEAD, DK, FORMAT)
+        dk, dk_rest, dv = visit_queries(start, end, k, rest, v, dk, dk_rest, dv, q_base, pe_base, dout_base, log_of, delta_of, FIRST,
+                                        STOP, key, queries, q_token, q_pe_token, dout_token, c, DK, PE, DV, HEAD, TAIL, VALUE, CAUSAL,
+                                        DOCUMENTS, FORMAT, PARTS, BLOCK_M, BLOCK_N)  # fmt: skip
+    store(DK_OUT + batch * dk_batch + kv_head * dk_head, key, dk_token, known, dk * scale, HEAD, DK, FORMAT)
     if TAIL:
-        store(DK_OUT, row, known, dk_rest * scale, HEAD, TAIL, DK, FORMAT)
-    store(DV_OUT, row, known, dv, 0, VALUE, DV, FORMAT)
+        dk_pe = DK_PE + FROM + batch * dk_pe_batch + kv_head * dk_pe_head
+        store(dk_pe, key, dk_pe_token, known, dk_rest * scale, TAIL, PE, FORMAT)
+    store(DV_OUT + batch * dv_batch + kv_head * dv_head, key, dv_token, known, dv, VALUE, DV, FORMAT)
 
 
-@kernel(AttentionBackward, strided=True)
+@kernel(AttentionBackward)
 def attention_backward(op: AttentionBackward, target: Target, q: Slot, k: Slot, v: Slot, out: Slot, dout: Slot, mask: Slot | None,
-                       dq: Slot, dk: Slot, dv: Slot) -> tuple[Launch, ...] | Declined:  # fmt: skip
-    if reason := unmasked(mask) or unsupported(q, k, v, out, dout):
+                       dq: Slot, dk: Slot, dv: Slot, q_pe: Slot | None = None, k_pe: Slot | None = None, dq_pe: Slot | None = None,
+                       dk_pe: Slot | None = None) -> tuple[Launch, ...] | Declined:  # fmt: skip
+    if reason := unmasked(mask) or unsupported(q, k, v, out, dout, q_pe, k_pe):
         return Declined(reason)
     if op.scale <= 0:
         return Declined(f"scale = {op.scale:g}, expected a positive one")
@@ -212,23 +224,28 @@ def attention_backward(op: AttentionBackward, target: Target, q: Slot, k: Slot, 
         return Declined(f"q {list(q.shape)} and v {list(v.shape)}, expected at most 4 axes and heads of at most {LARGEST // 2}")
     batch, heads, queries, _ = (1, *q.shape)[-4:]
     kv_heads, keys = k.shape[-3], k.shape[-2]
-    shared, width, value = heads // kv_heads, split_width(q.shape[-1]), max(16, power_of_two(v.shape[-1]))
+    shared, parts, value = heads // kv_heads, heads_of(q, k, q_pe, k_pe), max(16, power_of_two(v.shape[-1]))
+    dq_pe, dk_pe = dq_pe or dq, dk_pe or dk
     log_of, delta_of = (Slot("workspace", i, DType.f32, (batch * heads, queries), (queries, 1)) for i in (0, 1))
     finding, found = documents(mask, keys, 2, absent=q)
     given = {**found, "Q": q, "K": k, "V": v, "DOUT": dout, "LOG_OF": log_of, "DELTA_OF": delta_of}
+    given |= {"Q_PE": parts.q_pe, "K_PE": parts.k_pe}
     numbers = {"queries": queries, "keys": keys, "c": op.scale * LOG2_E, "scale": float(op.scale)}
-    strides = strides_of(q=q, k=k, v=v, dout=dout)
+    strides = strides_of(q=q, k=k, v=v, dout=dout, q_pe=parts.q_pe, k_pe=parts.k_pe)
     sizes = {
-        **{"HEADS": heads, "SHARED": shared, "DK": q.shape[-1], "DV": v.shape[-1], "HEAD": width.head, "TAIL": width.tail},
+        **{"HEADS": heads, "SHARED": shared, "DV": v.shape[-1], **parts.constants},
         **{"VALUE": value, "CAUSAL": op.causal, "DOCUMENTS": mask is not None, "FORMAT": q.format},
     }
-    by_query, by_key = (backward_tile(sum(width) + value, q.dtype, target, by_key=b) for b in (False, True))
+    by_query, by_key = (backward_tile(parts.width + value, q.dtype, target, by_key=b) for b in (False, True))
     return (
         *finding,
         Launch(
             attention_backward_q_kernel,
             grid=(ceil_div(queries, by_query.m), batch * heads),
-            arguments={**given, **numbers, **strides, **strides_of(out=out), "OUT": out, "DQ": dq},
+            arguments={
+                **{**given, **numbers, **strides, **strides_of(out=out, dq=dq, dq_pe=dq_pe)},
+                **{"OUT": out, "DQ": dq, "DQ_PE": dq_pe},
+            },
             constants={**sizes, "PARTS": parts_of(q.dtype, keys), "BLOCK_M": by_query.m, "BLOCK_N": by_query.n},
             num_warps=by_query.num_warps,
             num_stages=by_query.num_stages,
@@ -237,7 +254,10 @@ def attention_backward(op: AttentionBackward, target: Target, q: Slot, k: Slot, 
         Launch(
             attention_backward_kv_kernel,
             grid=(ceil_div(keys, by_key.n), batch * kv_heads),
-            arguments={**given, **numbers, **strides, "DK_OUT": dk, "DV_OUT": dv},
+            arguments={
+                **{**given, **numbers, **strides, **strides_of(dk=dk, dk_pe=dk_pe, dv=dv)},
+                **{"DK_OUT": dk, "DK_PE": dk_pe, "DV_OUT": dv},
+            },
             constants={**sizes, "PARTS": parts_of(q.dtype, queries * shared), "BLOCK_M": by_key.m, "BLOCK_N": by_key.n},
             num_warps=by_key.num_warps,
             num_stages=by_key.num_stages,
@@ -245,3 +265,10 @@ def attention_backward(op: AttentionBackward, target: Target, q: Slot, k: Slot, 
             workspace=(log_of, delta_of),  # here, because without queries the other launch is left out
         ),
     )
+
+
+@kernel(MlaAttentionBackward)
+def mla_attention_backward(op: MlaAttentionBackward, target: Target, q: Slot, k: Slot, v: Slot, out: Slot, dout: Slot, mask: Slot | None,
+                           q_pe: Slot, k_pe: Slot, dq: Slot, dk: Slot, dv: Slot, dq_pe: Slot,
+                           dk_pe: Slot) -> tuple[Launch, ...] | Declined:  # fmt: skip
+    return attention_backward(op, target, q, k, v, out, dout, mask, dq, dk, dv, q_pe, k_pe, dq_pe, dk_pe)

@@ -49,6 +49,33 @@ def parts_of(dtype: DType, keys: int) -> int:
     return 1 if dtype is DType.f32 else 2 if keys >= 64 else 3
 
 
+class Heads(NamedTuple):
+    """The two parts of a head's queries and keys, however they lie: what a kernel is given of the second, and its constants.
+
+    q_pe, k_pe     where the second parts lie: tensors of their own, or q and k again, from FROM on
+    constants      the width of each part as the instruction takes it, HEAD and TAIL (0: there is none), and as it is, DK and PE
+    """
+
+    q_pe: Slot
+    k_pe: Slot
+    constants: dict[str, int]
+
+    @property
+    def width(self) -> int:
+        """Of both parts, as the instruction takes them."""
+        return self.constants["HEAD"] + self.constants["TAIL"]
+
+
+def heads_of(q: Slot, k: Slot, q_pe: Slot | None = None, k_pe: Slot | None = None) -> Heads:
+    """Heads in two tensors each where `q_pe` is given; else in one, cut in two where that is less (`split_width`)."""
+    dk = q.shape[-1]
+    if q_pe is None:
+        head, tail = split_width(dk)
+        return Heads(q, k, {"HEAD": head, "TAIL": tail, "DK": min(dk, head), "PE": max(0, dk - head), "FROM": head})
+    head, tail = (max(16, power_of_two(x.shape[-1])) for x in (q, q_pe))
+    return Heads(q_pe, k_pe or k, {"HEAD": head, "TAIL": tail, "DK": dk, "PE": q_pe.shape[-1], "FROM": 0})
+
+
 class FlashTile(NamedTuple):
     """Queries and keys of one step."""
 
@@ -97,9 +124,9 @@ def strides_of(**slots: Slot) -> dict[str, int]:
     }
 
 
-def unsupported(*slots: Slot) -> str:
+def unsupported(*slots: Slot | None) -> str:
     """Why these operands do not suit the kernels, or nothing."""
-    for slot in slots:
+    for slot in filter(None, slots):
         if slot.dtype not in (DType.bf16, DType.f32):
             return f"operands of {slot.dtype.name}, expected bf16 or f32"
         if slot.size and slot.shape[-1] > 1 and slot.strides[-1] != 1:

@@ -9,7 +9,8 @@ from ..tensors import Held
 from .registry import run, torch_op
 
 
-@torch_op(norm.RmsNorm, norm.RmsNormBackward, norm.Rope, elementwise.SwiGLUBackward, ops.ScaledMatmulAdd, ops.RmsNormBackwardAdd)
+@torch_op(norm.RmsNorm, norm.RmsNormBackward, norm.Rope, elementwise.SwiGLUBackward)
+@torch_op(*(cls for cls in ops.NAMED if cls is not ops.GroupedScaledMatmulAdd))
 @torch_op(ops.GroupedScaledMatmulAdd, waits=True)
 def by_expansion(op: Op, *operands: Held, module: Module | None = None) -> Held:
     func = ops.expansion(op, module)
