@@ -41,7 +41,16 @@ from dsc.ir.core import Builder, Module, Op, Value
 from dsc.ir.ops.attention import Attention, AttentionBackward, AttentionDecode
 from dsc.ir.ops.control import Param
 from dsc.ir.ops.elementwise import Add, SwiGLU, SwiGLUBackward
-from dsc.ir.ops.fused import Fused, GroupedScaledMatmulAdd, RmsNormBackwardAdd, ScaledMatmulAdd, alone
+from dsc.ir.ops.fused import (
+    Fused,
+    GroupedScaledMatmulAdd,
+    MlaAttention,
+    MlaAttentionBackward,
+    MlaDecode,
+    RmsNormBackwardAdd,
+    ScaledMatmulAdd,
+    alone,
+)
 from dsc.ir.ops.linalg import GroupedMatmul, GroupedMatmulWgrad, Matmul
 from dsc.ir.ops.loss import CrossEntropy, CrossEntropyBackward
 from dsc.ir.ops.moe import Combine, Dispatch, Redispatch, Route, RouteBackward, RowWeights, SlotWeights
@@ -324,21 +333,42 @@ def rows(bench: Bench, found: Machine) -> None:
 
 
 def attention(bench: Bench, found: Machine) -> None:
-    """Attention of MLA: 192 and 128 wide heads, causal; and absorbed decoding over a latent cache."""
+    """Attention of MLA: 192 and 128 wide heads, causal, in one piece and in two parts; and absorbed decoding over a latent cache."""
     s = bench.sizes
     q, k, v = (value(BF16, 1, s.heads, s.tokens, width) for width in (192, 192, 128))
-
+    parts: Any = {"q_pe": value(BF16, 1, s.heads, s.tokens, 64), "k_pe": value(BF16, 1, s.heads, s.tokens, 64)}
     options: Any = {"scale": 192**-0.5, "causal": True}
-    measure(bench, found, Attention(q, k, v, **options), {"torch sdpa": peers.attention})
 
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, gradient: torch.Tensor) -> None:
+    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The operands with heads in one piece, as torch wants them."""
+        *given, q_pe, k_pe = rest if q.shape[-1] < 192 else (*rest, q[..., :0], k[..., :0])
+        return torch.cat((q, q_pe), -1), torch.cat((k, k_pe), -1), v, *given
+
+    def forward(*operands: torch.Tensor) -> None:
+        q, k, v, out, _ = whole(*operands)
         out.copy_(peers.attention(q, k, v)())
 
-    backward = AttentionBackward(q, k, v, value(*of(v)), value(*of(v)), **options)
-    measure(bench, found, backward, {"torch sdpa": peers.attention_backward}, complete=forward)
+    def forward_peer(*operands: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return peers.attention(*whole(*operands))
+
+    def backward_peer(*operands: torch.Tensor) -> Callable[[], torch.Tensor]:
+        run = peers.attention_backward(*whole(*operands))
+        return lambda: run()[0][..., : operands[0].shape[-1]]
+
+    apart = (value(*of(v)), value(*of(v)), v)
+    for op in (Attention(q, k, v, **options), MlaAttention(*apart, **options, **parts)):
+        measure(bench, found, op, {"torch sdpa": forward_peer})
+    gradient = (value(*of(v)), value(*of(v)))
+    for op in (AttentionBackward(q, k, v, *gradient, **options), MlaAttentionBackward(*apart, *gradient, **options, **parts)):
+        measure(bench, found, op, {"torch sdpa": backward_peer}, complete=forward)
     cache = [value(BF16, s.decoded, s.context, 1, width) for width in (576, 512)]
-    decode = AttentionDecode(value(BF16, s.decoded, s.heads, 576), *cache, value(I64, s.decoded), 192**-0.5)
-    measure(bench, found, decode, {"torch.compile": compiled(bench, decode)}, lambda tensor: torch.full_like(tensor, s.context - 1))
+    queries = [value(BF16, s.decoded, s.heads, width) for width in (576, 512, 64)]
+    positions = value(I64, s.decoded)
+    for op in (
+        AttentionDecode(queries[0], *cache, positions, 192**-0.5),
+        MlaDecode(queries[1], *cache, positions, 192**-0.5, q_pe=queries[2]),
+    ):
+        measure(bench, found, op, {"torch.compile": compiled(bench, op)}, lambda tensor: torch.full_like(tensor, s.context - 1))
 
 
 def layer_program(s: Sizes) -> Module:

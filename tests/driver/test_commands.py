@@ -294,7 +294,7 @@ def test_one_pass_is_shown_with_its_example(command: Any) -> None:
     assert unknown.err == "dsc: error: unknown pass simplfy; did you mean simplify?\n"
 
 
-@pytest.mark.parametrize("name", ["matmul", "dispatch", "swiglu", "param"])
+@pytest.mark.parametrize("name", ["matmul", "dispatch", "rms_norm", "param"])
 def test_a_card_points_at_the_source(command: Any, name: str) -> None:
     card = command("ops", name, "--json").json
     root = Path(dsc.__file__).parent

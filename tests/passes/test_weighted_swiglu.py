@@ -157,7 +157,7 @@ def test_what_a_layer_of_experts_keeps() -> None:
         "what the two norms read, which run again": 2 * 2 * tokens * hidden,
         "what MLA projects down, and the rotated key": 2 * tokens * (queries + (latent + rope) + rope),
         "angles": 2 * 4 * tokens * rope // 2,
-        "the result of attention in E5M6, a scale for each head": tokens * heads * (value * 12 // 8 + 4),
+        "the result of attention in E5M6, a scale for each tile of 128": tokens * (heads * value * 12 // 8 + 4 * 2),
         "logits of the gate": 4 * tokens * experts,
         "chosen experts, also those of the scores alone": 2 * 4 * tokens * slots,
         "rows as they were sent, in two tiles": rows * (hidden + 2 * 4),
