@@ -1,6 +1,6 @@
 """Renew what the documents quote: every block of README.md and docs/*.md that opens with ```console is run and its output put in its place.
 
-    python docs/refresh.py            rewrite the documents
+    python docs/refresh.py            rewrite the documents, or those that are named
     python docs/refresh.py --check    say which outputs differ, times aside, and exit with 1 if any does
 
 A line `$ command` is run by sh in a scratch folder that all documents share, with `dsc` on the PATH; what it prints on either stream
@@ -58,10 +58,11 @@ def main() -> int:
     """Renew or check, and say what was done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="say which outputs differ, and rewrite nothing")
-    check = parser.parse_args().check
-    stale = []
+    parser.add_argument("document", nargs="*", type=Path, help="of README.md and docs/*.md (default: all)")
+    given = parser.parse_args()
+    check, stale = given.check, []
     with tempfile.TemporaryDirectory() as scratch:
-        for document in documents():
+        for document in [path.resolve() for path in given.document] or documents():
             old = document.read_text(encoding="utf-8")
             new = BLOCK.sub(lambda match: f"```console\n{renewed(match[1], Path(scratch))}```", old)
             if TIME.sub("", new) != TIME.sub("", old):
