@@ -44,23 +44,6 @@ def rounded(x: Array, dtype: DType) -> Array:
     return formats.round_to(x, formats.FORMATS[dtype.name])
 
 
-def ulp(x: Array, dtype: DType) -> NDArray[np.float64]:
-    """The distance between neighbours of `dtype` around each of `x` (float64), the distance above a power of two; 0 for ints and bools.
-
-    Below the smallest normal number it is that of the subnormals. An infinity counts as the largest number.
-    """
-    if not dtype.is_float:
-        return np.zeros(np.shape(x))
-    if dtype is DType.f64:
-        limits = np.finfo(np.float64)
-        largest, smallest, fraction = float(limits.max), float(limits.tiny), 52
-    else:
-        fmt = formats.FORMATS[dtype.name]
-        largest, smallest, fraction = fmt.max, fmt.min_normal, fmt.mantissa_bits
-    magnitude = np.clip(np.abs(x), smallest, largest)
-    return cast(NDArray[np.float64], np.ldexp(1.0, np.frexp(magnitude)[1] - 1 - fraction))
-
-
 def fits(value: object, type: Type) -> bool:
     """Whether `value` is of `type`: the dtype, the rank, every extent; a ragged one up to its bound."""
     if not isinstance(type, Tensor):

@@ -44,7 +44,7 @@ PROBE = """func @main(%x: f32[4, 64], %w: f32[64]) {
 EXTRAS = {
     "triton": "GPU kernels: dsc run --backend triton, dsc compile --target",
     "onnx": "dsc export",
-    "plan": "solvers and plots: recompute, --plot",
+    "plan": "solvers and plots: recompute, calibrate, --plot",
     "hf": "transformers' models, as the tests compare with them",
 }
 """The extras of the package, and what each is for."""

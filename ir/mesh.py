@@ -106,11 +106,6 @@ class Mesh:
         """Every group along `axis`; each rank is in one."""
         return tuple(dict.fromkeys(self.group(axis, rank) for rank in range(self.world)))
 
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """The index of `rank` along every axis, in both views."""
-        require(0 <= rank < self.world, f"mesh {self} has ranks 0 to {self.world - 1}, found {rank}")
-        return {axis: self.index(axis, rank) for axis in self.axes}
-
     def crosses(self, a: int, b: int) -> bool:
         """Whether what rank `a` sends to rank `b` leaves the node."""
         return a // self.node != b // self.node

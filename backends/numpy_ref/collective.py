@@ -13,6 +13,7 @@ from ...ir.errors import DscError
 from ...ir.ops import collective as ops
 from ...ir.types import DType, bound
 from ..arrays import Array, rounded, widen
+from ..rows import by_rank, rows_of_each
 from .elementwise import larger
 from .registry import collective, reference
 
@@ -84,33 +85,16 @@ def all_to_all_rows(op: ops.AllToAllRows, wide: Wide, *operands: Array) -> Progr
         raise DscError(f"send is {send.tolist()}, {leaving} rows in all, but there are {len(xs[0])}")
     if coming > bound(op.rows):
         raise DscError(f"{coming} rows arrive, but there is room for {bound(op.rows)}: {op.rows}")
-    sorting, given, taken = _by_rank(send), _of_each(send), _of_each(recv)
+    sorting, given, taken = by_rank(send), rows_of_each(send), rows_of_each(recv)
     messages = zip(*[_cut(x if sorting is None else x.take(sorting, axis=0), given) for x in xs], strict=True)
     shapes = tuple([tuple([(count, *x.shape[1:]) for x in xs]) for count in taken])
     found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
     results = [np.concatenate(parts) for parts in zip(*found, strict=True)]
-    if (sorting := _by_rank(recv)) is not None:
+    if (sorting := by_rank(recv)) is not None:
         for i, x in enumerate(results):
             results[i] = np.empty_like(x)
             results[i][sorting] = x
     return tuple(results) if len(results) > 1 else results[0]
-
-
-def _of_each(counts: Array) -> list[int]:
-    """How many rows go to each rank, or come from it."""
-    found: list[int] = (counts.sum(1) if counts.ndim > 1 else counts).tolist()
-    return found
-
-
-def _by_rank(counts: Array) -> Array | None:
-    """Which rows lie where, told rank by rank: `counts` [size, J] of them lie in J blocks. None where that is their order."""
-    if counts.ndim < 2 or counts.shape[1] < 2:
-        return None
-    blocks = counts.T
-    starts = (blocks.cumsum().reshape(blocks.shape) - blocks).T.ravel()
-    flat = counts.ravel()
-    ends = flat.cumsum()
-    return np.repeat(starts - ends + flat, flat) + np.arange(ends[-1])
 
 
 def _cut(x: Array, counts: Sequence[int]) -> list[Array]:

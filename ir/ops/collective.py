@@ -10,7 +10,6 @@ all of them, later in the same function, waits and gives the tensors. What it re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import field
 from functools import cached_property
 from typing import Literal
@@ -171,18 +170,6 @@ class AllToAllRows(RowExchange):
             same = x.shape[0] == self.xs[0].shape[0] and all(isinstance(d, int) for d in x.shape[1:])
             require(same, f"expected every x as [R, ...] with the same R, found {self.xs[0].type} and {x.type}")
         return tuple(Tensor(x.dtype, (self.rows, *x.shape[1:])) for x in self.xs)
-
-
-def rows_of_ranks(counts: Sequence[int] | Sequence[Sequence[int]]) -> list[list[slice]]:
-    """Where the rows of each rank lie, block by block, by `send` or `recv` of an `all_to_all_rows`."""
-    table = [[n] if isinstance(n, int) else list(n) for n in counts]
-    found: list[list[slice]] = [[] for _ in table]
-    start = 0
-    for block in range(len(table[0]) if table else 0):
-        for rank, row in enumerate(table):
-            found[rank].append(slice(start, start + row[block]))
-            start += row[block]
-    return found
 
 
 @op("own_part")

@@ -37,7 +37,7 @@ def test_every_axis_parts_the_ranks_into_groups(mesh: Mesh) -> None:
 @given(mesh=meshes())
 def test_both_views_number_the_same_ranks(mesh: Mesh) -> None:
     for rank in range(mesh.world):
-        at = mesh.coordinates(rank)
+        at = {axis: mesh.index(axis, rank) for axis in mesh.axes}
         assert (at["pp"] * mesh.dp + at["dp"]) * mesh.tp + at["tp"] == rank
         assert (at["pp"] * mesh.edp + at["edp"]) * mesh.ep + at["ep"] == rank
         assert at["ep.node"] * mesh.size("ep.local") + at["ep.local"] == at["ep"]

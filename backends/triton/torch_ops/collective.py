@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ....distributed.world import Exchange, Gather, Index, Program, Settle
@@ -16,6 +17,7 @@ from ....ir.errors import require
 from ....ir.ops import collective as ops
 from ....ir.ops.internode import Internode, InternodeCombine, InternodeDispatch, InternodeRedispatch
 from ...eager import hop_by_hop
+from ...rows import by_rank, rows_of_each
 from ..tensors import Held, plain, rounded, widen
 from .elementwise import larger
 from .registry import COLLECTIVES, collective, compute_dtype, run, torch_op
@@ -25,6 +27,10 @@ Tensor = torch.Tensor
 
 def _concat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat([plain(x) for x in parts], dim).view(parts[0].dtype)
+
+
+def _to(order: np.ndarray | None, device: torch.device) -> Tensor | None:
+    return None if order is None else torch.from_numpy(order).to(device)
 
 
 @torch_op(ops.Done)
@@ -93,16 +99,18 @@ def all_to_all_rows(op: ops.AllToAllRows, *operands: Tensor) -> Program[Any]:
     require(leaving <= len(xs[0]), f"send is {send}, {leaving} rows in all, but there are {len(xs[0])}")
     require(coming <= room, f"{coming} rows arrive, but there is room for {room}: {op.rows}")
     require(coming == room or not isinstance(op.rows, int), f"{coming} rows arrive, expected {room}")
-    leave, come = ops.rows_of_ranks(send), ops.rows_of_ranks(recv)
-    messages = tuple(tuple(_concat([x[rows] for rows in places]) if len(places) > 1 else x[places[0]] for x in xs) for places in leave)
-    lengths = [[rows.stop - rows.start for rows in places] for places in come]
-    shapes = tuple(tuple((sum(own), *x.shape[1:]) for x in xs) for own in lengths)
-    found = yield Exchange(op.axis, op.size, messages, shapes)
+    leave, come = rows_of_each(given.numpy()), rows_of_each(taken.numpy())
+    sorting, sorted_by = (_to(by_rank(counts.numpy()), xs[0].device) for counts in (given, taken))
+    messages = zip(*[(x[:leaving] if sorting is None else plain(x)[sorting].view(x.dtype)).split(leave) for x in xs], strict=True)
+    shapes = tuple(tuple((count, *x.shape[1:]) for x in xs) for count in come)
+    found = yield Exchange(op.axis, op.size, tuple(messages), shapes)
     results = []
     for parts in zip(*found, strict=True):
         result = plain(parts[0]).new_zeros((room, *parts[0].shape[1:]))
-        pieces = [plain(part).split(own) for part, own in zip(parts, lengths, strict=True)]  # views: of each rank, block by block
-        torch.cat([piece for block in zip(*pieces, strict=True) for piece in block], out=result[:coming])
+        if sorted_by is None:
+            torch.cat([plain(part) for part in parts], out=result[:coming])
+        else:
+            result[sorted_by] = plain(_concat(parts))
         results.append(result.view(parts[0].dtype))
     return tuple(results) if len(results) > 1 else results[0]
 
